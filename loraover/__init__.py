@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraover.common.first_use import names_on_first_use
+from loraover.common.later import names_on_first_use
 from loraover.common.version import __version__
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loraover.adapters.logits.verdict import CheckVerdict
+from loraover.adapters.verdict import CheckVerdict
 from loraover.reporting.html_page import Page, in_sentences
 from loraover.reporting.palette import BAD, GOOD, GROUNDS, INKS, OPEN, PALETTE, tone_of
 from loraover_export.check import report as check

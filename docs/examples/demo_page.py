@@ -13,7 +13,7 @@ from loraover.reporting.figures import Curve, curves_figure
 from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.svg import Axis, Figure, short
 from loraover_export.fold import report as fold_report
-from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.report import FoldCertificate
 from loraover_serve.judge.names import SCALED
 from loraover_serve.verify import html as verify_html
 from loraover_serve.verify.report import VerifyReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraover.common.first_use import names_on_first_use
+from loraover.common.later import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.adapters.combine.combine import combine_adapters as combine_adapters
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.attest.run import attest_adapter as attest_adapter
     from loraover_export.check.report import CheckReport as CheckReport
     from loraover_export.check.run import check_adapter as check_adapter
-    from loraover_export.fold.certificate import FoldCertificate as FoldCertificate
+    from loraover_export.fold.report import FoldCertificate as FoldCertificate
     from loraover_export.fold.run import fold_checkpoint as fold_checkpoint
     from loraover_export.formats.gguf.report import GgufReport as GgufReport
     from loraover_export.formats.gguf.run import export_gguf as export_gguf

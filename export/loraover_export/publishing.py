@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.verdict import Certificate
 from loraover.checkpoint.base_model import OnBase, resolve_base
 from loraover.checkpoint.carried_files import ADAPTER_FILES, keep_chat_template, keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir

@@ -10,21 +10,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from loraover.adapters.uniform import request_fields
 from loraover.adapters.uniform.request_fields import (
     base_model,
     check_faults,
     given_adapter,
     logits_device,
     logits_dtype,
+    max_memory,
     plain_adapter,
     prompts,
+    records,
     replaces,
+    stored_dtype,
 )
-from loraover.common.dtypes import DTYPES
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
-from loraover.models import request_fields
-from loraover.models.device import choose_compute
-from loraover.models.request_fields import max_memory, records, stored_dtype
+from loraover.models.device import DTYPES, choose_compute
 from loraover.sources.address import name_of
 from loraover.sources.hub import keeps_private, pushes
 

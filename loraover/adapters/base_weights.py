@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.checkpoint.model_facts import CONFIG
+from loraover.checkpoint.model_facts import CONFIG, INDEX, SINGLE, ShardIndex
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir
-from loraover.checkpoint.read_facts import INDEX, SINGLE, ShardIndex
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.common.request import as_written

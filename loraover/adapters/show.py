@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from loraover.adapters.logits.verdict import POWER, Proof
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
+from loraover.adapters.verdict import POWER, Proof
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import short
@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # what imports PyTorch
     from loraover.adapters.combine.requests import DiffRequest
     from loraover.adapters.convert.request import ConvertRequest
     from loraover.adapters.convert.run import ConvertReport
-    from loraover.adapters.logits.verdict import Deviation
     from loraover.adapters.uniform.certificate import LoraCertificate, ModuleCertificate
+    from loraover.adapters.verdict import Deviation
 
 OTHER_TEXTS = "Try --prompts with texts that it was trained for, or --dtype fp32."
 

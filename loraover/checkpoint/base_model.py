@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import ConfigError
 from loraover.data.word_problems import HELD_OUT_SEED, word_problems
 from loraover.models.load import ModelSource, Moved, load_model, load_tokenizer, resolve_model
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROMPTS, RANDOM_TOKENS = 8, 32
+
+WEIGHTS = ".safetensors"
+
+TEXTS = (".json", ".jinja", ".model", ".txt")  # configuration, chat template, tokenizer
 
 
 class NamesBase(Protocol):
@@ -193,3 +199,27 @@ def described(trained: Collection[tuple[str | None, str | None]]) -> str:
     if not named:
         return "names no base model" if len(trained) == 1 else "name no base model"
     return f"trained on {', '.join(named)}" + ("" if len(named) == len(trained) else " and on a model without a name")
+
+
+def model_digest(source: ModelSource, *, weights: bool) -> str:
+    """Commit of a base model on the hub, or SHA-256 over the names and the SHA-256 of the files in its folder.
+
+    Only files of which answers depend are read: the configurations, the tokenizer, the chat template and the weights.
+
+    Args:
+        source: The base model.
+        weights: Whether the weights are read, which takes seconds; a model on a server has other files.
+
+    Raises:
+        ConfigError: A file of the folder cannot be read.
+    """
+    if source.revision is not None:
+        return source.revision
+    digest, endings = hashlib.sha256(), (*TEXTS, WEIGHTS) if weights else TEXTS
+    try:
+        for path in sorted(Path(source.location).iterdir()):
+            if path.suffix in endings and path.is_file():
+                digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    except OSError as error:
+        raise ConfigError(f"model: {source.origin} cannot be read: {error}.") from error
+    return digest.hexdigest()

@@ -29,7 +29,7 @@ from loraover.checkpoint.files import CONFIG_FILE, REFERENCE_FILE, TEMPLATE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
-from loraover.common.steps import later_step
+from loraover.common.later import later_step
 from loraover.common.strict_json import MAX_JSON_BYTES, StrictModel, read_json
 
 KEPT_FILE = "adapter_reference.kept.json"

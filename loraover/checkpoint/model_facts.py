@@ -1,17 +1,55 @@
-"""Facts about a model, from its configuration and the names and shapes of its modules; `read_facts.py` reads them."""
+"""Facts about a model, from its configuration and the names and shapes of its modules.
+
+They are read by transformers, or without PyTorch from the headers of the model's weights. transformers takes PyTorch
+and seconds, so what it says is kept in a file, by a digest of the configuration and of the versions that read it. Who
+reads it again imports neither.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from loraover.checkpoint.expert_stacks import ExpertWeight
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
+from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.atomic_output import publish_file
+from loraover.common.errors import CheckpointError, ConfigError, OutputError
+from loraover.common.extras import install
+from loraover.common.later import has_torch
+from loraover.common.paths import cache_folder
+from loraover.common.provenance import environment
+from loraover.common.strict_json import read_json
+from loraover.models.load import ModelSource, load_config, load_skeleton
+from loraover.models.model_file import find_model_file
+from loraover.sources.hub import http_errors
 
 if TYPE_CHECKING:
     from loraover.models.load import ModelSource
 
-
 CONFIG = "config.json"
+
+FORM = 4
+"""Number of the form of kept facts; another form gets other files."""
+
+KEPT_IN_MEMORY = 32
+
+FAMILIES = (
+    *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4"),
+    *("granite", "helium", "lfm2", "llama", "mistral", "nemotron", "olmo", "olmo2"),
+    *("phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+)
+"""Types of decoders, by transformers' names, whose files name every matrix as transformers names its module."""
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -93,3 +131,243 @@ class ServedModel(ModelFacts):
     """
 
     source: ModelSource
+
+
+_FACTS = TypeAdapter(ModelFacts)
+
+
+def read_served(source: ModelSource, supported: Container[str] | None = None) -> ServedModel:
+    """Read a model's configuration, and its modules if the architecture is supported.
+
+    Args:
+        source: Where the model is read from.
+        supported: Classes that take adapters; None means all classes.
+
+    Raises:
+        ConfigError: No usable configuration, or a class that transformers cannot build.
+    """
+    facts = read_facts(source, supported)
+    modules: dict[str, ModuleFacts] = {}
+    if supported is None or facts.architecture in supported:
+        modules |= facts.modules
+        for path, weight in facts.experts.items():
+            owner, _, parameter = path.rpartition(".")
+            described = ModuleFacts("expert", "part of a parameter", weight.shape[::-1])
+            modules |= {f"{owner}.{index}.{parameter}": described for index in range(weight.experts)}
+    return ServedModel(**vars(facts) | {"modules": modules}, source=source)
+
+
+def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
+    """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
+
+    Args:
+        source: Where the model is read from.
+        wanted: Classes whose modules are looked at; None means all.
+
+    Raises:
+        ConfigError: No usable configuration, or a class that transformers cannot build.
+    """
+    config = find_model_file(source, CONFIG)
+    if config is None:
+        return _found(source, wanted)
+    content = config.read_bytes()
+    versions = [environment().get(package) for package in ("torch", "transformers")] if has_torch() else None
+    key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
+    file = cache_folder() / "models" / f"{key}.json"
+    facts = _read(file) if file.is_file() else None
+    if facts is None:
+        facts = _found(source, wanted)
+        if facts.modules:
+            with suppress(OutputError):  # without a cache, it takes seconds each time
+                publish_file(file, lambda path: path.write_bytes(_FACTS.dump_json(facts)), parents=True)
+    return facts
+
+
+@lru_cache(KEPT_IN_MEMORY)
+def _read(file: Path) -> ModelFacts | None:
+    """Return kept facts; None if the file is not what was written."""
+    try:
+        return _FACTS.validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
+    if not has_torch():
+        return facts_of_headers(source, find_model_file(source, CONFIG))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_config(source)
+    text = config.get_text_config()
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    architecture = config.architectures[0]
+    found = getattr(text, "tie_word_embeddings", None)  # which some multimodal models say as a whole only
+    is_tied = bool(getattr(config, "tie_word_embeddings", False) if found is None else found)
+    modules, experts, parameters = {}, {}, ()
+    if wanted is None or architecture in wanted:
+        model = load_skeleton(source)
+        with suppress(NotImplementedError):  # some models have several embeddings
+            ends = [
+                getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())
+            ]
+            if all(
+                weight is not None for weight in ends
+            ):  # transformers ties LLaVA's where either configuration says so
+                is_tied = ends[0] is ends[1]
+        experts = find_expert_weights(model)
+        modules = {name: _describe(module) for name, module in model.named_modules() if name}
+        parameters = tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
+    quantization, method = getattr(config, "quantization_config", None), None
+    if quantization is not None:
+        fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method = str(fields.get("quant_method", "an unnamed method"))
+    return ModelFacts(
+        architecture=architecture,
+        model_type=config.model_type,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        vocabulary=_number(text, "vocab_size"),
+        layers=_number(text, "num_hidden_layers"),
+        heads=_number(text, "num_attention_heads"),
+        key_value_heads=_number(text, "num_key_value_heads"),
+        is_causal=architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        is_encoder_decoder=bool(config.is_encoder_decoder),
+        is_tied=is_tied,
+        quantization=method,
+        modules=modules,
+        experts=experts,
+        parameters=parameters,
+    )
+
+
+def _number(config: Any, name: str) -> int | None:
+    """Return a field that most configurations have; None where it has another number for each layer."""
+    found = getattr(config, name, None)
+    return found if isinstance(found, int) else None
+
+
+def _describe(module: Any) -> ModuleFacts:
+    from torch import Tensor, nn
+
+    name, weight = type(module).__name__, getattr(module, "weight", None)
+    matrix = (weight.shape[0], weight.shape[1]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    match module:
+        case nn.Linear():
+            return ModuleFacts("linear", name, (module.in_features, module.out_features), matrix)
+        case nn.Embedding():
+            return ModuleFacts("embedding", name, (module.num_embeddings, module.embedding_dim), matrix)
+        case _:
+            return ModuleFacts("other", name, None, matrix)
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model_type: str
+    architectures: list[str] = Field(min_length=1)
+    vocab_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    tie_word_embeddings: bool | None = None
+    quantization_config: dict[str, Any] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None  # what transformers before 5 writes
+
+
+class ShardIndex(BaseModel):
+    """Contents of the index of several shards: the file of each tensor."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFacts:
+    """Read what `read_facts` finds by building the model, for a decoder of `FAMILIES` that is not quantised.
+
+    A module without a matrix is of the kind "other", and modules without parameters are not listed.
+
+    Raises:
+        ConfigError: Another model, no usable configuration, or headers that cannot be read.
+    """
+    if config_file is None:
+        raise ConfigError(f"model: {source.origin} has no {CONFIG}; name a model that transformers saved.")
+    try:
+        config = read_json(config_file, _Config)
+    except CheckpointError as error:
+        raise ConfigError(f"model: {source.origin} has no usable {CONFIG}: {error}") from error
+    architecture = config.architectures[0]
+    is_known = config.model_type in FAMILIES and architecture.endswith("ForCausalLM")
+    if not is_known or config.quantization_config is not None:
+        kind = architecture if config.quantization_config is None else f"quantised {architecture}"
+        raise _needs_torch(source, f"transformers alone knows the modules of a {kind}")
+    try:
+        shapes = _shapes(source, config_file.parent)
+    except (CheckpointError, OSError) as error:
+        raise _needs_torch(source, f"the headers of its weights cannot be read ({error})") from error
+    if f"{EMBEDDING}.weight" not in shapes:
+        raise _needs_torch(source, f"its files hold no {EMBEDDING}, so transformers alone knows their names")
+    is_tied = config.tie_word_embeddings
+    is_tied = f"{HEAD}.weight" not in shapes if is_tied is None else is_tied
+    return ModelFacts(
+        architecture=architecture,
+        model_type=config.model_type,
+        dtype=config.dtype or config.torch_dtype,
+        vocabulary=config.vocab_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        is_causal=True,
+        is_encoder_decoder=False,
+        is_tied=is_tied,
+        quantization=None,
+        modules=_modules(shapes, is_tied),
+        experts={},
+        parameters=tuple({**shapes, f"{HEAD}.weight": ()} if is_tied else shapes),
+    )
+
+
+def _needs_torch(source: ModelSource, why: str) -> ConfigError:
+    return ConfigError(f"model: {source.origin}: {why}: {install('torch')}")
+
+
+def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight, from files that are here or from the first bytes of those on the hub."""
+    single, index = folder / SINGLE, folder / INDEX  # transformers takes the first where both are there
+    has_shards = index.is_file() and not single.is_file()
+    names = set(read_json(index, ShardIndex).weight_map.values()) if has_shards else {SINGLE}
+    found: dict[str, tuple[int, ...]] = {}
+    if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
+        import huggingface_hub
+        from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+        try:
+            hub = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
+        except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise CheckpointError(str(error)) from error
+        files = hub.files_metadata.values()
+        return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
+    for name in sorted(names):
+        with open_tensors(folder / name) as opened:
+            found |= {key: opened.shape(key) for key in opened.keys}
+    return found
+
+
+def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, ModuleFacts]:
+    found: dict[str, ModuleFacts] = {}
+    for key, shape in shapes.items():
+        path, _, parameter = key.rpartition(".")
+        parts = path.split(".")
+        for count in range(1, len(parts) + 1):
+            found.setdefault(".".join(parts[:count]), ModuleFacts("other", "module without a matrix"))
+        if parameter == "weight" and len(shape) == 2:
+            found[path] = _matrix(path, (shape[0], shape[1]))
+    weight = found[EMBEDDING].weight
+    if is_tied and weight is not None:
+        found.setdefault(HEAD, _matrix(HEAD, weight))
+    return found
+
+
+def _matrix(path: str, shape: tuple[int, int]) -> ModuleFacts:
+    """Describe the embedding, or a linear layer, whose weight is (out_features, in_features)."""
+    if path == EMBEDDING:
+        return ModuleFacts("embedding", "Embedding", shape, shape)
+    return ModuleFacts("linear", "Linear", (shape[1], shape[0]), shape)

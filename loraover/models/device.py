@@ -1,4 +1,4 @@
-"""Devices that a model can be run on, the processor, an NVIDIA GPU, or an Apple GPU, and their memory."""
+"""Devices that a model can be run on, the processor, an NVIDIA GPU, or an Apple GPU, their memory, and data types."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.later import torch
 from loraover.common.request import as_written
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Data types that weights are stored in."""
+
+COMPUTE_DTYPES = {**DTYPES, "fp64": "float64"}
+"""Data types that a model can be run in."""
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 """Names of devices; "auto" is the first available one of cuda, mps and cpu."""
+
 WITHOUT_FLOAT64 = ("mps",)
 """Devices for which the CPU does the work in float64."""
 

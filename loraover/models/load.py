@@ -9,11 +9,10 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.paths import kind_of
 from loraover.common.reporter import SILENT
-from loraover.models.device import choose_device
+from loraover.models.device import COMPUTE_DTYPES, choose_device
 from loraover.models.stand_in import STAND_INS, StandIn, find_stand_in, make_stand_in
 from loraover.sources.address import Address, HubName, read_address
 from loraover.sources.fetch import CONFIG_FILES, MODEL_FILES, fetch_address

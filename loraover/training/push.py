@@ -16,9 +16,9 @@ from loraover.checkpoint.base_model import move, naming
 from loraover.checkpoint.carried_files import keep_reference
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, REFERENCE_FILE
 from loraover.common.errors import ConfigError, FoldError
+from loraover.common.later import later_step
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written
-from loraover.common.steps import later_step
 from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.hub import push
 from loraover.training.recipe import Recipe

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loraover.adapters.uniform.request_fields import records
 from loraover.common.request import AnyName, AnyPath, Request, argument, option
-from loraover.models.request_fields import records
 from loraover.sources.hub import keeps_private, pushes
 
 

@@ -37,8 +37,8 @@ from loraover.adapters.numerics.low_rank import decompose, factor_noise, product
 from loraover.adapters.uniform.certificate import record_source
 from loraover.callbacks.step_norm import Factors, factors
 from loraover.checkpoint.base_model import move
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError

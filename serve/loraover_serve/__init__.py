@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraover.common.first_use import names_on_first_use
+from loraover.common.later import names_on_first_use
 
 if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is public
     from loraover.common.errors import UnwrittenReportError as UnwrittenReportError

@@ -10,7 +10,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.kinds import decoder
 
 from support.make_checkpoint import Made, make_checkpoint, tree
 from support.onnx_export import OTHER, ForkedBuilder, OnnxMade, export, tiny_base, tiny_lora
@@ -52,7 +52,7 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
         before = tree(tmp_path)
         capfd.readouterr()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(genai, "BuilderProcess", ForkedBuilder)
+            patch.setattr(decoder, "BuilderProcess", ForkedBuilder)
             code = run(cli, [*map(str, words), "-o", str(output or tmp_path / "out")])
         out, err = capfd.readouterr()
         assert code == 2, out + err

@@ -30,8 +30,8 @@ from loraover_export import (
     fold_checkpoint,
 )
 from loraover_export.cli import cli
-from loraover_export.formats.onnx import genai
 from loraover_export.formats.onnx.inputs import read_inputs
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.requests import OnnxRequest
 
 from support.lines import Lines
@@ -201,7 +201,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(autouse=True)
 def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder of decoder graphs runs in a fork, which spares it its imports."""
-    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
+    monkeypatch.setattr(decoder, "BuilderProcess", ForkedBuilder)
 
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...], type]] = {

@@ -14,7 +14,7 @@ from loraover.common.command_line import run
 from loraover_export import fold_checkpoint
 from loraover_export.cli import cli
 from loraover_export.fold import run as run_fold
-from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.fold.report import FoldCertificate, OutputCertificate
 
 from support.devices import ALL_DEVICES
 from support.faults import Failure, Fold

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loraover.common.errors import ExportError
 from loraover_export import check_adapter
-from loraover_export.formats.onnx.genai import build_decoder
+from loraover_export.formats.onnx.kinds.decoder import build_decoder
 
 from support.onnx_export import ForkedBuilder, tiny_base
 from support.onnx_graph import FEEDS, Graph, torch_logits

@@ -29,7 +29,7 @@ from loraover_export.check.report import EngineCheck
 from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel
-from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig
 
@@ -276,7 +276,7 @@ def peft_in_onnx(world: World, truth: Truth) -> str:
     options: dict[str, Any] = {"precision": "fp32", "device": "cpu", "builder": builder}
     try:
         with builder:
-            genai.build_decoder(truth.place.base, graph, adapter=truth.folder, **options)
+            decoder.build_decoder(truth.place.base, graph, adapter=truth.folder, **options)
         return in_onnx(world, truth, graph)
     except Exception:  # whatever the builder or ONNX Runtime raises
         return "refused"
@@ -308,7 +308,7 @@ PEFT_FORM = {"vllm": peft_in_vllm, "onnx": peft_in_onnx}
 def our_form(world: World, truth: Truth, check: EngineCheck) -> str:
     """Run the commands of the report, and the engine on what they write."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genai, "BuilderProcess", ForkedBuilder)
+        patch.setattr(decoder, "BuilderProcess", ForkedBuilder)
         for command in check.commands.split(" && "):
             words = shlex.split(command)[2:]
             if words[0] == "vllm":

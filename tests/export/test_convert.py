@@ -20,7 +20,7 @@ from loraover.adapters.convert.methods import METHODS
 from loraover.adapters.convert.methods.base import INERT, OTHER_KINDS, Refused
 from loraover.adapters.convert.methods.rotations import compact
 from loraover.adapters.convert.run import VllmFit
-from loraover.adapters.logits.prompts import logits_of
+from loraover.adapters.prompts import logits_of
 from loraover_export import convert_adapter
 
 from oracles import conversions as oracle

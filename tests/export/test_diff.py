@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraover.adapters.combine.diff import compare_deltas
-from loraover.adapters.logits.prompts import read_prompts
 from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.prompts import read_prompts
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from loraover import LoraOverConfig, OverParameterization
-from loraover.adapters.logits import prompts as prompts_module
-from loraover.adapters.logits.prompts import logits_of
-from loraover.adapters.logits.verdict import ELEMENTS_AT_ONCE, RunningDeviation, verdict_on
+from loraover.adapters import prompts as prompts_module
+from loraover.adapters.prompts import logits_of
+from loraover.adapters.verdict import ELEMENTS_AT_ONCE, RunningDeviation, verdict_on
 from loraover_export.fold import check_outputs as check_outputs_module
 
 from support.faults import Fold

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover_export.fold.certificate import FoldCertificate
-from loraover_export.fold.report import verdict_of
+from loraover_export.fold.report import FoldCertificate, verdict_of
 
 from support.fold_cases import certificate
 from support.make_checkpoint import Made, make_checkpoint

@@ -14,7 +14,7 @@ from loraover.adapters.numerics import rounding
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import save_tensors
 from loraover.overparam.decompositions import Mpo
-from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.report import FoldCertificate
 
 from support.faults import Fold, Rounding
 from support.fold_cases import Q_A, Q_B

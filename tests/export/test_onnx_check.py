@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraover.adapters.logits.verdict import largest
 from loraover.adapters.numerics.delta import Delta
+from loraover.adapters.verdict import largest
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.models.device import choose_compute
@@ -25,7 +25,7 @@ from loraover_export.formats.onnx import swappable
 from loraover_export.formats.onnx.check import Compute, OnnxReference, make_reference
 from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.formats.onnx.kinds.decoder import Decoder
-from loraover_export.formats.onnx.kinds.stateless import Stateless
+from loraover_export.formats.onnx.kinds.traced import Stateless
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, OnnxReport
 from loraover_export.formats.onnx.session import GraphSession
 from loraover_export.formats.onnx.swappable import write_adapter

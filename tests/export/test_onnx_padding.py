@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from loraover_export.formats.onnx.genai import accept_left_padding
 from loraover_export.formats.onnx.kinds import decoder
+from loraover_export.formats.onnx.kinds.decoder import accept_left_padding
 
 from strategies import SEEDS
 from support.onnx_export import export, tiny_base, tiny_lora

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loraover.adapters.convert.kind import read_method
 from loraover.adapters.convert.prefix import find_move
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.models.load import resolve_model
 from loraover_export import convert_adapter
 

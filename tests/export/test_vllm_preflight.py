@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.read_facts import read_served
 from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export import export_vllm

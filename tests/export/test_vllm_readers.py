@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+from loraover.adapters.uniform.request_fields import MAX_LORA_RANKS, max_lora_rank
 from loraover.common.command_line import run
 from loraover_export import export_vllm
 from loraover_export.cli import cli

@@ -15,11 +15,10 @@ import pytest
 import torch
 import transformers
 
-from loraover.adapters.uniform.folder import write_uniform
-from loraover.adapters.uniform.write_plain import STORAGE, write_plain
+from loraover.adapters.uniform.folder import STORAGE, write_plain, write_uniform
 from loraover.checkpoint.expert_stacks import find_expert_weights
+from loraover.checkpoint.model_facts import FAMILIES, facts_of_headers, read_facts
 from loraover.checkpoint.peft_adapter import read_adapter_dir
-from loraover.checkpoint.read_facts import FAMILIES, facts_of_headers, read_facts
 from loraover.common.errors import ConfigError, FoldError
 from loraover.models.load import resolve_model
 from loraover_export.formats.gguf.target import FAMILIES as GGUF_FAMILIES

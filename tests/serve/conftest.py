@@ -10,7 +10,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.parity import equivalence
@@ -116,4 +116,4 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder of decoder graphs runs in a fork, which spares each graph 6 s of imports."""
-    monkeypatch.setattr(genai, "BuilderProcess", ForkedBuilder)
+    monkeypatch.setattr(decoder, "BuilderProcess", ForkedBuilder)

@@ -13,7 +13,7 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
-from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve import VerifyReport, measure_parity, verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.judge.names import OTHER_BASE
@@ -43,7 +43,7 @@ def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise AssertionError("a graph is built")
 
-    monkeypatch.setattr(genai, "build_decoder", refuse)
+    monkeypatch.setattr(decoder, "build_decoder", refuse)
 
 
 def rewritten(graph: Path, copy: Path, **changes: Any) -> Path:

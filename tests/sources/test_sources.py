@@ -18,8 +18,7 @@ from loraover.common.errors import ConfigError, OutputError
 from loraover.common.paths import AddressPath, without_secrets
 from loraover.models.load import load_config, resolve_model
 from loraover.sources.address import Address, HubName, SourceError, is_elsewhere, name_of, read_address
-from loraover.sources.fetch import fetch_adapter
-from loraover.sources.stores import RemoteStore
+from loraover.sources.fetch import RemoteStore, fetch_adapter
 from loraover_export import check_adapter, check_fleet
 from loraover_export.check.request import CheckRequest
 

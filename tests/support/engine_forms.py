@@ -27,7 +27,7 @@ from loraover_export.formats.gguf import llamacpp
 from loraover_export.formats.gguf.base import write_base
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel
 from loraover_export.formats.gguf.target import FAMILIES, interleave
-from loraover_export.formats.onnx import genai
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve.engines import engine_class, mlx, openvino
 from loraover_serve.engines.base import Engine, Setting
 from loraover_serve.engines.llamacpp import LlamaCppEngine
@@ -119,8 +119,8 @@ def peft_in_onnx(setting: Setting, running: Running) -> Iterator[Engine]:
 
 def build_graph(base: str, folder: Path, adapter: Path | None = None) -> Path:
     """Build a graph as onnxruntime-genai's documentation says, with `adapter_path`; returns `folder`."""
-    with genai.BuilderProcess() as builder:
-        genai.build_decoder(Path(base), folder, precision="fp32", device="cpu", adapter=adapter, builder=builder)
+    with decoder.BuilderProcess() as builder:
+        decoder.build_decoder(Path(base), folder, precision="fp32", device="cpu", adapter=adapter, builder=builder)
     return folder
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraover_export.fold.certificate import FoldCertificate
+from loraover_export.fold.report import FoldCertificate
 
 from support.make_checkpoint import EMBEDDING, LINEAR, Made
 

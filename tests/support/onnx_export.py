@@ -21,8 +21,8 @@ from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.formats.onnx import genai
 from loraover_export.formats.onnx.builder_process import BUILDER
+from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.formats.onnx.report import OnnxReport
 
 from support.children import Child
@@ -99,7 +99,7 @@ def export(sources: Sources, output: Path, *options: str, quick: bool = True) ->
     arguments = ["onnx", *map(str, paths), "-o", str(output), *options]
     with pytest.MonkeyPatch.context() as patch:
         if quick:
-            patch.setattr(genai, "BuilderProcess", ForkedBuilder)
+            patch.setattr(decoder, "BuilderProcess", ForkedBuilder)
         return run(cli, arguments)
 
 
@@ -219,7 +219,7 @@ def read_report(output: Path) -> OnnxReport:
 
 
 class ForkedBuilder:
-    """Stand-in of `genai.BuilderProcess` that runs the builder in a fork, which spares it its imports."""
+    """Stand-in of `decoder.BuilderProcess` that runs the builder in a fork, which spares it its imports."""
 
     def __enter__(self) -> ForkedBuilder:
         return self

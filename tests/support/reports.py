@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from loraover.adapters.logits.verdict import Deviation
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.verdict import Deviation
 from loraover.inspection.folder import inspect_folder, read_schedule
 from loraover.inspection.show import to_page as inspect_page
 from loraover.reporting.html_page import Page
@@ -21,7 +21,7 @@ from loraover.reporting.schedule import schedule_figures
 from loraover.training.plan import TrainingPlan
 from loraover.training.plan import to_page as plan_page
 from loraover.training.run_result import Lengths
-from loraover_export.fold.certificate import FoldCertificate, OutputCertificate
+from loraover_export.fold.report import FoldCertificate, OutputCertificate
 from loraover_export.fold.report import to_page as fold_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page

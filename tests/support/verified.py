@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from loraover.adapters.logits.prompts import read_prompts
+from loraover.adapters.prompts import read_prompts
 from loraover.checkpoint.source import read_source
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, resolve_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loraover.checkpoint.model_digest import model_digest
+from loraover.checkpoint.base_model import model_digest
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource, resolve_model
 

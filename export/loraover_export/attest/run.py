@@ -6,29 +6,34 @@ import gzip
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from loraover.adapters.logits.verdict import ExportVerdict
 from loraover.adapters.uniform.certificate import CERTIFICATE_FILE as LORA
 from loraover.adapters.uniform.certificate import CONVERSION_FILE as CONVERSION
+from loraover.adapters.verdict import ExportVerdict
 from loraover.checkpoint.carried_files import covered_files, misfit, reference_digests
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_file
-from loraover.common.errors import CheckpointError, ExportError, OutputError
+from loraover.common.errors import CheckpointError, ConfigError, ExportError, OutputError
 from loraover.common.paths import Listing, list_folder
 from loraover.common.strict_json import read_json
 from loraover.sources.verb import verb
 from loraover_export.attest.report import AttestReport, Digest, Resource, Statement, TestResult
-from loraover_export.attest.sign import SIGNATURE_FILE, read_signer, sign, signature_fault
 from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE
 from loraover_export.publishing import PRODUCTS
 from loraover_export.requests import AttestRequest
 
 STATEMENT_FILE = "attestation.json"
+
+SIGNATURE_FILE = "model.sig"
+"""Name of the signature that the package model-signing gives it."""
+
 CERTIFICATES = {
     **{product.certificate: verb for verb, product in PRODUCTS.items()},
     LORA: "conversion",
@@ -36,11 +41,16 @@ CERTIFICATES = {
     PREFLIGHT_FILE: "vllm pre-flight",
 }
 """Test whose result a certificate is, by the name of the certificate's file."""
+
 OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")
 """Files that are neither the adapter nor a result; a hub changes the last one."""
+
 UNCHECKED = "other files"
 """Name of the test that warns of files which no certificate and no reference covers."""
+
 NOT_A_FILE = "neither a file nor a folder, but a link to a folder or to nothing, a pipe or a device"
+
+KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
 
 
 class AnyCertificate(BaseModel):
@@ -207,3 +217,69 @@ def _in_short(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_short(one) for key, one in value.items() if not isinstance(one, list)}
     return value
+
+
+def read_signer(private_key: Path, password: str | None) -> Any:
+    """Return model-signing's configuration that signs with the elliptic-curve key in a PEM file."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from model_signing import signing
+
+    raw: Any = None if password is None else password.encode()  # 1.1.1 gives it to a function that takes bytes
+    try:
+        return signing.Config().use_elliptic_key_signer(private_key=private_key, password=raw)
+    except (AttributeError, OSError, TypeError, UnsupportedAlgorithm, ValueError) as error:  # 1.1.1 asks RSA for curves
+        raise ConfigError(f"{private_key}: not a private key that can sign, {KEYS}: {error}.") from error
+
+
+def sign(adapter: Path, signer: Any, new: Mapping[str, str]) -> bytes:
+    """Return the signature of a folder's files, to which those of `new` will be added, by their names and contents."""
+    signer.set_hashing_config(_hashing())
+    try:
+        with _signed_files(adapter, new) as folder:
+            signature = folder.parent / SIGNATURE_FILE
+            signer.sign(folder, signature)
+            return signature.read_bytes()
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{adapter}: cannot be signed: {error}. Nothing was changed there.") from error
+
+
+def signature_fault(adapter: Path, public_key: Path) -> str | None:
+    """Say why the signature of a folder does not hold for the key in a PEM file; None if it does."""
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from model_signing import verifying
+
+    signature = adapter / SIGNATURE_FILE
+    if not signature.is_file():
+        return f"{SIGNATURE_FILE} is missing"
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (AttributeError, OSError, TypeError, UnsupportedAlgorithm, ValueError) as error:  # as in `read_signer`
+        raise ConfigError(f"{public_key}: not a public key that can verify, {KEYS}: {error}.") from error
+    config.set_hashing_config(_hashing())
+    try:
+        with _signed_files(adapter) as folder:
+            config.verify(folder, signature)
+    except (AttributeError, InvalidSignature, LookupError, TypeError, ValueError) as error:  # of any JSON in the file
+        return f"{SIGNATURE_FILE}: {error or 'made with another key, or changed'}"
+    return None
+
+
+@contextmanager
+def _signed_files(adapter: Path, new: Mapping[str, str] = {}) -> Iterator[Path]:
+    """A folder with the adapter's name and links to the files that a signature covers."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / adapter.resolve().name
+        for name, path in list_folder(adapter).files.items():
+            if name not in (SIGNATURE_FILE, *new):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(path.resolve())
+        for name, text in new.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        yield folder
+
+
+def _hashing() -> Any:
+    from model_signing import hashing
+
+    ignored = [SIGNATURE_FILE, ".cache"]  # the signature has their names, by which the package's own command knows them
+    return hashing.Config().set_ignored_paths(paths=ignored).set_allow_symlinks(True)

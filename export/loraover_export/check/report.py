@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from loraover.adapters.logits.verdict import Proof
+from loraover.adapters.verdict import Proof
 from loraover.common.request import Request
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color

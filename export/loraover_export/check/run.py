@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, KEY_PREFIX, AdapterDir, read_on_base, site_key
-from loraover.checkpoint.read_facts import read_served
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import check_named, left_to_the_type
 from loraover.checkpoint.tensor_file import open_tensors

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from loraover.common.command_line import quiet_libraries
 from loraover.reporting.request_command import Reporting, request_command
 from loraover.sources.verb import perform
-from loraover_export.check.request import CheckRequest
-from loraover_export.prepare.request import FleetCheckRequest, FleetRequest, PrepareRequest
+from loraover_export.check.request import CheckRequest, FleetCheckRequest, FleetRequest, PrepareRequest
 
 if TYPE_CHECKING:
     from loraover_export.prepare.report import FleetReport, FleetRow

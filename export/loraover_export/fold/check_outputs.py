@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.adapters.logits.prompts import logits_of, read_prompts, tokens_at_once, walked
-from loraover.adapters.logits.verdict import RunningDeviation, largest_of
 from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_randomly
+from loraover.adapters.prompts import logits_of, read_prompts, tokens_at_once, walked
+from loraover.adapters.verdict import RunningDeviation, largest_of
 from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir, saved_labels, site_key
 from loraover.common.errors import CheckpointError
@@ -23,7 +23,7 @@ from loraover.models.memory import Needs, fit_base, memory_explained
 from loraover.overparam.sites import Site, find_sites, lora_layers
 from loraover.reference.reference_model import reference_model, sharing_weights
 from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
-from loraover_export.fold.certificate import OutputCertificate, TrainedBase
+from loraover_export.fold.report import OutputCertificate, TrainedBase
 from loraover_export.requests import FoldRequest
 
 CORES_AT_MOST = 8.0

@@ -20,9 +20,8 @@ from loraover.common.provenance import environment, hardware, today
 from loraover.models.load import ModelSource
 from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
-from loraover_export.fold.certificate import FoldCertificate
 from loraover_export.fold.check_outputs import check_outputs, compare_bases
-from loraover_export.fold.report import HTML_FILE, to_page
+from loraover_export.fold.report import HTML_FILE, FoldCertificate, to_page
 from loraover_export.publishing import FOLDED, base_of
 from loraover_export.requests import FoldRequest
 

@@ -16,17 +16,16 @@ from pydantic import Field
 from rich.console import Console
 
 from loraover.adapters.base_weights import check_base_weights
-from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.adapters.show import show_left_out, show_matrices, show_place
 from loraover.adapters.uniform.folder import to_uniform
 from loraover.adapters.uniform.refusals import check_fields, check_shape, check_tensors
+from loraover.adapters.verdict import Certificate
 from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.exact_tensors import Exact
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.model_facts import ServedModel
+from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.read_facts import read_served
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.adapters.show import in_one_line, show_place, show_verdict
 from loraover.adapters.uniform.certificate import SourceRecord
+from loraover.adapters.verdict import Certificate
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.reporter import print_line
 from loraover.reporting.table import Column, Table

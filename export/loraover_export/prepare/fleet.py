@@ -23,8 +23,8 @@ from loraover.sources.address import is_elsewhere
 from loraover.sources.fetch import Fetched, fetch_adapter
 from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
+from loraover_export.check.request import FleetCheckRequest, PrepareRequest
 from loraover_export.prepare.report import FleetReport, FleetRow, to_page
-from loraover_export.prepare.request import FleetCheckRequest, PrepareRequest
 
 PAGE = "prepare.html"
 IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)

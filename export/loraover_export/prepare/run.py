@@ -12,16 +12,16 @@ from time import perf_counter
 
 from loraover.adapters.convert.kind import named_base, why_convert
 from loraover.adapters.uniform.certificate import CERTIFICATE_FILE, CONVERSION_FILE, LoraCertificate
-from loraover.adapters.uniform.rank_limits import max_lora_rank
+from loraover.adapters.uniform.request_fields import max_lora_rank
 from loraover.checkpoint.carried_files import misfit
 from loraover.checkpoint.files import META_FILE, REFERENCE_FILE, TEMPLATE_FILE
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import publish_directory
-from loraover.common.dtypes import DTYPES
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError
 from loraover.common.later import has_torch
 from loraover.common.request import as_written
+from loraover.models.device import DTYPES
 from loraover.models.load import ModelSource, resolve_model
 from loraover_export.check.engines import ENGINES, engine_of
 from loraover_export.check.engines.base import ADAPTER, Target, Written

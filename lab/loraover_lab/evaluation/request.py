@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loraover.common.dtypes import DTYPES
+from loraover.adapters.uniform.request_fields import SPELLINGS, dtype_option
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
-from loraover.models.request_fields import SPELLINGS, dtype_option
+from loraover.models.device import DTYPES
 from loraover_lab.evaluation import TASKS
 
 

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraover.checkpoint.base_model import model_digest
 from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
-from loraover.checkpoint.model_digest import model_digest
 from loraover.client.endpoint import Endpoint
 from loraover.common.atomic_output import check_file_writable, publish_text
 from loraover.common.errors import ConfigError, EngineError, LoraOverError

@@ -12,8 +12,6 @@ from pydantic import Field
 
 from loraover.adapters.combine.requests import DiffRequest
 from loraover.adapters.combine.sources import Sources, deltas_of, read_sources
-from loraover.adapters.logits.prompts import Prompts, logits_of, read_prompts, walked
-from loraover.adapters.logits.verdict import Deviation, RunningDeviation
 from loraover.adapters.numerics.delta import Delta, check_no_bias
 from loraover.adapters.numerics.low_rank import (
     SingularValues,
@@ -23,7 +21,9 @@ from loraover.adapters.numerics.low_rank import (
     principal_angles,
     product_norm,
 )
+from loraover.adapters.prompts import Prompts, logits_of, read_prompts, walked
 from loraover.adapters.uniform.refusals import check_fields, written_parameters
+from loraover.adapters.verdict import Deviation, RunningDeviation
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError

@@ -15,9 +15,9 @@ from loraover.adapters.uniform.request_fields import (
     plain_adapter,
     prompts,
     replaces,
+    stored_dtype,
 )
 from loraover.common.request import AnyName, AnyNumbers, AnyPath, AnyPaths, Request, option
-from loraover.models.request_fields import stored_dtype
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from loraover.adapters.convert.request import ConvertRequest
 from loraover.adapters.convert.source import Adapter, AdapterLayout
-from loraover.adapters.logits.prompts import Prompts, logits_of, walked
-from loraover.adapters.logits.verdict import Deviation, RunningDeviation, largest_of
 from loraover.adapters.numerics.rounding import STORAGE_DTYPES
+from loraover.adapters.prompts import Prompts, logits_of, walked
 from loraover.adapters.uniform.certificate import OutputsOfConversion
+from loraover.adapters.verdict import Deviation, RunningDeviation, largest_of
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import saved_labels
-from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ConfigError
-from loraover.models.device import choose_compute
+from loraover.models.device import COMPUTE_DTYPES, choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
 from loraover.reference.reference_model import peft_config

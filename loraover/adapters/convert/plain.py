@@ -13,7 +13,7 @@ from loraover.adapters.convert.source import read_peft_type
 from loraover.adapters.uniform.certificate import LoraCertificate
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.files import META_FILE
-from loraover.checkpoint.read_facts import read_facts
+from loraover.checkpoint.model_facts import read_facts
 from loraover.common.errors import CheckpointError, ExportError, LoraOverError
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written

@@ -13,9 +13,9 @@ from loraover.adapters.uniform.request_fields import (
     logits_dtype,
     prompts,
     replaces,
+    stored_dtype,
 )
 from loraover.common.request import AnyName, AnyPath, Request, option
-from loraover.models.request_fields import stored_dtype
 
 
 @dataclass(frozen=True)

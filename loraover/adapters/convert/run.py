@@ -20,11 +20,11 @@ from loraover.adapters.convert.methods.lora import stacks_of
 from loraover.adapters.convert.prefix import mend_prefix, part_below
 from loraover.adapters.convert.request import ConvertRequest
 from loraover.adapters.convert.source import Adapter, AdapterLayout, open_adapter
-from loraover.adapters.logits.prompts import read_prompts, tokens_at_once
 from loraover.adapters.numerics.delta import Delta
 from loraover.adapters.numerics.low_rank import SingularValues, decompose, dense_svd, product_norm
+from loraover.adapters.prompts import read_prompts, tokens_at_once
 from loraover.adapters.uniform.certificate import LoraCertificate, OutputsOfConversion
-from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+from loraover.adapters.uniform.request_fields import MAX_LORA_RANKS, max_lora_rank
 from loraover.adapters.uniform.write_lora import Approximation, LoraOutput, write_lora
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
@@ -32,11 +32,10 @@ from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, expert_paths, find
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import KEY_PREFIX
 from loraover.checkpoint.target_modules import check_complete, check_named, check_saved, unnamed_modules
-from loraover.common.dtypes import COMPUTE_DTYPES
 from loraover.common.errors import ExportError
 from loraover.common.request import as_written
 from loraover.common.strict_json import StrictModel
-from loraover.models.device import choose_compute
+from loraover.models.device import COMPUTE_DTYPES, choose_compute
 from loraover.sources.verb import verb
 
 

@@ -7,8 +7,8 @@ from threading import Event
 
 from pydantic import Field
 
-from loraover.adapters.logits.verdict import NOISE_FACTOR, Certificate, CheckVerdict, Deviation, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.verdict import NOISE_FACTOR, Certificate, CheckVerdict, Deviation, verdict_on
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.errors import CheckpointError

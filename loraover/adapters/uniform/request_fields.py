@@ -1,18 +1,25 @@
-"""Fields that the requests of several exports have, and how reports name such a command."""
+"""Fields that the requests of several verbs have, and how reports name such a command."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from loraover.common.request import Request, argument, option
-from loraover.models.device import choose_compute
-from loraover.models.request_fields import compute_dtype, device
+from loraover.models.device import COMPUTE_DTYPES, DEVICES, DTYPES, choose_compute, is_one_gpu
 
 ADDRESSES = "folder, hub name such as owner/name@revision, or address such as s3://bucket/folder"
 """Ways to name an adapter, in help texts."""
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of --max-lora-rank: vllm/config/lora.py of vLLM 0.32."""
+
+DEFAULT_MAX_LORA_RANK = 16
+"""Value of --max-lora-rank if the server is started without it: the same file."""
+
+SPELLINGS = "; PyTorch's names, such as bfloat16, are accepted too."
 
 
 def given_adapter(kind: str, **more: Any) -> Any:
@@ -96,3 +103,49 @@ def export_command(folder: Path, *words: str, ending: str) -> str:
     path = folder.resolve()
     name, *options = words
     return shlex.join(["loraover", "export", name, str(path), "-o", f"{path}{ending}", *options])
+
+
+def max_lora_rank(r: int) -> int | None:
+    """Return the smallest allowed --max-lora-rank for adapters of rank r; None if r is above all of them.
+
+    A larger value costs time and memory: vLLM pads every adapter to it.
+    """
+    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= r), None)
+
+
+def stored_dtype(default: str = "fp32", product: str = "adapter") -> Any:
+    """Declare the field `dtype`, the data type in which a verb stores its product."""
+    return dtype_option(f"Data type to store the {product} in{SPELLINGS}", DTYPES, default)
+
+
+def compute_dtype(description: str) -> Any:
+    """Declare a field for the data type in which PyTorch runs models."""
+    return dtype_option(description, COMPUTE_DTYPES)
+
+
+def dtype_option(description: str, dtypes: Mapping[str, str], default: str = "fp32") -> Any:
+    """Declare a field for one of some data types, given PyTorch's name of each, which is accepted too."""
+    also = {long: short for short, long in dtypes.items()}
+    return option(description, default=default, choices=tuple(dtypes), also=also)
+
+
+def records(product: str) -> Any:
+    """Declare the field `record`, with which a verb also records the reference of the adapter that it writes."""
+    return option(f"Also record the reference of {product} beside it, as `loraover record` does.", default=False)
+
+
+def device(description: str, default: str = "auto") -> Any:
+    """Declare a field for the device on which PyTorch runs models; one GPU of several, such as cuda:1, is allowed."""
+    text = "the first that is there of cuda, mps and cpu" if default == "auto" else default
+    return option(description, default=default, default_text=text, choices=DEVICES, accepts=is_one_gpu)
+
+
+def max_memory() -> Any:
+    """Declare the field `max_memory_gib`, above which a base model's weights stay in their files."""
+    return option(
+        "Largest size of the base model's weights in memory, in GiB; larger ones stay in their files, and each is read "
+        "whenever it is used.",
+        default=None,
+        default_text="what the device has free",
+        above=0,
+    )

@@ -14,8 +14,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loraover.common.dtypes import DTYPES
 from loraover.common.strict_json import StrictModel
+from loraover.models.device import DTYPES
 from loraover.models.load import ModelSource, load_skeleton
 from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
 from loraover.checkpoint.adapter_config import PATTERN_ERRORS
-from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ConfigError
 from loraover.common.reporter import SILENT, Reporter
+from loraover.models.device import DTYPES
 from loraover.models.load import ModelSource
 from loraover.training.launch.distribution import accumulation, check_processes, distribution_options
 from loraover.training.method import TrainingMethod

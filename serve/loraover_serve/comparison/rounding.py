@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.common.dtypes import COMPUTE_DTYPES
+from loraover.models.device import COMPUTE_DTYPES
 from loraover.models.streaming import change_rows
 
 Round = Callable[[Tensor], Tensor]

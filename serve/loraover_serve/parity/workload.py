@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from loraover.adapters.logits.prompts import prompt_lines
+from loraover.adapters.prompts import prompt_lines
 from loraover.common.errors import DataError
 from loraover_serve.engines.base import TokenRequest
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from loraover.adapters.convert.kind import why_convert
 from loraover.adapters.convert.run import convert_adapter
-from loraover.adapters.logits.prompts import MAX_TOKENS, read_prompts
+from loraover.adapters.prompts import MAX_TOKENS, read_prompts
 from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module

@@ -20,10 +20,9 @@ import numpy as np
 from pydantic import Field
 
 import loraover
-from loraover.adapters.logits.prompts import Prompts, read_prompts
-from loraover.checkpoint.base_model import resolve_base
+from loraover.adapters.prompts import Prompts, read_prompts
+from loraover.checkpoint.base_model import model_digest, resolve_base
 from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
-from loraover.checkpoint.model_digest import model_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
 
-from loraover.adapters.uniform.request_fields import given_adapter
+from loraover.adapters.uniform.request_fields import compute_dtype, device, given_adapter, max_memory
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
 from loraover.models.device import choose_compute
-from loraover.models.request_fields import compute_dtype, device, max_memory
 from loraover_serve.engines import ENDPOINT, ENGINES
 from loraover_serve.engines.request import EngineRequest
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS

@@ -7,8 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from loraover.adapters.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS
-from loraover.adapters.uniform.request_fields import approximate_to_rank, given_adapter
+from loraover.adapters.uniform.request_fields import (
+    DEFAULT_MAX_LORA_RANK,
+    MAX_LORA_RANKS,
+    approximate_to_rank,
+    given_adapter,
+)
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, declarations, option
 from loraover_serve.plugin.settings import DEFAULT_CACHE, DEFAULT_SETTLE_S, MOST_SETTLE_S
 

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from loraover.adapters.uniform.rank_limits import max_lora_rank
+from loraover.adapters.uniform.request_fields import max_lora_rank
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base
-from loraover.checkpoint.read_facts import read_served
 from loraover.common.errors import ConfigError, EngineError, printable
 from loraover.common.extras import install
 from loraover.common.hosts import is_near

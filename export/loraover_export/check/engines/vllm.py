@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import final
 
-from loraover.adapters.uniform.rank_limits import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
+from loraover.adapters.uniform.request_fields import DEFAULT_MAX_LORA_RANK, MAX_LORA_RANKS, max_lora_rank
 from loraover.checkpoint.source import read_source
 from loraover.checkpoint.tensor_file import FLOATS, open_tensors
-from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ExportError
+from loraover.models.device import DTYPES
 from loraover_export.check.engines.base import (
     ADAPTER,
     CORES,

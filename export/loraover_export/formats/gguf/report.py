@@ -7,9 +7,9 @@ import shlex
 from pydantic import Field
 from rich.console import Console
 
-from loraover.adapters.logits.verdict import CheckVerdict, ExportVerdict, Proof, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.adapters.show import in_one_line, show_left_out, show_place, show_verdict, undecided
+from loraover.adapters.verdict import CheckVerdict, ExportVerdict, Proof, verdict_on
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.reporter import print_line
 from loraover_export.requests import GgufRequest

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from loraover.adapters.logits.prompts import logits_of, read_prompts
-from loraover.adapters.logits.verdict import largest
 from loraover.adapters.numerics.rounding import write_rounded
+from loraover.adapters.prompts import logits_of, read_prompts
+from loraover.adapters.verdict import largest
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base

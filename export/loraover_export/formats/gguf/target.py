@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 from loraover.adapters.base_weights import check_base_weights
 from loraover.adapters.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
 from loraover.checkpoint.expert_stacks import ExpertStack
-from loraover.checkpoint.model_facts import ServedModel
+from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdaptedModule, AdapterDir, site_key
-from loraover.checkpoint.read_facts import read_served
 from loraover.checkpoint.target_modules import if_missing
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource

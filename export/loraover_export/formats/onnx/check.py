@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.adapters.logits.verdict import differences, largest
+from loraover.adapters.verdict import differences, largest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.device import WITHOUT_FLOAT64
 from loraover.reference.reference_model import reference_model

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from loraover.adapters.uniform.refusals import HELD, check_fields, check_no_experts, written_parameters
 from loraover.checkpoint.base_model import resolve_base
+from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
-from loraover.checkpoint.read_facts import read_facts
 from loraover.checkpoint.source import read_source
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import Field
 from rich.console import Console
 
-from loraover.adapters.logits.verdict import Certificate, CheckVerdict, ExportVerdict, verdict_on
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.show import show_place, show_verdict, undecided
+from loraover.adapters.verdict import Certificate, CheckVerdict, ExportVerdict, verdict_on
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.reporting.reporter import print_line

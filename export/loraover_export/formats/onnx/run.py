@@ -12,9 +12,9 @@ from typing import Any
 import onnx
 import torch
 
-from loraover.adapters.logits.prompts import BUILT_IN_PROMPTS
 from loraover.adapters.numerics.delta import read_deltas
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover.adapters.prompts import BUILT_IN_PROMPTS
 from loraover.checkpoint.carried_files import keep_chat_template
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError, ExportError
@@ -29,8 +29,7 @@ from loraover_export.formats.onnx.check import Compute, OnnxReference, check_gra
 from loraover_export.formats.onnx.inputs import Inputs, find_task, read_inputs
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan
 from loraover_export.formats.onnx.kinds.decoder import Decoder
-from loraover_export.formats.onnx.kinds.seq2seq import Seq2Seq
-from loraover_export.formats.onnx.kinds.stateless import Stateless, check_takes_rows
+from loraover_export.formats.onnx.kinds.traced import Seq2Seq, Stateless, check_takes_rows
 from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, SwappableLayout, export_verdict, read_layout
 from loraover_export.formats.onnx.session import has_provider
 from loraover_export.formats.onnx.swappable import adapter_files, markers, write_adapter, write_swappable

@@ -24,9 +24,9 @@ from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
-from loraover.common.dtypes import DTYPES
 from loraover.common.errors import ExportError
 from loraover.common.strict_json import read_json
+from loraover.models.device import DTYPES
 from loraover_export.formats.onnx.report import LAYOUT_FILE, AdapterInput, SwappableLayout
 from loraover_export.requests import OnnxRequest
 

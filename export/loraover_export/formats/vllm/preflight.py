@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from loraover.adapters.logits.verdict import Certificate
-from loraover.adapters.uniform.rank_limits import max_lora_rank
+from loraover.adapters.uniform.request_fields import max_lora_rank
+from loraover.adapters.verdict import Certificate
 from loraover.common.strict_json import StrictModel
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.rules import RULES

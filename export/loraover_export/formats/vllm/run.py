@@ -12,7 +12,6 @@ from pydantic import Field
 from rich.console import Console
 
 from loraover.adapters.convert.plain import PlainLora, plain_lora
-from loraover.adapters.logits.verdict import Certificate
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.adapters.show import in_one_line, show_matrices, show_verdict
 from loraover.adapters.uniform.certificate import CONVERSION_FILE, LoraCertificate, module_facts
@@ -24,10 +23,11 @@ from loraover.adapters.uniform.folder import (
     uniform_config,
     write_uniform,
 )
-from loraover.adapters.uniform.rank_limits import max_lora_rank
+from loraover.adapters.uniform.request_fields import max_lora_rank
+from loraover.adapters.verdict import Certificate
 from loraover.checkpoint.base_model import base_facts
+from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.peft_adapter import read_on_base
-from loraover.checkpoint.read_facts import read_served
 from loraover.checkpoint.source import read_source
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.palette import terminal_color

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from loraover.adapters.uniform.rank_limits import MAX_LORA_RANKS, max_lora_rank
+from loraover.adapters.uniform.request_fields import MAX_LORA_RANKS, max_lora_rank
 from loraover.common.request import as_written
 from loraover.models.model_file import embeds_texts
 from loraover_export.formats.vllm.candidate import Candidate, Problem

@@ -1,19 +1,167 @@
-"""Encoder-decoder models: one graph for the encoder and the cross-attention's cache, one for a decoding step."""
+"""Models that torch.onnx traces: encoder-decoders, and models with one graph from tokens to scores and no cache.
+
+LoRA branches can become inputs of their graphs. An encoder-decoder has one graph for the encoder and the
+cross-attention's cache, and one for a decoding step. Classifiers, and language models with --no-cache, have one graph.
+"""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loraover.common.errors import ConfigError, ExportError
+from loraover.common.request import as_written
+from loraover.models.load import ModelSource
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
 from loraover_export.formats.onnx.session import GraphSession
 from loraover_export.formats.onnx.swappable import adapter_file
-from loraover_export.formats.onnx.torch_graph import add_branches, export_torch, set_precision
+
+OPSET = 20
 
 KEY_VALUE = ("key", "value")
+
+
+class LoraBranch(nn.Module):
+    """A layer W x + B(A(x)) whose A (in_features, r) and B (r, out_features) are stored as the graph multiplies."""
+
+    def __init__(self, base_layer: nn.Module, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Parameter(a.mT.contiguous())
+        self.lora_B = nn.Parameter(b.mT.contiguous())
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, whose dtype T5 reads."""
+        return self.base_layer.get_parameter("weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(x) + (x @ self.lora_A) @ self.lora_B
+        return output
+
+
+def set_precision(model: nn.Module, precision: str) -> None:
+    """Cast a model to the precision of its graph."""
+    if precision == "int4":
+        raise ExportError(f"int4 exists for decoder graphs only; {type(model).__name__} takes fp32 or fp16.")
+    if precision == "fp16":
+        model.half()
+
+
+def add_branches(model: nn.Module, markers: Mapping[str, Tensor]) -> None:
+    """Replace every adapted layer of `model` by one with a LoRA branch that holds the markers."""
+    for name, a in markers.items():
+        module, _, matrix = name.rpartition(".")
+        if matrix == "lora_A":
+            layer = model.get_submodule(module)
+            dtype = next(layer.parameters()).dtype
+            branch = LoraBranch(layer, a.to(dtype), markers[f"{module}.lora_B"].to(dtype))
+            model.set_submodule(module, branch)
+
+
+def export_torch(
+    module: nn.Module,
+    inputs: Sequence[tuple[str, Tensor, Mapping[int, str]]],
+    outputs: Sequence[str],
+    graph: Path,
+) -> None:
+    """Export a module whose arguments and results are plain tensors, as a graph with its weights beside it.
+
+    The free dimensions of an example must be at least 2, and those that may differ must differ.
+    """
+    from torch.onnx import OnnxExporterError
+
+    names, examples, free = zip(*inputs, strict=True)
+    dims: dict[str, Any] = {}
+    shapes = tuple({i: dims.setdefault(d, torch.export.Dim(d)) for i, d in dim.items()} for dim in free)
+    is_variadic = bool(module.forward.__code__.co_flags & 0x04)  # torch.export treats *arguments as one tuple
+    for noisy in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module.eval(),
+                examples,
+                dynamo=True,
+                input_names=list(names),
+                output_names=list(outputs),
+                dynamic_shapes=(shapes,) if is_variadic else shapes,
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except (OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"torch.onnx.export cannot trace {type(module).__name__}: {first}") from error
+    assert program is not None
+    program.save(graph, external_data=True)
+
+
+class Stateless(GraphKind):
+    """BERT and similar models with a head over the sequence or each token, and language models that score texts."""
+
+    graphs = ("model.onnx",)
+
+    def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
+        set_precision(model, plan.precision)
+        model.config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        if plan.markers is not None:
+            add_branches(model, plan.markers)
+        free = {0: "batch", 1: "sequence"}
+        ids = torch.ones((2, 5), dtype=torch.int64)
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])  # with all ones, it would be left out of the graph
+        inputs = [("input_ids", ids, free), ("attention_mask", mask, free)]
+        export_torch(_Scores(model), inputs, ["logits"], out / self.graphs[0])
+
+    def cases(self, rows: Tensor) -> list[ComparedTokens]:
+        return [ComparedTokens(rows[:1, :1]), *super().cases(rows)]
+
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
+        logits: Tensor = model(input_ids=case.ids, attention_mask=case.mask).logits
+        return logits
+
+    def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
+        (graph,) = self.graphs
+        session = GraphSession(folder / graph, device, adapter_file(adapter, graph, self.graphs))
+        return lambda case: session.run({"input_ids": case.ids, "attention_mask": case.mask})["logits"]
+
+
+@torch.no_grad()
+def check_takes_rows(model: Any, base: ModelSource) -> None:
+    """Check that a classifier takes several rows of tokens at once, as its graph does.
+
+    Many decoders score the last token of each row, which they find by the padding token. Those that score the first
+    one, such as BERT, need no padding token.
+    """
+    if model.config.get_text_config().pad_token_id is not None:
+        return
+    try:
+        model(input_ids=torch.zeros((2, 2), dtype=torch.int64))
+    except ValueError as error:
+        raise ConfigError(
+            f"{base.origin}: its config.json has no pad_token_id, and {type(model).__name__} finds the last token of "
+            "each row by it. Set pad_token_id in a copy of the model's folder to the token that you pad texts with, "
+            f"and name the copy with {as_written('model')}."
+        ) from error
+
+
+class _Scores(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
 
 
 class Seq2Seq(GraphKind):

@@ -1,1 +1,0 @@
-"""Comparison of two models by their logits: the prompts, the computation piece by piece, and the verdict."""
