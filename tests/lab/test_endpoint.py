@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -154,11 +154,13 @@ def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.Monkey
         assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == "straight"
         assert Endpoint("http://judge.test").chat("m", HELLO, max_tokens=4) == "through the proxy"
         assert [body["path"] for body in proxy.bodies] == ["http://judge.test/v1/chat/completions"]
-        monkeypatch.setattr("loraover.client.connection.is_near", lambda host: False)
-        for port, answer in [("1", "through the proxy"), (server.url.rpartition(":")[2], "straight")]:
-            monkeypatch.setenv("NO_PROXY", f"127.0.0.1:{port}")
-            monkeypatch.setenv("no_proxy", f"127.0.0.1:{port}")
-            assert Endpoint(server.url).chat("m", HELLO, max_tokens=4) == answer
+        for port in ("1", "80"):
+            monkeypatch.setenv("NO_PROXY", f"judge.test:{port}")
+            monkeypatch.setenv("no_proxy", f"judge.test:{port}")
+            refused = nullcontext() if port == "1" else pytest.raises(EngineError, match=r"judge\.test")
+            with refused:
+                assert Endpoint("http://judge.test").chat("m", HELLO, max_tokens=4) == "through the proxy"
+        assert len(proxy.bodies) == 2, "no such host is reached without the proxy"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from loraover_lab.evaluation.base import Example
 from loraover_lab.evaluation.request import EvaluationRequest
 from loraover_lab.evaluation.results import Evaluation, ModelResult, results_table, wilson_interval
 
+from support.bubblewrap import needs_bubblewrap
+from support.machine import with_hub
 from support.openai_server import openai_server
 from support.tiny_hub import save_llama
 from support.tiny_models import tiny_llama, with_lora
@@ -256,7 +258,11 @@ def test_results_of_another_base_model_in_the_same_folder_are_not_mixed_in(
 
 @pytest.mark.parametrize(
     ("task", "name"),
-    [("gsm8k", "openai/gsm8k"), ("qnli", "nyu-mll/glue"), ("humaneval", "openai/openai_humaneval")],
+    [
+        ("gsm8k", "openai/gsm8k"),
+        ("qnli", "nyu-mll/glue"),
+        pytest.param("humaneval", "openai/openai_humaneval", marks=needs_bubblewrap),
+    ],
 )
 def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     task: str,
@@ -267,9 +273,7 @@ def test_a_task_without_its_data_says_what_to_download_and_where_to_put_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("loraover_lab.evaluation.humaneval.check_sandbox", lambda: None)
+    with_hub(monkeypatch, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE=True)
     assert run(cli, ["eval", str(folder / "base"), "--task", task, "--allow-code-execution"]) == 2
     said = capsys.readouterr().err
     assert f"hf download {name} --repo-type dataset" in said

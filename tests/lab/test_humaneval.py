@@ -10,11 +10,11 @@ import pytest
 
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.common.errors import ConfigError, DataError
-from loraover_lab.evaluation import TASKS, humaneval
+from loraover.common.errors import DataError
+from loraover_lab.evaluation import TASKS
 from loraover_lab.evaluation.humaneval import STOPS, cut, program
 from loraover_lab.evaluation.request import EvaluationRequest
-from loraover_lab.evaluation.sandbox import run_program
+from loraover_lab.evaluation.sandbox import check_sandbox, run_program
 
 from support.bubblewrap import needs_bubblewrap
 from support.openai_server import openai_server
@@ -96,12 +96,10 @@ def test_code_is_run_only_by_consent(model: Path, problems: Path, capsys: pytest
 def test_where_nothing_can_hold_the_code_it_is_not_generated_either(
     model: Path, problems: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse() -> None:
-        raise ConfigError("no namespaces here")
-
-    monkeypatch.setattr(humaneval, "check_sandbox", refuse)
+    monkeypatch.setenv("PATH", str(problems.parent))  # which holds no bwrap
+    check_sandbox.cache_clear()
     assert run(cli, words(model, problems, "--allow-code-execution")) == 2
-    assert "no namespaces here" in capsys.readouterr().err
+    assert "running generated code needs bubblewrap" in capsys.readouterr().err
 
 
 def test_a_completion_ends_where_the_function_does() -> None:

@@ -20,7 +20,7 @@ from loraover.client import endpoint as endpoint_module
 from loraover.common.command_line import run
 from loraover.common.errors import DataError
 from loraover_lab.evaluation import TASKS
-from loraover_lab.evaluation.mt_bench import QUESTIONS, REFERENCES, MtBench, find_rating
+from loraover_lab.evaluation.mt_bench import QUESTIONS, REFERENCES, find_rating
 from loraover_lab.evaluation.request import EvaluationRequest
 
 from support.fastchat import ASKED, fastchat, write_rows
@@ -148,7 +148,6 @@ def test_answers_are_kept_where_a_judge_refuses_the_key_and_rated_later(
     refused = capsys.readouterr()
     assert f"answers are kept in {tmp_path / 'out.json'}; the same command rates them" in refused.err
 
-    monkeypatch.setattr(MtBench, "measure", None)
     rated, judge, code = evaluated(model, tmp_path, lambda body: "[[5]]", *with_key)
     assert code == 0
     shown = capsys.readouterr()
@@ -193,11 +192,11 @@ def test_answers_to_other_questions_are_not_rated(
 
 
 def test_a_question_beyond_the_models_context_is_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = {"question_id": 82, "category": "writing", "turns": ["a" * 300, "again"]}
-    monkeypatch.setattr("support.fastchat.ASKED", [ASKED[0], long])
-    found, judge, code = evaluated(model, tmp_path, lambda body: "[[6]]")
+    write_rows(fastchat(tmp_path / "long") / QUESTIONS, [ASKED[0], long])
+    found, judge, code = evaluated(model, tmp_path, lambda body: "[[6]]", "--data", str(tmp_path / "long"))
     assert (found, judge.bodies, code) == ({}, [], 2)
     assert "question 2: its 317 tokens leave no room in the model's context of 256" in capsys.readouterr().err
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +38,21 @@ DTYPES = [torch.float64, torch.float32]
 
 
 every_decomposition = pytest.mark.parametrize("name", DECOMPOSITIONS)
+
+
+@contextmanager
+def at_contraction(name: str, look: Callable[[Sequence[Tensor]], object]) -> Iterator[None]:
+    """In the block, call a function with the cores before each contraction by the decomposition of that name."""
+    kind = DECOMPOSITIONS[name]
+    contract = kind.contract
+
+    def watched(self: Any, cores: Sequence[Tensor], *sizes: int) -> Tensor:
+        look(cores)
+        return contract(self, cores, *sizes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "contract", watched)
+        yield
 
 
 cheap = examples(40)

@@ -177,6 +177,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def hooks(model: Any) -> int:
+    """Number of hooks that are called when modules of a model are."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def lora_matrices(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every A and B, by parameter name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}

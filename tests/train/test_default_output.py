@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +13,8 @@ from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, OutputError
 from loraover.common.file_lock import hold_lock
 from loraover.training.run.folder import LOCK_FILE, claim, new_run_folder, newest_unfinished
+
+from support.machine import without_locks
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
 
@@ -69,10 +68,7 @@ def test_a_run_that_is_being_trained_is_not_the_newest_unfinished_one() -> None:
 
 
 def test_without_locks_a_run_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    without_locks(monkeypatch)
     folder = begun(Path("runs/demo-1"), "trainer/lock")
     assert newest_unfinished("demo") == folder
     with claim(folder, resume=True):

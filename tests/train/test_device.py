@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 
 from loraover.common.errors import ConfigError
-from loraover.models import device
 from loraover.models.device import Allowance, choose_device, found_devices, free_memory, memory_limits, total_memory
 from loraover.models.load import load_model, resolve_model
 
 from support.devices import ALL_DEVICES
+from support.machine import with_devices, with_memory
 from support.tiny_models import tiny_llama
 
 
@@ -24,13 +23,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     tiny_llama().save_pretrained(folder)
     return folder
-
-
-def machine(monkeypatch: pytest.MonkeyPatch, cuda: int = 0, mps: bool = False) -> None:
-    """Pretend that PyTorch finds these devices."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, cuda: int = 0, mps: bool = False) -
 def test_a_device_that_is_there_is_chosen(
     found: dict[str, Any], name: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, **found)
+    with_devices(monkeypatch, **found)
     assert choose_device(name) == torch.device(expected)
 
 
@@ -63,7 +55,7 @@ def test_a_device_that_is_there_is_chosen(
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(
     found: dict[str, Any], name: str, finds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine(monkeypatch, **found)
+    with_devices(monkeypatch, **found)
     with pytest.raises(ConfigError, match=f"there is no {name} here.*{finds}.*or auto"):
         choose_device(name)
 
@@ -91,7 +83,7 @@ def test_a_model_goes_straight_to_its_device(model: Path, monkeypatch: pytest.Mo
         given.update(kwargs)
         return torch.nn.Identity()
 
-    machine(monkeypatch, cuda=2)
+    with_devices(monkeypatch, cuda=2)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", note)
     load_model(resolve_model(str(model)), device="cuda:1", dtype="fp64")
     assert given["device_map"] == {"": torch.device("cuda:1")}
@@ -161,13 +153,12 @@ def test_each_limit_is_read(case: str, tmp_path: Path) -> None:
 
 
 def test_where_no_group_has_a_limit_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "memory_limits", partial(memory_limits, tmp_path))
+    with_memory(monkeypatch, [])
     of_the_machine = total_memory("cpu")
-    make_root(tmp_path, SLURM, V1, {"slurm/job_1": (UNLIMITED, 500, 0)})
+    with_memory(monkeypatch, memory_limits(make_root(tmp_path, SLURM, V1, {"slurm/job_1": (UNLIMITED, 500, 0)})))
     assert total_memory("cpu") == of_the_machine
 
 
 def test_the_memory_of_a_job_is_what_it_is_limited_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = make_root(tmp_path, SLURM, V1, {"slurm/job_1": (2**26, 2**20, 0)})
-    monkeypatch.setattr(device, "memory_limits", partial(memory_limits, root))
+    with_memory(monkeypatch, memory_limits(make_root(tmp_path, SLURM, V1, {"slurm/job_1": (2**26, 2**20, 0)})))
     assert (total_memory("cpu"), free_memory("cpu")) == (2**26, 2**26 - 2**20)

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from loraover.common.command_line import run
 from loraover.common.extras import install
 from loraover.inspection import installation
 from loraover.inspection.installation import ListedEngine, check_installation, find_engines, missing_extras
+
+from support.machine import with_hub
 
 REQUIREMENTS = [
     "click>=8.1",
@@ -28,10 +31,10 @@ REQUIREMENTS = [
 
 @dataclass(frozen=True)
 class Found:
-    name: str = "vLLM"
+    name: str = "Bazaar"
     version: str | None = None
     takes: str = "a folded adapter"
-    install: str = "pip install vllm"
+    install: str = "pip install bazaar"
 
 
 def found_engines() -> list[Found]:
@@ -48,7 +51,9 @@ def point(function: str) -> EntryPoint:
 
 def test_engines_come_from_the_packages_that_have_them() -> None:
     engines, faults = find_engines([point("found_engines"), point("broken"), point("no_such_function")])
-    assert engines[0] == ListedEngine(name="vLLM", version=None, takes="a folded adapter", install="pip install vllm")
+    assert engines[0] == ListedEngine(
+        name="Bazaar", version=None, takes="a folded adapter", install="pip install bazaar"
+    )
     assert [engine.version for engine in engines] == [None, "2.13"]
     assert len(faults) == 2
     assert "OSError: libcuda.so is missing" in faults[0]
@@ -64,18 +69,22 @@ def test_extras_that_lack_a_package_say_how_to_get_it() -> None:
 
 
 def test_what_is_shown_names_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(installation, "entry_points", lambda group: [point("found_engines")])
+    """With the engines of another package, which is installed for the test."""
+    (info := tmp_path / "bazaar-1.0.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bazaar\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{installation.GROUP}]\nengines = {__name__}:found_engines\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert run(cli, ["doctor", "--offline"]) == 0
     shown = capsys.readouterr().out
     assert "cpu: " in shown
-    assert "not installed: pip install vllm; takes a folded adapter" in shown
+    assert "not installed: pip install bazaar; takes a folded adapter" in shown
     assert "not asked (offline)" in shown
     assert run(cli, ["doctor", "--offline", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["libraries"]["torch"] is not None
-    assert [engine["name"] for engine in found["engines"]] == ["vLLM", "PyTorch"]
+    assert "Bazaar" in [engine["name"] for engine in found["engines"]]
     assert found["devices"][0]["memory_bytes"] > 2**28
 
 
@@ -86,7 +95,7 @@ def test_the_function_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_hub_that_does_not_answer_costs_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking up a name has no time limit."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with_hub(monkeypatch, HF_HUB_OFFLINE=False)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(60))
     monkeypatch.setattr(installation, "HUB_TIMEOUT_S", 0.2)
     assert "does not answer within 0.2 s" in check_installation().hub
@@ -94,6 +103,5 @@ def test_a_hub_that_does_not_answer_costs_little_time(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9", "no address", "http://[::1"])
 def test_a_hub_that_cannot_be_reached_is_no_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with_hub(monkeypatch, HF_HUB_OFFLINE=False, ENDPOINT=address)
     assert check_installation().hub.startswith(f"{address} cannot be reached")

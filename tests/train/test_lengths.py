@@ -11,13 +11,12 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 import loraover
-import loraover.training.launch.defaults
 from loraover.cli import cli
 from loraover.common.command_line import run
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.reporter import SILENT
 from loraover.data.sources import Counted, Rows
-from loraover.models.device import choose_device, prefers_bf16
+from loraover.models.device import Allowance, choose_device, prefers_bf16
 from loraover.models.load import load_config, load_model, load_tokenizer, resolve_model
 from loraover.training.launch.defaults import LEARNING_RATES, with_defaults
 from loraover.training.plan import make_plan
@@ -27,6 +26,7 @@ from loraover.training.run.build import build
 from loraover.training.run_result import Lengths, read_run
 
 from support.lines import Lines
+from support.machine import with_memory
 from support.tiny_hub import write_recipe
 from support.train_command import TURNS, data_file, train
 
@@ -343,7 +343,7 @@ def test_without_a_recipe_model_and_data_are_asked_for(
 def test_auto_takes_the_largest_batch_that_fits(
     gigabytes: float, batch: int, checkpointing: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loraover.training.launch.defaults, "total_memory", lambda _: int(gigabytes * 1e9))
+    with_memory(monkeypatch, [Allowance(int(gigabytes * 1e9), free=0)])
     said = Lines()
     found = make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}), said)
     assert found.lengths is not None
@@ -355,6 +355,6 @@ def test_auto_takes_the_largest_batch_that_fits(
 
 
 def test_auto_on_a_machine_that_is_too_small_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loraover.training.launch.defaults, "total_memory", lambda _: 10_000)
+    with_memory(monkeypatch, [Allowance(10_000, free=0)])
     with pytest.raises(ConfigError, match="not even one example of 128 tokens fits"):
         make_plan(load_recipe(str(recipe), {"training.per_device_train_batch_size": "auto"}))

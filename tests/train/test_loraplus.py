@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from transformers import TrainingArguments
 
 import loraover
@@ -14,6 +12,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run.trainer import own_optimizer
 
 from support.tiny_models import tiny_llama, with_lora
+from support.trained_run import watched
 
 RATE, RATIO = 1e-3, 4.0
 
@@ -38,19 +37,11 @@ def test_b_has_a_multiple_of_the_rate_and_embeddings_have_the_rate(optim: str, r
 
 
 @pytest.mark.parametrize("method", ["lora", "tensorguide"])
-def test_an_optimizer_that_a_run_makes_has_the_betas_of_its_recipe(
-    method: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_optimizer_that_a_run_makes_has_the_betas_of_its_recipe(method: str, recipe: Path, tmp_path: Path) -> None:
     options = {"adam_beta1": 0.7, "adam_beta2": "0.8", "adam_epsilon": 1e-3, "max_steps": 1, "optim": "adamw_torch"}
     changes = {"method": method} | {f"training.{key}": value for key, value in options.items()}
     changes |= {"training.loraplus_lr_ratio": RATIO} if method == "lora" else {"tensorguide.tt_rank": 2}
-    made: list[dict[str, Any]] = []
-
-    def kept(self: Any, parameters: Any, **given: Any) -> None:
-        made.append(given)
-        begin(self, parameters, **given)
-
-    begin = torch.optim.AdamW.__init__
-    monkeypatch.setattr(torch.optim.AdamW, "__init__", kept)
-    loraover.train(recipe, tmp_path / "out", overrides=changes)
-    assert {(one["betas"], one["eps"]) for one in made} == {((0.7, 0.8), 1e-3)}
+    with watched() as seen:
+        loraover.train(recipe, tmp_path / "out", overrides=changes)
+    ((trainer, _),) = seen
+    assert {(group["betas"], group["eps"]) for group in trainer.optimizer.param_groups} == {((0.7, 0.8), 1e-3)}

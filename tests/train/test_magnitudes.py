@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraover.checkpoint import checkpoint as checkpoint_module
 from loraover.checkpoint.checkpoint import magnitude
-from loraover.overparam.decompositions import DECOMPOSITIONS, Mpo
+from loraover.overparam.decompositions import DECOMPOSITIONS
 
 from strategies import SEEDS, Case, cases, random_cores
-from support.decomposition_cases import cheap, every_decomposition, oracle
+from support.decomposition_cases import at_contraction, cheap, every_decomposition, oracle
 from support.precision import restore_default_precision
 from tolerances import UNIT, chain_terms, gamma
 
@@ -102,21 +101,14 @@ def test_flushed_subnormals_are_covered() -> None:
 
 
 @pytest.mark.parametrize("name", DECOMPOSITIONS)
-def test_usual_cores_take_the_way_of_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_cores_take_the_way_of_float32(name: str) -> None:
     case = Case(name, {}, 16, 1536)
     cores = [core.float() for core in random_cores(case, 1, seed=0)]
     dtypes = set()
-    contract = type(case.decomposition).contract
-
-    def seen(self: Mpo, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
-        dtypes.add(cores[0].dtype)
-        return contract(self, cores, m, n)
-
-    monkeypatch.setattr(type(case.decomposition), "contract", seen)
-    found(case, cores)
-    assert dtypes == {torch.float32}
-    monkeypatch.setattr(checkpoint_module, "LARGEST_LOSS", 0.0)
-    found(case, cores)
+    with at_contraction(name, lambda cores: dtypes.add(cores[0].dtype)):
+        found(case, cores)
+        assert dtypes == {torch.float32}
+        found(case, [core * 2.0**60 for core in cores])
     assert dtypes == {torch.float32, torch.float64}
 
 

@@ -22,7 +22,7 @@ from support.hf_trainer import llama
 from support.hooked_run import same
 from support.measured import BATCHES, LAYER, MEASURED, Recorded, assert_diagonalises, basis_of, kept, measured
 from support.no_memory import NO_MEMORY, failing
-from support.tiny_models import lora_matrices, tiny_bart, tiny_t5, token_ids, trainable, with_lora
+from support.tiny_models import hooks, lora_matrices, tiny_bart, tiny_t5, token_ids, trainable, with_lora
 from tolerances import UNDERFLOW, UNIT, gamma
 
 # What is measured
@@ -66,7 +66,7 @@ def test_the_function_and_everything_else_of_the_model_stay_as_they_are() -> Non
         torch.testing.assert_close(matrix, before[key], rtol=0, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), random)
     assert not model.training
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks(model) == 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -321,7 +321,7 @@ def test_inputs_that_are_not_finite_are_refused_and_leave_no_trace() -> None:
         measured(model)
     assert same(lora_matrices(model), before)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks(model) == 0
 
 
 @pytest.mark.parametrize("name", NO_MEMORY)
@@ -337,5 +337,5 @@ def test_running_out_of_memory_says_what_is_needed(name: str) -> None:
     with pytest.raises(ConfigError, match=needed) as refusal:
         OverParameterization(model, LoraOverConfig(decomposition="eigen", options=MEASURED), probe=probe)
     assert refusal.value.__cause__ is NO_MEMORY[name]
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks(model) == 0
     assert all(parameter.grad is None for parameter in model.parameters())

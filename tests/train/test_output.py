@@ -17,6 +17,7 @@ import pytest
 from loraover.common.atomic_output import check_file_writable, publish_directory, publish_file
 from loraover.common.errors import OutputError
 
+from support.machine import without_links
 from support.make_checkpoint import tree
 from support.output_drafts import ENDINGS, fill, fill_old, kind, publish, raiser
 
@@ -207,40 +208,47 @@ def test_a_file_is_replaced_whole(old: str | None, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def no_links(*args: Any, **kwargs: Any) -> None:
-    """Stand in for `os.link` on a file system without hard links."""
-    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+@pytest.fixture(params=["hard links", "no hard links"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no hard links":
+        without_links(monkeypatch)
 
 
-@pytest.mark.parametrize("has_links", [True, False])
-@pytest.mark.parametrize("moment", ["while it is filled", "as it is named"])
-def test_a_file_that_another_command_wrote_meanwhile_stays(
-    moment: str, has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, link = tmp_path / "file", os.link
+def assert_stays(target: Path, write: Callable[[Path], object]) -> None:
+    with pytest.raises(OutputError, match="exists already and is a file"):
+        publish_file(target, write, replace=False)
+    assert {path: path.read_text() for path in target.parent.iterdir()} == {target: "theirs"}
 
-    def late_link(*args: Any, **kwargs: Any) -> None:
-        if moment == "as it is named":
-            target.write_text("theirs")
-        return link(*args, **kwargs) if has_links else no_links()
+
+@pytest.mark.usefixtures("links")
+def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "file"
 
     def write(draft: Path) -> None:
         draft.write_text("ours")
-        if moment == "while it is filled":
-            target.write_text("theirs")
+        target.write_text("theirs")
 
-    monkeypatch.setattr(os, "link", late_link)
-    with pytest.raises(OutputError, match="exists already and is a file"):
-        publish_file(target, write, replace=False)
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == {target: "theirs"}
+    assert_stays(target, write)
     publish_file(target, write)
     assert target.read_text() == "ours"
 
 
-@pytest.mark.parametrize("has_links", [True, False])
-def test_a_file_takes_a_free_place(has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_links:
-        monkeypatch.setattr(os, "link", no_links)
+@pytest.mark.usefixtures("links")
+def test_a_file_that_another_command_wrote_at_the_last_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, link = tmp_path / "file", os.link
+
+    def late_link(*args: Any, **kwargs: Any) -> None:
+        target.write_text("theirs")
+        link(*args, **kwargs)
+
+    monkeypatch.setattr(os, "link", late_link)
+    assert_stays(target, lambda draft: draft.write_text("ours"))
+
+
+@pytest.mark.usefixtures("links")
+def test_a_file_takes_a_free_place(tmp_path: Path) -> None:
     publish_file(tmp_path / "file", lambda draft: draft.write_text("new"), replace=False)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "new"}
     assert (tmp_path / "file").stat().st_nlink == 1

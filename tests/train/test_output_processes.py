@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -75,15 +74,6 @@ def test_a_file_size_limit_leaves_nothing(write: Write, tmp_path: Path) -> None:
         remove(tmp_path / "out")
     assert codes == sorted(codes, reverse=True)
     assert set(codes) == {0, 2}
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that every user can enter."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @every_kind

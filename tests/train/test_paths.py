@@ -22,6 +22,8 @@ from loraover_export import check_adapter, convert_adapter
 from loraover_export.formats.gguf.run import check_output
 from loraover_export.requests import GgufRequest
 
+from support.children import Child, become_nobody
+
 LONG = "x" * 300
 READERS: dict[str, Callable[[str], Any]] = {
     "inspect": inspect_folder,
@@ -51,20 +53,16 @@ def test_a_path_that_is_too_long_is_refused(reader: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_folder_that_may_not_be_entered_is_refused(
-    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its own entry can be looked at, and nothing in it; root, whom no folder keeps out, may run the tests."""
-    look = os.stat
+def test_a_folder_that_may_not_be_entered_is_refused(reader: str, tmp_path: Path) -> None:
+    """By a user whom it keeps out, as it does not root."""
+    (tmp_path / "in").mkdir(mode=0)
 
-    def refused(path: Any, *arguments: Any, **named: Any) -> os.stat_result:
-        if str(path).startswith(f"{tmp_path}{os.sep}"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return look(path, *arguments, **named)
+    def refused() -> int:
+        with pytest.raises(ConfigError, match=r"in/it.*: cannot be looked at: Permission denied"):
+            READERS[reader](str(tmp_path / "in" / "it"))
+        return 0
 
-    monkeypatch.setattr(os, "stat", refused)
-    with pytest.raises(ConfigError, match=r"in/it.*: cannot be looked at: Permission denied"):
-        READERS[reader](str(tmp_path / "in" / "it"))
+    assert (ended := Child(refused, prepare=become_nobody).end()).code == 0, ended.output
 
 
 def test_no_stand_in_lies_where_nobody_can_look() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +22,7 @@ from loraover.training.plan import TrainingPlan, make_plan
 from loraover.training.recipe import Recipe, load_recipe
 from loraover.training.trial import RunNeeds, extrapolated
 
+from support.data_hub import DataHub
 from support.lines import Lines
 from support.tiny_hub import write_recipe
 from support.tiny_models import with_lora
@@ -253,14 +252,11 @@ def test_steps_need_no_data(configs: dict[str, Path]) -> None:
 def test_an_epoch_of_the_hub_counts_what_the_hub_says(
     configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    splits: dict[str, Any] = {}
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
-    info = SimpleNamespace(info=SimpleNamespace(splits=splits))
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: info)
+    hub = DataHub(monkeypatch, **{"nyu-mll/glue": []})
     recipe, report = load_recipe("glue-qnli-t5-base", {"model": str(configs["t5"])}), Lines()
     with pytest.raises(DataError, match=r"data\.train_examples or training\.max_steps"):
         make_plan(recipe)
-    splits["train"] = SimpleNamespace(num_examples=104_743)
+    hub.counts["train"] = 104_743
     found = make_plan(recipe, report)
     assert (found.steps, found.examples) == (3274, 104_743)
     assert report.lines[0].endswith(": not read, since a plan downloads no data; the run checks rows")

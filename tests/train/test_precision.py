@@ -16,6 +16,7 @@ from loraover import LoraOverConfig, OverParameterization
 from loraover.overparam.core_group import MATMULS
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
+from support.decomposition_cases import at_contraction
 from support.hooked_run import assert_contracted, cores, make, ordinary_step, same, train
 from support.precision import ALL, BACKENDS, restore_default_precision
 from support.tiny_models import fill_b, lora_matrices, net_loss, tiny_net, trainable, with_lora
@@ -106,21 +107,13 @@ def step(decomposition: str) -> list[Tensor]:
         *(("older-medium", name) for name in DECOMPOSITIONS if name != "mpo"),
     ],
 )
-def test_lower_precision_is_not_used_for_contraction_and_stays_set(
-    way: str, decomposition: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, seen = DECOMPOSITIONS[decomposition], []
-    contract = kind.contract
-
-    def watched(self: Any, *args: Any) -> Tensor:
-        seen.append(settings())
-        return contract(self, *args)
-
+def test_lower_precision_is_not_used_for_contraction_and_stays_set(way: str, decomposition: str) -> None:
+    seen: list[dict[str, Any]] = []
     expected = step(decomposition)
-    monkeypatch.setattr(kind, "contract", watched)
     WAYS[way]()
     before = settings()
-    found = step(decomposition)
+    with at_contraction(decomposition, lambda _: seen.append(settings())):
+        found = step(decomposition)
     assert settings() == before
     assert len(seen) > 2
     full = {"older": "highest", "allow_tf32": False, **({"cuda": "ieee", "mkldnn": "ieee"} if MATMULS else {})}

@@ -9,11 +9,11 @@ import pytest
 
 from loraover.common.provenance import hardware, peak_bytes
 
+from support.machine import with_devices
+
 
 def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "some GPU")
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 12345)
+    with_devices(monkeypatch, cuda=1, total=12345)
     assert hardware().endswith(" threads, some GPU")
     assert peak_bytes() == 12345
 

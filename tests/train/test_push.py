@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from peft import PeftConfig
 from safetensors.torch import load_file
 
@@ -26,6 +25,7 @@ from loraover.training.push import moved_copy, proofs
 from loraover.training.run_result import read_run
 
 from support.hub_server import HubServer, hub_server
+from support.machine import with_hub
 from support.plain_adapter import write_adapter
 from support.plugin import make_checkpoint_on
 from support.recorded import write_reference
@@ -44,9 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with hub_server() as running:
         for name, value in running.environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        with_hub(monkeypatch, ENDPOINT=running.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True)
         yield running
 
 
@@ -55,7 +53,7 @@ def test_what_cannot_be_uploaded_is_refused_before_the_training(
     name: str, message: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with_hub(monkeypatch, HF_TOKEN_PATH=str(tmp_path / "token"))
     with pytest.raises(ConfigError, match=f"push_to_hub: .*{message}"):
         loraover.train(str(recipe), tmp_path / "out", overrides={"push_to_hub": name})
     assert not (tmp_path / "out" / "metrics.jsonl").exists()

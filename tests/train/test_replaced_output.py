@@ -18,6 +18,7 @@ import pytest
 from loraover.common.atomic_output import check_writable, publish_directory, publish_file
 from loraover.common.errors import OutputError
 
+from support.machine import without_locks
 from support.make_checkpoint import tree
 from support.output_drafts import fill, fill_old, publish
 
@@ -223,11 +224,8 @@ def test_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
     killed("in a folder", tmp_path / "out")
-    monkeypatch.setattr(fcntl, "flock", flock)
+    without_locks(monkeypatch)
     publish(tmp_path / "out")
     publish(tmp_path / "out", replace=True)
     assert hidden(tmp_path) == [".tmp"]

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 
@@ -22,6 +21,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run.folder import with_commits, write_recipe
 
 from support.children import Child
+from support.data_hub import DataHub
 from support.lines import Acting
 from support.resumed_run import KINDS, STOP, assert_same_run, interrupted_at, losses, steps_taken, stopped
 from support.train_command import train
@@ -147,19 +147,14 @@ def test_a_run_is_continued_at_its_commits_when_the_hub_has_newer_ones(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"prompt": f"{number}+1?", "completion": f" {number + 1}"} for number in range(20)]
-    newest = ["old"]
-    monkeypatch.setattr("loraover.data.sources.pinned_commit", lambda name, revision, kind: revision or newest[-1])
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name, subset, split, **_: datasets.Dataset.from_list(rows[:10] if split == "train" else rows[10:]),
-    )
+    hub = DataHub(monkeypatch, owner__data={"train": rows[:10], "test": rows[10:]})
+    first = hub.commit("owner/data")
     options = ("--data", "owner/data", "--steps", "3")
     with interrupted_at(3):
         assert train(recipe, tmp_path / "out", *options) == 130
-    newest.append("new")
+    hub.version += 1
     assert train(recipe, tmp_path / "out", *options, "--resume") == 0
-    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["revision"] == "old"
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["data"]["revision"] == first
 
 
 @pytest.mark.parametrize("train", ["owner/data", ["a.jsonl", {"path": "b.jsonl", "weight": 2}]])

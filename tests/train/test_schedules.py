@@ -252,7 +252,8 @@ def test_a_step_that_a_scaler_skips_neither_counts_nor_feeds_a_score(fused: bool
 def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
     def run(compiled: bool) -> tuple[dict[str, Tensor], list[Round]]:
         model = tiny_net(dtype=torch.float64)
-        taken: Any = torch.compile(model) if compiled else model
+        # No pool of workers beside tests that fork.
+        taken: Any = torch.compile(model, options={"compile_threads": 1}) if compiled else model
         optimizer = AdamW(trainable(model), lr=1e-2, eps=1e-3)
         over = dynamic(taken, optimizer)
         for step in range(7):
@@ -262,8 +263,7 @@ def test_a_model_that_inductor_compiles_trains_as_an_eager_one() -> None:
         return lora_matrices(model), over.schedule.rounds
 
     counters.clear()
-    with torch._inductor.config.patch(compile_threads=1):  # no pool of workers beside tests that fork
-        compiled, rounds = run(True)
+    compiled, rounds = run(True)
     eager, others = run(False)
     assert counters["stats"]["unique_graphs"] >= 1
     assert counters["inductor"]

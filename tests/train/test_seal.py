@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +12,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, remove_incomplete, seal
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.common.errors import CheckpointError
+
+from support.children import Child, become_nobody
 
 
 def checkpoint(folder: Path, step: int, **files: str) -> Path:
@@ -77,22 +78,19 @@ def test_rotation_counts_what_is_sealed_and_takes_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["a.bin", SEAL_FILE])
-def test_a_file_that_may_not_be_read_does_not_make_a_checkpoint_incomplete(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_be_read_does_not_make_a_checkpoint_incomplete(name: str, public: Path) -> None:
     """Else a resumed run would begin earlier, and remove it."""
-    opened = Path.open
-
-    def refused(path: Path, *args: Any, **options: Any) -> Any:
-        if path.name == name and path.parent.name == "checkpoint-4":
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **options)
-
     for step in (2, 4):
-        seal(checkpoint(tmp_path, step))
-    monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(CheckpointError, match=rf"checkpoint-4/{name}: cannot be read: Permission denied, .*readable"):
-        last_whole_checkpoint(tmp_path)
+        seal(checkpoint(public, step))
+    (public / "checkpoint-4" / name).chmod(0)
+
+    def refused() -> int:
+        expected = rf"checkpoint-4/{name}: cannot be read: Permission denied, .*readable"
+        with pytest.raises(CheckpointError, match=expected):
+            last_whole_checkpoint(public)
+        return 0
+
+    assert (ended := Child(refused, prepare=become_nobody).end()).code == 0, ended.output
 
 
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +267,20 @@ def test_a_resumed_run_needs_its_source_no_more(recipe: Path, source: Path, tmp_
     assert "started from" in (out / "adapter" / "README.md").read_text()
 
 
+Elsewhere = Callable[[Callable[[str, Any], Fetched]], None]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
+    """Takes the function that stands in for the download of adapters from the hub, from servers and from buckets."""
+    return lambda fetch: monkeypatch.setattr("loraover.training.start.fetch_adapter", fetch)
+
+
 @pytest.mark.process
 def test_secrets_of_an_address_stay_out_of_what_is_published(
-    base: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, source: Path, tmp_path: Path, elsewhere: Elsewhere
 ) -> None:
-    monkeypatch.setattr("loraover.training.start.fetch_adapter", lambda name, say: Fetched(source, name))
+    elsewhere(lambda name, say: Fetched(source, name))
     recipe = write_recipe(tmp_path / "r.yaml", base, training={"max_steps": 1}, evaluation={"examples": 0})
     start = {"lora.start_from": "https://me:sesame@localhost/maths?token=sesame"}
     loraover.train(recipe, tmp_path / "out", overrides=start)
@@ -336,13 +345,13 @@ SHA = 40 * "c"
     ],
 )
 def test_a_run_is_resumed_however_its_start_is_spelt(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: str
+    base: Path, tmp_path: Path, elsewhere: Elsewhere, name: str, kept: str
 ) -> None:
     def fetch(name: str, say: Any) -> Fetched:
         found = read_address(name)
         return Fetched(tmp_path, f"{found.name}@{commit}" if isinstance(found, HubName) else address_text(name))
 
-    monkeypatch.setattr("loraover.training.start.fetch_adapter", fetch)
+    elsewhere(fetch)
     commit, asked = SHA, load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": name}))
     pinned = pin_start(asked, tmp_path, SILENT)
     assert pinned.lora.start_from == kept
@@ -355,13 +364,11 @@ def test_a_run_is_resumed_however_its_start_is_spelt(
 
 
 @pytest.mark.parametrize("start", ["owner/maths", ["owner/maths", "here"], {"owner/maths": 0.5, "here": 2.0}])
-def test_a_run_keeps_the_commits_of_the_hub(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Any
-) -> None:
+def test_a_run_keeps_the_commits_of_the_hub(base: Path, tmp_path: Path, elsewhere: Elsewhere, start: Any) -> None:
     def fetch(name: str, say: Any) -> Fetched:
         return Fetched(tmp_path, f"{name}@c0ffee" if "/" in name else name)
 
-    monkeypatch.setattr("loraover.training.start.fetch_adapter", fetch)
+    elsewhere(fetch)
     asked = load_recipe(write_recipe(tmp_path / "r.yaml", base, lora={"start_from": start}))
     pinned = pin_start(asked, tmp_path, SILENT)
     names = {"owner/maths": "owner/maths@c0ffee", "here": "here"}

@@ -20,6 +20,7 @@ from loraover.models.memory import Needs, fit_base
 from loraover.models.streaming import StreamedWeight
 from loraover.reference.reference_model import sharing_weights
 
+from support.machine import with_devices
 from support.plain_adapter import tiny_decoder
 from support.tiny_experts import tiny_moe
 from support.tiny_models import tiny_gpt2
@@ -157,9 +158,7 @@ def test_a_model_that_fits_on_all_gpus_only_is_spread_over_them(
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, 80 * GIB))
+    with_devices(monkeypatch, cuda=count, free=free * GIB, total=80 * GIB)
     needs = Needs(weights=9 * GIB // 4, adapters=GIB // 4, tokens=1, per_token=0)
     asked = {"device": "cuda", "compute_dtype": "fp32", "needs": needs, "say": SILENT.line, **options}
     found = fit_base("The check", resolve_model(str(base)), **asked)

@@ -21,7 +21,6 @@ import loraover_export.cli
 from loraover import read_checkpoint
 from loraover.cli import cli
 from loraover.common.command_line import run
-from loraover.models import device
 from loraover.models.load import load_config, resolve_model
 from loraover.training.launch.defaults import with_defaults
 from loraover.training.recipe import load_recipe
@@ -29,6 +28,7 @@ from loraover.training.run.build import note_slow_precision
 from loraover.training.run_result import read_run
 
 from support.lines import Lines
+from support.machine import with_cpu
 from support.tiny_hub import write_recipe
 from support.tiny_models import lora_matrices, update_norm
 from support.train_command import METHODS, STEPS, data_file, train
@@ -207,9 +207,7 @@ def test_answers_without_numbers_are_not_judged_by_numbers(
 def test_bf16_on_a_cpu_that_is_slow_in_it_is_reported(
     capability: str, has_amx: bool, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setattr(device, "found_devices", lambda: {"cpu": 1, "cuda": 0, "mps": 0})
+    with_cpu(monkeypatch, has_amx, capability)
     note_slow_precision(load_recipe("demo", {"training.bf16": True}), said := Lines())
     assert [f"this CPU ({capability}, without AMX) is slow" in line for line in said.lines] == [True] * lines
 
@@ -226,8 +224,7 @@ BF16 = {
 def test_bf16_is_the_default_where_it_is_faster(
     has_amx: bool, settings: Mapping[str, Any], is_used: bool, why: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setattr(device, "found_devices", lambda: {"cpu": 1, "cuda": 0, "mps": 0})
+    with_cpu(monkeypatch, has_amx)
     config = load_config(resolve_model(str(base)))
     found = with_defaults(load_recipe("demo", settings), config, [], said := Lines())
     assert found.training.bf16 is is_used

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from loraover.data.sources import Counted
 from loraover.training.run_result import read_run
 
+from support.children import Child
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import tiny_llama
 from support.train_command import data_file, train
@@ -39,11 +42,11 @@ EVIL = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel
 @pytest.mark.parametrize("where", ["config", "config of a known model", "tokenizer"])
 def test_code_in_a_model_folder_is_never_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nobody is asked whether to run it; a script would answer yes."""
-    asked: list[str] = []
 
-    def ask(prompt: str = "") -> str:
-        asked.append(prompt)
-        return "y"
+    def answer_yes() -> None:
+        ours, theirs = os.pipe()
+        os.write(theirs, b"y\n" * 9)
+        sys.stdin = os.fdopen(ours)
 
     base = save_llama(tmp_path / "base")
     (base / "evil.py").write_text(CODE.format(folder=str(tmp_path)))
@@ -54,24 +57,19 @@ def test_code_in_a_model_folder_is_never_run(where: str, tmp_path: Path, monkeyp
     else:
         values |= {"auto_map": EVIL} | ({"model_type": "evil"} if where == "config" else {})
     file.write_text(json.dumps(values))
-    monkeypatch.setattr("builtins.input", ask)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     recipe = write_recipe(tmp_path / "recipe.yaml", base, training={"max_steps": 1})
-    code = train(recipe, tmp_path / "out")
+    ended = Child(lambda: train(recipe, tmp_path / "out"), prepare=answer_yes).end()
     assert not list(tmp_path.rglob(MARK)), "the code was run"
-    assert asked == [], "a command asks no questions"
-    if where == "config":
-        assert code == 2
-    assert code in (0, 2)
+    assert "[y/N]" not in ended.output, "a command asks no questions"
+    assert ended.code in ((2,) if where == "config" else (0, 2))
 
 
-def test_a_model_in_pickles_is_refused_unread(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_pickles_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Although it is whole, and PyTorch would read it."""
     base = save_llama(tmp_path / "base")
     torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     assert train(write_recipe(tmp_path / "recipe.yaml", base), tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert str(base) in error

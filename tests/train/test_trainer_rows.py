@@ -22,6 +22,7 @@ from loraover.training.rows.data import Examples, check_rows, count_classes, loa
 from loraover.training.run.trainer import to_dataset
 from loraover.training.trainers import TRAINERS
 
+from support.data_hub import DataHub
 from support.tiny_hub import write_recipe
 from support.train_command import TURNS, data_file
 from support.trained_run import watched
@@ -171,28 +172,13 @@ def test_a_column_may_begin_after_the_first_row(tools: Any) -> None:
 def test_a_stream_is_read_as_far_as_the_steps_need(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the real library, of a folder in place of the hub."""
-    (tmp_path / "set").mkdir()
-    data_file(tmp_path / "set" / "train.jsonl", *SUMS * 100)
-    real, read = datasets.load_dataset, list[int]()
-
-    def note(row: dict[str, Any], number: int) -> dict[str, Any]:
-        read.append(number)
-        return row
-
-    def of_folder(name: str, subset: None, *, split: str, revision: str, streaming: bool) -> Any:
-        stream = real(str(tmp_path / "set"), split=split, streaming=streaming)
-        assert isinstance(stream, datasets.IterableDataset)
-        return stream.map(note, with_indices=True)
-
-    monkeypatch.setattr(loraover.data.sources, "pinned_commit", lambda *_: "c" * 40)
-    monkeypatch.setattr(datasets, "load_dataset", of_folder)
+    hub = DataHub(monkeypatch, owner__data=SUMS * 100)
     changes: dict[str, Any] = {"data": {"train": "owner/data", "streaming": True}, "evaluation": {"examples": 0}}
     changes["training"] = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     result = loraover.train(str(write_recipe(tmp_path / "r.yaml", bases["llama"], **changes)), tmp_path / "out")
     assert result.lengths is not None
     assert (result.steps, result.lengths.examples) == (2, 12)
-    assert len(read) < 20
+    assert 12 <= len(hub.streamed) < 20
     all_rows = {"data.train_examples": None}
     shared = load_recipe(str(tmp_path / "r.yaml"), all_rows | {"distributed.processes": 2})
     assert shared.most_rows == 24  # micro-batches of both processes

@@ -8,43 +8,19 @@ from typing import Any
 import datasets
 import pytest
 
-import loraover.data.sources
-from loraover.common.errors import ConfigError, DataError
+from loraover.common.errors import DataError
 from loraover.data.formats import RowForm, later_turn
 from loraover.data.sources import Counted
 from loraover.sources.hub import HubUnreachableError
 from loraover.training.recipe import Recipe
 from loraover.training.rows.data import load_examples, load_held_out
 
+from support.data_hub import DataHub
 from support.rows import GSM8K, PAIR, TURNS, Write, fault, load
 
 
-class Hub:
-    """Data sets by name, in place of the hub."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **sets: list[Any]) -> None:
-        self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}
-        self.asked: list[tuple[str, str | None]] = []
-        self.loaded: list[tuple[Any, ...]] = []
-        monkeypatch.setattr(loraover.data.sources, "pinned_commit", self.pinned_commit)
-        monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-
-    def commit(self, name: str) -> str:
-        return f"{name.encode().hex():0<40}"[:40]
-
-    def pinned_commit(self, name: str, revision: str | None, kind: str) -> str:
-        self.asked.append((name, revision))
-        if name not in self.sets or revision not in (None, "v1", self.commit(name)):
-            raise ConfigError(f"{kind} {name!r} at revision {revision or 'main'}: the hub refuses it.")
-        return self.commit(name)
-
-    def load_dataset(self, name: str, subset: str | None, *, split: str, revision: str, streaming: bool) -> Any:
-        self.loaded.append((name, subset, split, revision))
-        return datasets.Dataset.from_list(self.sets[name])
-
-
 def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    hub = DataHub(monkeypatch, owner__data=[GSM8K])
     rows = load("owner/data", subset="main", split="dev", revision="v1")
     commit = hub.commit("owner/data")
     assert hub.asked == [("owner/data", "v1")]
@@ -55,22 +31,18 @@ def test_a_hub_name_is_read_at_its_pinned_commit(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("place", "error"),
+    ("fault_of_hub", "error"),
     [
-        ("loraover.data.sources.pinned_commit", HubUnreachableError("the hub cannot be reached.")),
-        ("datasets.load_dataset", ValueError("Unknown split")),
-        ("datasets.load_dataset", FileNotFoundError("no file")),
-        ("datasets.load_dataset", datasets.exceptions.DatasetGenerationError()),
+        ("unreachable", HubUnreachableError("the hub cannot be reached.")),
+        ("unreadable", ValueError("Unknown split")),
+        ("unreadable", FileNotFoundError("no file")),
+        ("unreadable", datasets.exceptions.DatasetGenerationError()),
     ],
 )
 def test_where_a_hub_set_cannot_be_loaded_a_local_file_is_proposed(
-    place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+    fault_of_hub: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> Any:
-        raise error
-
-    Hub(monkeypatch, owner__data=[GSM8K])
-    monkeypatch.setattr(place, broken)
+    setattr(DataHub(monkeypatch, owner__data=[GSM8K]), fault_of_hub, error)
     message = fault("owner/data")
     assert message.startswith("owner/data: ")
     assert "with data" in message
@@ -208,13 +180,13 @@ def test_held_out_rows_that_are_trained_on_are_counted_and_refused_if_all_are(ch
 
 
 def test_the_held_out_split_is_read_at_the_commit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K, GSM8K | {"question": "2-1?"}])
+    hub = DataHub(monkeypatch, owner__data=[GSM8K, GSM8K | {"question": "2-1?"}])
     examples_of(recipe("owner/data", revision="v1", train_examples=1))
     assert [load[2:] for load in hub.loaded] == [(s, hub.commit("owner/data")) for s in ("train", "test")]
 
 
 def test_another_hub_set_is_not_asked_for_the_commit_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K], owner__other=[PAIR])
+    hub = DataHub(monkeypatch, owner__data=[GSM8K], owner__other=[PAIR])
     examples = examples_of(recipe("owner/data", test="owner/other"))
     assert examples.test.revision == hub.commit("owner/other")
 
@@ -246,7 +218,7 @@ def test_word_problems_are_held_out_beside_a_file(write: Write) -> None:
 def test_held_out_rows_on_the_hub_have_the_revision_where_training_rows_are_local(
     is_built_in: bool, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(monkeypatch, owner__data=[GSM8K])
+    hub = DataHub(monkeypatch, owner__data=[GSM8K])
     train = "word-problems" if is_built_in else write("train.jsonl", PAIR)
     examples = examples_of(recipe(train, test="owner/data", revision="v1"))
     assert hub.asked == [("owner/data", "v1")]

@@ -27,7 +27,7 @@ from support.make_checkpoint import (
     oracle_matrices,
     reseal,
 )
-from support.tiny_models import tiny_gpt2, tiny_llama
+from support.tiny_models import hooks, tiny_gpt2, tiny_llama
 from support.versions import needs_meta_models
 
 # Both models compute in float64. A forward of two layers runs through fewer than 1000 rounded operations, on
@@ -50,10 +50,6 @@ LORA: dict[str, dict[str, Any]] = {
 
 def load_base(made: Made) -> Any:
     return AutoModelForCausalLM.from_pretrained(made.base, dtype=made.model.dtype).eval()
-
-
-def hooks(model: Any) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 def weights(model: Any) -> dict[str, Tensor]:
