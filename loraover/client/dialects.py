@@ -116,9 +116,7 @@ class Dialect(NamedTuple):
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
     """Id of a token that a server names by its id or its text; None if no token is known by that text.
 
-    Args:
-        entry: The name: an id, a text, or an object with either.
-        by_text: Ids of the tokens whose text no other token has, by the text.
+    The name is an id, a text, or an object with either; `by_text` has the ids of tokens whose text no other token has.
     """
     if isinstance(entry, Mapping):
         entry = entry["id"] if isinstance(entry.get("id"), int) else entry.get("token")

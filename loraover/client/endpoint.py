@@ -95,7 +95,15 @@ class Endpoint:
         self._key = "" if key_variable is None else _secret(host, key_variable)
         if self._key:  # servers read one of the two
             self.headers |= {"Authorization": f"Bearer {self._key}", "X-Api-Key": self._key}
-        others = dict(_header(host, each) for each in more)
+        others = {}
+        for each in more:  # one that cannot be used is not shown: it may hold the value
+            name, _, variable = each.partition("=")
+            if not variable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+                raise ConfigError(
+                    f"a header for {host}: has no variable, or a name that no header can have; give NAME=VARIABLE, "
+                    "such as X-Team=TEAM_KEY."
+                )
+            others[name] = _secret(host, variable)
         self.headers |= others
         found = [secret for secret in (self._key, *others.values()) if secret]
         # As messages may have them: as they are, in JSON, and in what Python prints of an answer.
@@ -339,17 +347,6 @@ def is_same_model(one: str, other: str) -> bool:
     short, long = sorted((one, other), key=len)
     tail = long.removeprefix(short)
     return short == long or long.endswith((f"/{short}", f":{short}")) or bool(re.fullmatch(_DATE, tail))
-
-
-def _header(host: str, given: str) -> tuple[str, str]:
-    """Name and value of a header that is given as NAME=VARIABLE; anything else is not shown: it may hold the value."""
-    name, _, variable = given.partition("=")
-    if not variable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-        raise ConfigError(
-            f"a header for {host}: has no variable, or a name that no header can have; give NAME=VARIABLE, such as "
-            "X-Team=TEAM_KEY."
-        )
-    return name, _secret(host, variable)
 
 
 def _secret(host: str, variable: str) -> str:

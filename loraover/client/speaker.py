@@ -229,7 +229,12 @@ def find_models(
         EngineError: See `Speaker`.
     """
     listed = endpoint.models()
-    names = (base or _base_name(listed, model, adapter), adapter)
+    if not base:  # as listed, or the only other name; with one name in all, the adapter's
+        alike = [each for each in listed if is_same_model(each, model)]
+        others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, adapter)]
+        alone = next((found[0] for found in (alike, others) if len(found) == 1), model)
+        base = model if model in listed else adapter if list(listed) == [adapter] else alone
+    names = (base, adapter)
     absent = [name for name in names if listed and name not in listed]
     served = endpoint.hidden(f"{endpoint.api} serves {printable(', '.join(listed))}, and not {', '.join(absent)}")
     unlisted = ConfigError(
@@ -241,14 +246,3 @@ def find_models(
     if absent and not speaker.has(adapter):
         raise unlisted
     return ServerNames(speaker, *names, listed)
-
-
-def _base_name(listed: Mapping[str, str | None], model: str, adapter: str) -> str:
-    """Name of the base model on a server: as listed, or the only other name; with one name in all, the adapter's."""
-    alike = [each for each in listed if is_same_model(each, model)]
-    others = [each for each, parent in listed.items() if parent is None and not is_same_model(each, adapter)]
-    if model in listed:
-        return model
-    if list(listed) == [adapter]:
-        return adapter
-    return next((found[0] for found in (alike, others) if len(found) == 1), model)

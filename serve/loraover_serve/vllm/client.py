@@ -113,11 +113,7 @@ class VllmServer(Endpoint):
     ) -> list[Completion]:
         """Greedy continuations of token sequences, of exactly `max_tokens` tokens each, even beyond an end of text.
 
-        Args:
-            model: Name of an adapter, or of the base model.
-            prompts: Token ids of each prompt.
-            max_tokens: Number of tokens to generate.
-            timeout_s: Longest time, in seconds; None means that of the client.
+        The longest time, in seconds, is that of the client if none is given.
 
         Raises:
             EngineError: A model that does not exist, or a server that failed or stayed silent.

@@ -85,11 +85,7 @@ class VllmServerConfig:
         return {**os.environ, **given, **self.plugin}
 
     def api_key(self) -> str | None:
-        """The key that the server asks for, from its environment; None if it asks for none.
-
-        Raises:
-            ConfigError: A key that cannot be sent in an HTTP header.
-        """
+        """The key that the server asks for, from its environment; None if it asks for none."""
         key = self.variables().get(KEY_VARIABLE) or None
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ConfigError(f"{KEY_VARIABLE}: a key has printable ASCII characters without spaces; choose another.")
