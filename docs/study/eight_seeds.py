@@ -1,9 +1,9 @@
-"""Train and judge the study that eight-seeds.yaml registers; finished runs are kept, so a second call continues.
+"""Train and evaluate the study that eight-seeds.yaml registers; finished runs are kept, so a second call continues.
 
     python docs/study/eight_seeds.py docs/study/eight-seeds.yaml docs/study/eight-seeds [--report-only] [--jobs 2]
 
-Task by task, the runs that choose rates come first, then those that judge. Losses are neither printed nor compared
-before all runs of a task are there. Writes eight-seeds.json beside the runs.
+Task by task, the runs that choose rates come first, then those that are compared. Losses are neither printed nor
+compared before all runs of a task are there. Writes eight-seeds.json beside the runs.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def chosen_rate(plan: Registration, outcomes: Outcomes, task: str, arm: str) -> 
 
 
 def task_runs(plan: Registration, outcomes: Outcomes, task: str) -> list[Run]:
-    """Runs that judge a task, seed by seed; none before the rates of all its arms are chosen."""
+    """Runs that compare the arms of a task, seed by seed; none before the rates of all its arms are chosen."""
     rates = {arm: chosen_rate(plan, outcomes, task, arm) for arm in plan["arms"]}
     return [
         make_run(plan, plan["tasks"][task], task, arm, rate, seed)
@@ -138,7 +138,7 @@ def train(plan: Registration, runs: Sequence[Run], folder: Path, jobs: int) -> N
         outcome = execute(run.recipe, folder / run.folder, threads)
         expected = plan["tasks"].get(run.task, {}).get("test_rows", len(outcome.tokens))
         if outcome.failure is None and len(outcome.tokens) != expected:
-            raise LoraOverError(f"{run.name} was judged on {len(outcome.tokens)} rows, expected {expected}.")
+            raise LoraOverError(f"{run.name} was evaluated on {len(outcome.tokens)} rows, expected {expected}.")
         keep(folder, {run: outcome})
         shutil.rmtree(folder / run.folder)
         return run.name
@@ -160,7 +160,7 @@ def choosing(plan: Registration, folder: Path, task: str) -> tuple[list[Run], di
 
 
 def train_task(plan: Registration, folder: Path, task: str, jobs: int) -> None:
-    """Choose the rates of a task's arms, then train the runs that judge it."""
+    """Choose the rates of a task's arms, then train the runs that compare them."""
     runs, done = choosing(plan, folder, task)
     while len(done) < len(runs):
         train(plan, runs, folder, jobs)
@@ -168,7 +168,7 @@ def train_task(plan: Registration, folder: Path, task: str, jobs: int) -> None:
     train(plan, task_runs(plan, done, task), folder, jobs)
 
 
-def judge(outcomes: Outcomes, question: Mapping[str, str]) -> dict[str, Any]:
+def compare(outcomes: Outcomes, question: Mapping[str, str]) -> dict[str, Any]:
     """Difference of a question's method to its baseline on a task's runs, in per cent of the baseline's loss.
 
     `p` is not yet corrected. A task on which a run failed has `failed` in place of numbers.
@@ -234,7 +234,7 @@ def _mean(values: Iterator[float | None]) -> float | None:
 def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, Any]:
     """State what the finished runs show; a task with missing runs has their number and nothing else."""
     tasks: dict[str, dict[str, Any]] = {}
-    judged: dict[str, dict[Run, RunOutcome]] = {}
+    compared: dict[str, dict[Run, RunOutcome]] = {}
     for task in plan["tasks"]:
         _, chosen = choosing(plan, folder, task)
         rates = {arm: chosen_rate(plan, chosen, task, arm) for arm in plan["arms"]}
@@ -244,11 +244,11 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         missing = len(plan["seeds"]) * len(plan["arms"]) - len(outcomes)
         tasks[task] = {"rates": rates, "missing_runs": missing}
         if not missing:
-            judged[task] = outcomes
+            compared[task] = outcomes
             tasks[task] |= {"arms": shown(outcomes)}
     questions: dict[str, Any] = {}
     for name, question in plan["questions"].items():
-        found = {task: judge(outcomes, question) for task, outcomes in judged.items()}
+        found = {task: compare(outcomes, question) for task, outcomes in compared.items()}
         is_whole = len(found) == len(tasks)
         given = answer(plan, found) if is_whole else None
         sentence = "Not answered: runs are missing." if given is None else question[given]

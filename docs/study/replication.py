@@ -1,4 +1,4 @@
-"""Train and judge the replication that replication.yaml registers; finished runs are kept, so a second call continues.
+"""Train and evaluate the replication in replication.yaml; finished runs are kept, so that a second call continues.
 
     python docs/study/replication.py docs/study/replication.yaml docs/study/replication [--report-only] [--jobs 2]
 
@@ -115,7 +115,7 @@ def predicted_widths(plan: Registration, outcomes: Mapping[Run, RunOutcome]) -> 
     return {name: 2 * spreads[name].half(LEVEL) if name in spreads else math.inf for name in rows}
 
 
-def judge(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, Any]:
+def compare(plan: Registration, outcomes: Mapping[Run, RunOutcome], task: str) -> dict[str, Any]:
     """Difference of the method to the baseline on one task, with its interval, in per cent of the baseline's loss."""
     new, old, tokens = losses(plan, outcomes, task)
     found, loss = difference(new, old, tokens), mean_loss(old, tokens)
@@ -195,12 +195,12 @@ def report(plan: Registration, folder: Path, registration: bytes) -> dict[str, A
         if failed := failures(pilot | outcomes, name):
             tasks[name] |= {"failed": failed, "is_better": False, "predicted_width_percent": None}
         elif is_piloted and widths[name] >= plan["required_width_percent"]:
-            tasks[name] |= judge(plan, pilot, name) | {"is_better": False}
+            tasks[name] |= compare(plan, pilot, name) | {"is_better": False}
             tasks[name]["stopped"] = "after the pilot: the interval would be too wide"
             alone = {**plan, "tasks": [task for task in plan["tasks"] if task["name"] == name]}
             tasks[name]["width_by_its_own_seeds_percent"] = predicted_widths(alone, pilot)[name]
         elif len(outcomes) == len(asked):
-            tasks[name] |= judge(plan, outcomes, name)
+            tasks[name] |= compare(plan, outcomes, name)
         full = {run.rate: _loss(outcome) for run, outcome in ruler.items() if run.task == name}
         tasks[name]["full_fine_tuning_losses"] = {f"{rate:g}": loss for rate, loss in sorted(full.items())}
         tasks[name]["losses_of_that_seed"] = _by_method(of_that_seed, name)

@@ -176,7 +176,7 @@ class OnnxRequest(Request):
     )
 
     sources: AnyPaths = given_adapter(
-        "LoRA-Over checkpoint, folded adapter or plain PEFT LoRA, exactly one for a merged graph",
+        "LoRA-Over checkpoint, folded adapter or plain PEFT LoRA; a merged graph takes exactly one",
         metavar="SOURCE...",
     )
     output: AnyPath = option("New folder for the graphs, the adapters' files, the report and a model card.", short="-o")

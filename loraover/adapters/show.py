@@ -73,10 +73,10 @@ def in_one_line(facts: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def undecided(subject: str, remedy: str, judged: str = "it") -> str:
+def undecided(subject: str, remedy: str, compared: str = "it") -> str:
     """Return why a comparison of logits is inconclusive, and what to try."""
     found = f"{subject} moves no logit by {POWER:g} times the allowed error"
-    return f"{found}, so this check cannot distinguish {judged} from an adapter that does nothing. {remedy}"
+    return f"{found}, so this check cannot distinguish {compared} from an adapter that does nothing. {remedy}"
 
 
 def show_left_out(keys: Sequence[str], console: Console) -> None:

@@ -26,7 +26,7 @@ class SiteRecord(StrictModel):
     step: int = Field(ge=0, description="Number of optimizer steps taken when the matrix got its cores.")
     joined: bool = Field(description="Whether the optimizer stepped it together with other sites of its shape.")
     shares: dict[int, str] = Field(
-        description="Site whose core is used, by the core's index, for cores that several sites share."
+        description="Site that stores the core, by the core's index, for cores that several sites share."
     )
     state: dict[str, int | float | bool | str | None] = Field(
         default_factory=dict,

@@ -203,7 +203,7 @@ def next_steps(report: FolderReport) -> list[NextStep]:
         step("Fold the cores into a plain adapter, and compare outputs", *fold)
     if adapter.kind != "LORA":
         convert = ("export", "convert", str(path), "-o", beside("lora"))
-        step("Make a plain LoRA of it, which engines read", *convert)
+        step("Convert it into a plain LoRA, which engines read", *convert)
     elif "DoRA" not in adapter.variants:
         step("Write an adapter for vLLM", "export", "vllm", str(path), "-o", beside("vllm"))
         onnx = ("export", "onnx", str(path), "--mode", "merged", "-o", beside("onnx"))

@@ -63,7 +63,7 @@ class ListedEngine(_Part):
     name: str = Field(description="Name of the engine.")
     version: str | None = Field(description="Installed version; None: not installed.")
     takes: str = Field(description="What the engine loads.")
-    install: str = Field(description="How it is installed.")
+    install: str = Field(description="Instructions to install the engine.")
 
 
 class Installation(_Part):

@@ -55,7 +55,7 @@ class RunFacts(_Fact):
     checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint to resume from.")
     last_loss: float | None = Field(None, description="Last training loss of the log, in nats per token.")
     result: RunResult | None = Field(None, description="Result of a finished run.")
-    failure: Failure | None = Field(None, description="Why the last attempt failed.")
+    failure: Failure | None = Field(None, description="Failure of the last attempt.")
 
 
 class OnnxFacts(BaseModel):
@@ -92,11 +92,11 @@ class FolderReport(_Fact):
     """Description of a folder: its kind, its training, and the commands that may be run on it."""
 
     path: str = Field(description="The folder.")
-    kind: Kind = Field(description="What the folder is.")
+    kind: Kind = Field(description="Kind of the folder, in words.")
     adapter: AdapterFacts | None = Field(None, description="The adapter in it; for a run, the one that it trained.")
     cores: CoreFacts | None = Field(None, description="The cores in it; for a run, those that it trained.")
     run: RunFacts | None = Field(None, description="The training run.")
     vllm: VllmFacts | None = Field(None, description="The pre-flight for vLLM.")
     onnx: OnnxFacts | None = Field(None, description="The ONNX export.")
     verdicts: dict[str, str] = Field(default_factory=dict, description="Verdict of each certificate, by its file.")
-    next_steps: list[NextStep] = Field(default_factory=list, description="What may be done with the folder.")
+    next_steps: list[NextStep] = Field(default_factory=list, description="Commands that may be run on the folder.")

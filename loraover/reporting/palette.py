@@ -36,7 +36,7 @@ RULES = {"line": Color("#d3d9df", "#3b444c", "rules of tables and grids of figur
 INKS = {
     "ink": Color("#1c2024", "#e6e8ea", "text and axes"),
     "faint": Color("#57616b", "#a6b0b9", "explanations"),
-    "subject": Color("#ae2a78", "#f38fc7", "what the report judges: a folded adapter, LoRA-Over"),
+    "subject": Color("#ae2a78", "#f38fc7", "subject of the report: a folded adapter, LoRA-Over"),
     "baseline": Color("#2460b5", "#82b5ff", "what it is compared with: a plain LoRA"),
     "noise": Color("#5c6873", "#aab5bf", "noise: two copies of one thing, the engine's base model, random roundings"),
     "base": Color("#0a726d", "#4fd0c7", "the base model without an adapter"),

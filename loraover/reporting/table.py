@@ -44,7 +44,7 @@ class Column(Generic[Row]):
     is_wide: bool = False
     verdict: Callable[[Row], str] | None = None
 
-    def judged(self, row: Row) -> str:
+    def verdict_of(self, row: Row) -> str:
         """Return the verdict whose colour a row's cell has; empty if it has none."""
         return (self.verdict or self.cell)(row) if self.kind == "verdict" else ""
 
@@ -80,7 +80,7 @@ class Table(Generic[Row]):
         cells = []
         for column in columns:
             texts = [Text(printable((column.brief or column.cell)(row))) for row in self.rows]
-            for text, verdict in zip(texts, map(column.judged, self.rows), strict=True):
+            for text, verdict in zip(texts, map(column.verdict_of, self.rows), strict=True):
                 text.style = terminal_color(verdict) if verdict else ""
             cells.append(texts)
             lines = [printable(line) for line in column.head.split("\n")]
@@ -107,7 +107,7 @@ class Table(Generic[Row]):
         for row in self.rows:
             cells = []
             for column in self.columns:
-                verdict = column.judged(row)
+                verdict = column.verdict_of(row)
                 kind = {"number": "n", "name": "long"}.get(column.kind, tone_of(verdict) if verdict else "")
                 cells.append(classed("td", kind, column.cell(row)))
             rows.append(f"<tr>{''.join(cells)}</tr>\n")

@@ -52,7 +52,7 @@ class Data(StrictModel):
     test_split: str = Field("test", description="Split to measure on.")
     revision: str | None = Field(
         None,
-        description="Commit or tag of the training data on the hub, else of the held-out data; the run's copy has it.",
+        description="Commit or tag of the training data on the hub, else of the held-out data; the run names it.",
     )
     format: str = Field("auto", description="Form of the rows, see docs/recipes.md; auto: found from their columns.")
     keep: dict[str, re.Pattern[str]] = Field(
@@ -118,7 +118,7 @@ class LoraSettings(OpenPart):
     target_parameters: list[str] | None = Field(
         None,
         min_length=1,
-        description="Adapted parameters that are not a module's weight, such as experts' ones: endings of their names.",
+        description="Adapted parameters other than modules' weights, such as those of experts: endings of their names.",
     )
     use_dora: bool = Field(
         False, description="Train DoRA; its update is more than a product B A, so it cannot be over-parameterised."
@@ -328,7 +328,7 @@ class Distributed(StrictModel):
     def _has_settings(self) -> Distributed:
         if self.engine == "ddp" and self.config is not None:
             raise ValueError(
-                "config is for the engines zero2, zero3 and fsdp2; the fields training.ddp_... are for ddp"
+                "config is for distributed.engine zero2, zero3 or fsdp2; the fields training.ddp_... are for ddp"
             )
         return self
 

@@ -63,7 +63,7 @@ class Lengths(StrictModel):
     keeps_99: int = Field(description="Smallest max_length that keeps 99 % of the examples whole.")
     cut_rows: list[int | str] = Field(description="The first three rows that are cut, by their numbers from 1.")
     unlabelled_rows: list[int | str] = Field([], description="The first three rows of which nothing is learned.")
-    histogram: dict[int, int] = Field(description="Number of examples with at most so many tokens and more than half.")
+    histogram: dict[int, int] = Field(description="Number of examples up to each length, and above half of it.")
 
     @property
     def cut_share(self) -> float:

@@ -67,10 +67,10 @@ def test_every_case_has_its_verdicts(engine: str, reports: dict[str, CheckReport
 def test_every_verdict_that_is_not_right_has_a_reason(reports: dict[str, CheckReport]) -> None:
     for name, report in reports.items():
         for check in report.engines:
-            for judgement in (check.as_it_is, check.exported):
-                reasons = [finding for finding in judgement.findings if finding.level != "note"]
-                assert bool(reasons) == (judgement.verdict != "right"), (name, check.engine)
-                assert all(finding.found.strip() for finding in judgement.findings)
+            for treatment in (check.as_it_is, check.exported):
+                reasons = [finding for finding in treatment.findings if finding.level != "note"]
+                assert bool(reasons) == (treatment.verdict != "right"), (name, check.engine)
+                assert all(finding.found.strip() for finding in treatment.findings)
 
 
 def test_every_feature_occurs_in_a_case_or_a_test(reports: dict[str, CheckReport]) -> None:
@@ -78,8 +78,8 @@ def test_every_feature_occurs_in_a_case_or_a_test(reports: dict[str, CheckReport
         finding.feature
         for report in reports.values()
         for check in report.engines
-        for judgement in (check.as_it_is, check.exported)
-        for finding in judgement.findings
+        for treatment in (check.as_it_is, check.exported)
+        for finding in treatment.findings
     }
     elsewhere = {
         "task",
@@ -297,13 +297,15 @@ CONVERTIBLE = ("LoHa", "PiSSA", "OLoRA", "trained tokens", "no prefix", "another
 def test_what_convert_makes_exactly_is_right_as_exported_by_us(reports: dict[str, CheckReport]) -> None:
     for name, report in reports.items():
         for check in report.engines:
-            judged = (check.exported.verdict, None if check.converted is None else check.converted.verdict)
+            verdicts = (check.exported.verdict, None if check.converted is None else check.converted.verdict)
             if check.exported.verdict == "right" or name not in CONVERTIBLE:
-                assert judged[1] is None, (name, check.engine)
+                assert verdicts[1] is None, (name, check.engine)
             elif name == "trained tokens":  # an embedding, which OpenVINO does not adapt
-                assert judged == ("refused", "wrong silently" if check.engine == "openvino" else "right"), check.engine
+                assert verdicts == ("refused", "wrong silently" if check.engine == "openvino" else "right"), (
+                    check.engine
+                )
             else:
-                assert judged == ("refused", "right"), (name, check.engine)
+                assert verdicts == ("refused", "right"), (name, check.engine)
     assert "rank r^2" in reports["LoHa"].engines[0].by_us.findings[0].found
 
 

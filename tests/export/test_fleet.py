@@ -111,15 +111,15 @@ def test_no_verdict_on_an_adapter_is_better_than_those_on_its_engines(fleet: dic
     dora = shutil.copytree(fleet["plain"], tmp_path / "dora")
     edit_json(dora / "adapter_config.json", lambda config: config.update(use_dora=True))
 
-    def judged(source: Path, *engines: str) -> tuple[str, str]:
+    def verdicts(source: Path, *engines: str) -> tuple[str, str]:
         report = check_fleet(source, engines=engines)
         assert report.exit_code == 0
         verdict = to_page(report, "").html.split('<section class="verdict ')[1].split('"')[0]
         return report.rows[0].verdict, verdict
 
-    assert judged(fleet["plain"], "vllm", "torch") == ("right", "good")
-    assert judged(fleet["plain"], "vllm", "openvino") == ("right as exported", "open")
-    assert judged(dora) == ("right on some", "open")
+    assert verdicts(fleet["plain"], "vllm", "torch") == ("right", "good")
+    assert verdicts(fleet["plain"], "vllm", "openvino") == ("right as exported", "open")
+    assert verdicts(dora) == ("right on some", "open")
     (row,) = check_fleet(fleet["plain"], engines=("openvino", "mlx")).rows
     assert row.engines == {"openvino": "wrong silently", "mlx": "refused"}
     assert row.exported == {"openvino": "right", "mlx": "right"}

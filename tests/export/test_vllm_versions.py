@@ -74,17 +74,17 @@ def candidate(folder: Path, architecture: str, *paths: str, shape: str | None = 
     return Candidate(read_adapter_dir(adapter), served, known, "name", str(folder / "base"), "bf16")
 
 
-def errors(judged: Candidate) -> dict[str, Violation]:
-    return {finding.rule: finding for finding in preflight(judged).findings if finding.level == "error"}
+def errors(subject: Candidate) -> dict[str, Violation]:
+    return {finding.rule: finding for finding in preflight(subject).findings if finding.level == "error"}
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.0", "0.33.0+cpu"])
 def test_lora_on_kv_b_proj_of_mla_is_refused(version: str, tmp_path: Path) -> None:
     attention = "model.layers.0.self_attn"
-    judged = candidate(
+    subject = candidate(
         tmp_path, "DeepseekV3ForCausalLM", f"{attention}.kv_b_proj", f"{attention}.q_b_proj", version=version
     )
-    found = errors(judged)
+    found = errors(subject)
     assert found.keys() == {"silent no-ops"}
     assert f"{attention}.kv_b_proj: vLLM {version} loads these matrices but applies them nowhere" in str(found)
     assert "q_b_proj" not in str(found)
@@ -93,7 +93,7 @@ def test_lora_on_kv_b_proj_of_mla_is_refused(version: str, tmp_path: Path) -> No
 
 
 def test_a_no_op_holds_for_its_classes_and_releases_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = candidate(tmp_path, "DeepseekV3ForCausalLM", "model.layers.0.self_attn.kv_b_proj")
+    subject = candidate(tmp_path, "DeepseekV3ForCausalLM", "model.layers.0.self_attn.kv_b_proj")
     table = known_faults()
     others = {
         "classes": table.no_ops[0].model_copy(update={"classes": ("DeepseekV2ForCausalLM",)}),
@@ -102,7 +102,7 @@ def test_a_no_op_holds_for_its_classes_and_releases_only(tmp_path: Path, monkeyp
     for other in others.values():
         changed = table.model_copy(update={"no_ops": (other,)})
         monkeypatch.setattr("loraover_export.formats.vllm.rules.model.known_faults", lambda changed=changed: changed)
-        assert not errors(judged)
+        assert not errors(subject)
 
 
 def test_the_classes_of_the_no_ops_take_adapters() -> None:
@@ -133,12 +133,12 @@ def test_an_adapter_of_the_vision_tower_is_refused(architecture: str, path: str,
 
 def test_names_are_mapped_before_the_prefix_is_required(tmp_path: Path) -> None:
     path = "model.language_model.layers.0.self_attn.q_proj"
-    judged = candidate(tmp_path, GEMMA, path)
+    subject = candidate(tmp_path, GEMMA, path)
     assert known_architectures().lora[GEMMA].rename(path) == "language_model.model.layers.0.self_attn.q_proj"
-    assert not errors(judged)
-    table = judged.architectures
+    assert not errors(subject)
+    table = subject.architectures
     unmapped = table.lora | {GEMMA: table.lora[GEMMA].model_copy(update={"renames": ()})}
-    assert errors(replace(judged, architectures=table.model_copy(update={"lora": unmapped}))).keys() == {"targets"}
+    assert errors(replace(subject, architectures=table.model_copy(update={"lora": unmapped}))).keys() == {"targets"}
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_an_adapter_of_the_text_model_reaches_a_multimodal_one_since_0_33(
 ) -> None:
     found = errors(candidate(tmp_path / "old", architecture, path, shape=place, version="0.32.0"))
     assert found.keys() == {"modules"}
-    judged = candidate(tmp_path / "new", architecture, path, shape=place, version="0.33.0")
-    assert judged.present == {path: place}
-    assert not errors(judged)
+    subject = candidate(tmp_path / "new", architecture, path, shape=place, version="0.33.0")
+    assert subject.present == {path: place}
+    assert not errors(subject)
 
 
 def test_token_classifiers_since_0_33(tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_token_classifiers_since_0_33(tmp_path: Path) -> None:
         ("0.32.0", {"architecture", "other parameters"}, "can load the heads of sequence classifiers"),
         ("0.33.0", {"other parameters"}, "can load the heads of sequence and token classifiers"),
     ):
-        judged = candidate(tmp_path / version, "BertForTokenClassification", path, version=version)
-        adapter = judged.adapter.path
+        subject = candidate(tmp_path / version, "BertForTokenClassification", path, version=version)
+        adapter = subject.adapter.path
         edit_json(adapter / "adapter_config.json", lambda content: content.update(modules_to_save=["classifier"]))
-        found = errors(replace(judged, adapter=read_adapter_dir(adapter)))
+        found = errors(replace(subject, adapter=read_adapter_dir(adapter)))
         assert found.keys() == rules
         assert heads in found["other parameters"].found
 
@@ -189,16 +189,16 @@ def test_token_classifiers_since_0_33(tmp_path: Path) -> None:
     ],
 )
 def test_faults_of_a_release_are_warnings(version: str, platform: Any, words: str | None, tmp_path: Path) -> None:
-    judged = candidate(tmp_path, GEMMA, "model.language_model.layers.0.self_attn.q_proj", version=version)
-    found = [f for f in preflight(replace(judged, platform=platform)).findings if f.rule == "engine"]
+    subject = candidate(tmp_path, GEMMA, "model.language_model.layers.0.self_attn.q_proj", version=version)
+    found = [f for f in preflight(replace(subject, platform=platform)).findings if f.rule == "engine"]
     assert [finding.level for finding in found] == ([] if words is None else ["warning"])
     assert words is None or words in found[0].found
 
 
 def test_the_command_takes_a_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, place = "model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"
-    judged = candidate(tmp_path, GEMMA, path, shape=place)
-    words = ["vllm", str(judged.adapter.path), "-o", str(tmp_path / "out"), "--json"]
+    subject = candidate(tmp_path, GEMMA, path, shape=place)
+    words = ["vllm", str(subject.adapter.path), "-o", str(tmp_path / "out"), "--json"]
     assert run(cli, words) == 2
     capsys.readouterr()
     assert run(cli, [*words, "--vllm-version", "0.33.0"]) == 0

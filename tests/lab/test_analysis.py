@@ -135,7 +135,7 @@ def test_the_mean_counts_tokens() -> None:
 
 
 @given(st.integers(2, 50))
-def test_no_example_both_chooses_and_judges(count: int) -> None:
+def test_no_example_both_chooses_and_compares(count: int) -> None:
     halves, examples = Halves(count), list(range(count))
     validation, test = examples[halves.validation], examples[halves.test]
     assert sorted(validation + test) == examples

@@ -1,4 +1,4 @@
-"""The registered study of eight seeds, judged on drawn losses and compared with an independent computation."""
+"""The registered study of eight seeds, evaluated on drawn losses and compared with an independent computation."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def choose(study: ModuleType, folder: Path, task: str) -> dict[Run, RunOutcome]:
         keep(folder, {run: outcome(run, 1 + abs(np.log(run.rate / 1e-3)) / 100, 0.0) for run in runs})
 
 
-def judged(study: ModuleType, folder: Path, effects: dict[tuple[str, str], float], noise: float = 0.01) -> Any:
+def evaluated(study: ModuleType, folder: Path, effects: dict[tuple[str, str], float], noise: float = 0.01) -> Any:
     """The report on drawn runs, whose arms differ from plain LoRA by an effect in per cent."""
     for task in TASKS:
         runs = study.task_runs(PLAN, choose(study, folder, task), task)
@@ -82,20 +82,20 @@ def everywhere(arm: str, percent: float) -> dict[tuple[str, str], float]:
 def test_the_registered_rule_is_applied(
     study: ModuleType, effects: dict[tuple[str, str], float], answers: dict[str, str], tmp_path: Path
 ) -> None:
-    found = judged(study, tmp_path, effects)
+    found = evaluated(study, tmp_path, effects)
     assert {name: found["questions"][name]["answer"] for name in answers} == answers
     for name, given_answer in answers.items():
         assert found["questions"][name]["sentence"] == QUESTIONS[name][given_answer]
 
 
 def test_noise_leaves_a_question_open(study: ModuleType, tmp_path: Path) -> None:
-    found = judged(study, tmp_path, {}, noise=0.3)
+    found = evaluated(study, tmp_path, {}, noise=0.3)
     assert {question["answer"] for question in found["questions"].values()} == {"cannot be told"}
 
 
 def test_the_figures_are_those_of_an_independent_computation(study: ModuleType, tmp_path: Path) -> None:
     effects = {("qnli", "eigen"): -1.0, ("mnli", "eigen"): -0.2, ("gsm8k", "mpo"): 0.4}
-    check_figures(judged(study, tmp_path, effects), tmp_path)
+    check_figures(evaluated(study, tmp_path, effects), tmp_path)
 
 
 def test_the_kept_answers_are_those_of_an_independent_computation(study: ModuleType) -> None:

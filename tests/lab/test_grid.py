@@ -19,7 +19,7 @@ from loraover_lab.study.request import DEFAULT_METHODS, StudyRequest, split_outs
 from support.study_grid import make_grid
 
 
-def test_every_seed_is_judged_on_the_same_examples(recipe: Path) -> None:
+def test_every_seed_is_measured_on_the_same_examples(recipe: Path) -> None:
     grid = make_grid([str(recipe)], {"lora": [1e-3]}, 3, {})
     found = [load_examples(run.recipe, RowForm()) for run in grid]
     tests = [one.test.rows for one in found if one.test is not None]

@@ -121,7 +121,7 @@ def test_a_spread_that_is_not_there_is_refused(pilot: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="power needs two seeds or more, found seeds=1"):
         predict_power(["demo"], tmp_path / "out", methods=methods, seeds=1, power=pilot)
     fewer = [one.model_copy(update={"nats": one.nats[1:], "tokens": one.tokens[1:]}) for one in kept(NEW, OVER)]
-    with pytest.raises(LoraOverError, match="judged on different held-out examples"):
+    with pytest.raises(LoraOverError, match="evaluated on different held-out examples"):
         measured_spreads([*kept("lora", OLD), *fewer], {"lora": "lora", NEW: NEW})
     with pytest.raises(ConfigError, match="power is missing"):
         predict_power(["demo"], tmp_path / "out", methods=methods)

@@ -1,4 +1,4 @@
-"""The registered replication of `eigen`, judged on drawn losses whose truth is known."""
+"""The registered replication of `eigen`, evaluated on drawn losses whose truth is known."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def drawn(runs: Sequence[Run], effects: dict[str, float], noise: dict[str, float
     return outcomes
 
 
-def judged(
+def evaluated(
     replication: ModuleType, folder: Path, effects: dict[str, float], noise: dict[str, float], seeds: list[int]
 ) -> dict[str, Any]:
     """The report on drawn runs of both methods."""
@@ -79,15 +79,15 @@ def test_the_rule_is_applied(
     sentence: str,
     tmp_path: Path,
 ) -> None:
-    found = judged(replication, tmp_path, effects, noise, PLAN["seeds"])
+    found = evaluated(replication, tmp_path, effects, noise, PLAN["seeds"])
     assert found["verdict"] == {"better": better, "undecided": [], "required": 2, "sentence": sentence}
     assert [name for name, task in found["tasks"].items() if "stopped" in task] == [n for n in TASKS if n in noise]
 
 
 def test_a_pilot_decides_what_it_can(replication: ModuleType, tmp_path: Path) -> None:
-    wide = judged(replication, tmp_path / "wide", BETTER, dict.fromkeys(TASKS, 0.5), PLAN["pilot_seeds"])
+    wide = evaluated(replication, tmp_path / "wide", BETTER, dict.fromkeys(TASKS, 0.5), PLAN["pilot_seeds"])
     assert wide["verdict"]["sentence"] == OTHERWISE
-    narrow = judged(replication, tmp_path / "narrow", BETTER, {}, PLAN["pilot_seeds"])
+    narrow = evaluated(replication, tmp_path / "narrow", BETTER, {}, PLAN["pilot_seeds"])
     assert narrow["verdict"]["undecided"] == ["gsm8k", "mbpp", "mnli"]
     assert narrow["verdict"]["sentence"].startswith("Not decided")
     assert narrow["tasks"]["mbpp"]["finished_runs"] == 4
@@ -96,7 +96,7 @@ def test_a_pilot_decides_what_it_can(replication: ModuleType, tmp_path: Path) ->
 
 def test_a_task_that_stops_shows_its_pilot(replication: ModuleType, tmp_path: Path) -> None:
     pilot, whole = (
-        judged(replication, tmp_path / str(len(seeds)), BETTER, {"mnli": 0.5}, seeds)["tasks"]["mnli"]
+        evaluated(replication, tmp_path / str(len(seeds)), BETTER, {"mnli": 0.5}, seeds)["tasks"]["mnli"]
         for seeds in (PLAN["pilot_seeds"], PLAN["seeds"])
     )
     low, high = pilot["interval_percent"]
@@ -141,7 +141,7 @@ def test_the_share_of_the_gap_to_full_fine_tuning_is_told(
     replication: ModuleType, losses: tuple[float | None, ...], closed: float | None, tmp_path: Path
 ) -> None:
     runs = [run for run in replication.ruler_of(PLAN) if run.task == "mbpp"]
-    found = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])
+    found = evaluated(replication, tmp_path, BETTER, {}, PLAN["seeds"])
     baseline = found["tasks"]["mbpp"]["losses_of_that_seed"]["lora-plus"]
     for run, loss in zip(runs, losses, strict=False):
         failed = RunOutcome(recipe=digest(run.recipe), failure="training diverged")
@@ -213,7 +213,7 @@ def test_the_runs_are_those_that_are_registered(replication: ModuleType) -> None
 
 
 def test_the_width_is_that_of_the_interval_to_come(replication: ModuleType, tmp_path: Path) -> None:
-    found = judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])
+    found = evaluated(replication, tmp_path, BETTER, {}, PLAN["seeds"])
     for name, task in found["tasks"].items():
         low, high = task["interval_percent"]
         assert low < BETTER[name] < high, name
@@ -229,7 +229,7 @@ def test_runs_of_other_rows_are_not_compared(replication: ModuleType, tmp_path: 
 
 
 def test_a_failed_run_is_never_better(replication: ModuleType, tmp_path: Path) -> None:
-    judged(replication, tmp_path, BETTER, {}, PLAN["seeds"])
+    evaluated(replication, tmp_path, BETTER, {}, PLAN["seeds"])
     run = replication.runs_of(PLAN, [102], ["mbpp"])[1]
     keep(tmp_path, {run: RunOutcome(recipe=digest(run.recipe), failure="training diverged")})
     found = replication.report(PLAN, tmp_path, REGISTRATION)

@@ -10,7 +10,7 @@ from loraover_serve.verify.report import EngineResult
 
 from support.reports import LEFT_OUT, SCALED, engine_result, three_engines, verification
 
-ALL = "100 % of the adapter arrives (99.9 to 100.1 %)"
+ALL = "100 % of the adapter is applied (99.9 to 100.1 %)"
 THIRD = Interval(value=0.333, low=0.331, high=0.335)
 LOST = engine_result("vllm", "differs", "a; b", off=0.14, fault="wrong scaling", suspects=[SCALED], strength=THIRD)
 
@@ -32,7 +32,7 @@ LOST = engine_result("vllm", "differs", "a; b", off=0.14, fault="wrong scaling",
         (
             LOST,
             "bad",
-            "vllm: differs. 33.3 % of the adapter arrives (33.1 to 33.5 %). Likely fault: wrong scaling.",
+            "vllm: differs. 33.3 % of the adapter is applied (33.1 to 33.5 %). Likely fault: wrong scaling.",
         ),
         (
             engine_result("vllm", "differs", off=0.14, suspects=[LEFT_OUT]),

@@ -37,7 +37,7 @@ class Resource(BaseModel):
     annotations: dict[str, Any] = Field(
         default={},
         description="Contents of a certificate without its lists, or digests of the reference; "
-        "checked: false of a file that neither is of",
+        "checked: false for a file that neither covers",
     )
 
 
@@ -74,7 +74,7 @@ class AttestReport(StrictModel):
     statement: Statement = Field(description="Its contents")
     is_checked: bool = Field(description="Whether the files were compared with it, and not written to it")
     is_signed: bool = Field(description="Whether the folder was signed, or its signature was verified")
-    faults: list[str] = Field(description="What is not as attested, in sentences")
+    faults: list[str] = Field(description="Differences from the statement, in sentences")
 
     @property
     def passed(self) -> bool:

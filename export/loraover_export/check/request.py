@@ -34,7 +34,7 @@ class CheckRequest(Request):
 
     adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any method")
     engines: AnyNames = option(
-        "Engine to judge for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+        "Engine to check for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )
     model: AnyName | None = base_model()
 

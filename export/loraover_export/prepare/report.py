@@ -40,7 +40,7 @@ class FleetRow(StrictModel):
     address: str = Field(description="Text that names the same files again, such as a hub name with its commit")
     verdict: Verdict = Field(
         description="Right: every engine is right on the adapter as it is; right as exported: some are so only on what "
-        "the export writes; right on some: some are right on no form; refused: it lies in the adapter; failed: it "
+        "the export writes; right on some: some are right on no form; refused: the adapter is the reason; failed: it "
         "could not be examined, and may be another time"
     )
     kind: str | None = Field(None, description="PEFT's name of the method")
@@ -51,7 +51,7 @@ class FleetRow(StrictModel):
     engines: Mapping[str, str] = Field(
         default_factory=dict, description="Verdict of a check for each engine, on the adapter as it is"
     )
-    exported: Mapping[str, str] = Field(default_factory=dict, description="The same on what the export for it writes")
+    exported: Mapping[str, str] = Field(default_factory=dict, description="Verdicts on what the export for each writes")
     path: str | None = Field(None, description="What the engine loads, in the cache")
     cached: bool = Field(False, description="Whether the cache held it already")
     seconds: float = Field(0.0, description="Time that this adapter took")

@@ -80,8 +80,8 @@ class Task(ABC):
             ConfigError: An option is missing or cannot be used, or is one that would do nothing in this task.
         """
         if request.judge_url is not None:
-            judge, task = request.named("judge_url"), request.named("task", "mtbench")
-            raise ConfigError(f"{judge} is for {task}; no answer of this task is rated.")
+            asked, task = request.named("judge_url"), request.named("task", "mtbench")
+            raise ConfigError(f"{asked} is for {task}; no answer of this task is rated.")
 
     @abstractmethod
     def read(self, request: EvaluationRequest) -> Questions:

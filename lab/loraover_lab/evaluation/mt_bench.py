@@ -125,8 +125,8 @@ class MtBench(Task):
                 "in fastchat/llm_judge/data of github.com/lm-sys/FastChat."
             )
         if request.judge_url is None:
-            judge = f"{request.named('judge_url')} and {request.named('judge_model')}"
-            raise ConfigError(f"mtbench needs a judge: {judge}.")
+            options = f"{request.named('judge_url')} and {request.named('judge_model')}"
+            raise ConfigError(f"mtbench needs a judge: {options}.")
         grader_of(request)
 
     def read(self, request: EvaluationRequest) -> Questions:

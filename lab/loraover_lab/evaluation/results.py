@@ -29,7 +29,7 @@ class ModelResult(StrictModel):
     missing: int = Field(0, description="Number of examples without a score.")
     examples: list[Example] = Field(default_factory=list, description="Answers; with a failure, those without ratings.")
     seconds: float = Field(0.0, description="Seconds that the answers and their scores took.")
-    failure: str | None = Field(None, description="Why there are no measures; None: there are.")
+    failure: str | None = Field(None, description="Reason why there are no measures; None if there are some.")
 
 
 class Evaluation(StrictModel):

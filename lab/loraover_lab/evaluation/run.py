@@ -170,7 +170,7 @@ def _known(wanted: Evaluation, output: Path | None) -> dict[tuple[str, str | Non
     before, now = _identity(begun), _identity(wanted)
     if not any(example.score is not None for result in begun.results for example in result.examples):
         for settings in (before["settings"], now["settings"]):
-            settings.pop("judge", None)  # nothing depends on it yet: another judge may rate the answers
+            settings.pop("judge", None)  # nothing depends on it yet: another grader may rate the answers
     changed = [key for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(f"{output}: holds another evaluation ({', '.join(changed)} differ); name a new file.")

@@ -116,9 +116,9 @@ class TaskPower(StrictModel):
     smallest: float = Field(
         description="Smallest true difference, in %, that four of five studies of this task would show."
     )
-    rows_to_halve: int | None = Field(description="Number of test rows that halve it; None: no number does.")
-    seeds_to_halve: int | None = Field(description="Number of seeds that halve it; None: no number does.")
-    factor_to_halve: float = Field(description="Factor of rows and of seeds that halves it if both grow.")
+    rows_to_halve: int | None = Field(description="Number of test rows that would halve it; None if no number would.")
+    seeds_to_halve: int | None = Field(description="Number of seeds that would halve it; None if no number would.")
+    factor_to_halve: float = Field(description="Factor by which both rows and seeds would have to grow to halve it.")
 
 
 class PowerReport(StudyAnswer):
@@ -161,7 +161,7 @@ class MeasuredSpread:
 def predict_power(request: StudyRequest) -> PowerReport:
     """Predict the differences that a study could show, from the spread of finished runs of the same methods.
 
-    A method on a task that the finished runs have is judged by its spread there, and another one by its spread on each
+    A method on a task that the finished runs have has its spread there, and another one by its spread on each
     of their tasks.
 
     Returns:

@@ -48,7 +48,7 @@ class RunOutcome(StrictModel):
     """Results of a run that a study needs."""
 
     recipe: str = Field(description="SHA-256 of the recipe.")
-    failure: str | None = Field(None, description="Why there is no loss; None: there is one.")
+    failure: str | None = Field(None, description="Reason why there is no loss; None if there is one.")
     nats: list[float] = Field(default_factory=list, description="Negative log-likelihood of each held-out completion.")
     tokens: list[int] = Field(default_factory=list, description="Tokens of each held-out completion.")
     step_seconds: float | None = Field(
@@ -123,8 +123,8 @@ def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
 def check_held_out(recipe: Recipe) -> int:
     """Count the held-out examples of a run, and check that a study can choose and compare by them.
 
-    A study chooses rates on one half of the examples and judges on the other half, and its intervals take examples to
-    be independent. Turns of one conversation would lie in both halves.
+    A study chooses rates on one half of the examples and compares methods on the other half, and its intervals take
+    examples to be independent. Turns of one conversation would lie in both halves.
     """
     data = recipe.data
     if data.train == BUILT_IN and data.test is None:
@@ -140,8 +140,8 @@ def check_held_out(recipe: Recipe) -> int:
     if later is not None:
         raise DataError(
             f"{name}: held-out example {later + 1} is a later turn of the "
-            f"conversation of example {later}. A study chooses rates on one half of the examples and judges on "
-            "the other, so its held-out conversations may have only one turn of the assistant."
+            f"conversation of example {later}. A study chooses rates on one half of the examples and compares methods "
+            "on the other, so its held-out conversations may have only one turn of the assistant."
         )
     return count
 

@@ -106,7 +106,7 @@ class Scores(StrictModel):
     untrained: dict[str, float] = Field(default_factory=dict, description="Base model's score, by task.")
     unrated: int = Field(0, description="Answers without a rating by the judge, which no score counts.")
     choices: list[str] = Field(
-        default_factory=list, description="What a table of the paper fixes where its abstract is silent."
+        default_factory=list, description="Choices in a table of the paper where its abstract is silent."
     )
 
 
@@ -153,11 +153,13 @@ class StudyReport(StudyAnswer):
     rule: Rule = Field(description="When LoRA-Over counts as better.")
     is_whole: bool = Field(description="Whether every run of the study has finished.")
     seeds: int = Field(description="Number of seeds whose runs have all finished; the figures are theirs.")
-    tuning_seeds: int | None = Field(None, description="Number of these that chose the learning rates; None: all.")
+    tuning_seeds: int | None = Field(
+        None, description="Number of these seeds that chose the learning rates; None: all."
+    )
     runs: int = Field(description="Number of finished runs.")
     tasks: list[TaskResult] = Field(description="Results on each task.")
     words: list[str] = Field(description="A sentence for each comparison.")
-    scores: Scores = Field(default_factory=Scores, description="What the methods' scores are of.")
+    scores: Scores = Field(default_factory=Scores, description="Benchmark that the methods' scores come from.")
     hardware: str = Field(description="Machines that trained.")
 
     @property

@@ -251,7 +251,9 @@ class StudyRequest(Request):
         default=False,
         is_recorded=False,
     )
-    report_only: bool = option("Judge the runs that are finished, and train nothing.", default=False, is_recorded=False)
+    report_only: bool = option(
+        "Report on the runs that are finished, and train nothing.", default=False, is_recorded=False
+    )
 
     def whole(self) -> StudyRequest:
         """Return this request with its open arguments filled from the paper's table or the defaults.

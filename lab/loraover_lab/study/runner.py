@@ -64,7 +64,7 @@ def score_runs(
     """Put the benchmark's questions to the adapters that are compared, or with `report_only` read the answers.
 
     Answers that the study's folder holds are not asked for again, but for those on which the benchmark failed, or which
-    the judge left without a rating. A method that trains all weights leaves no adapter, and so has no score.
+    the grader left without a rating. A method that trains all weights leaves no adapter, and so has no score.
     """
     if request.benchmark is None:
         return outcomes, Scores()
@@ -303,8 +303,8 @@ def make_report(
         raise LoraOverError(
             "no seed has all of its runs finished yet, so there is nothing to compare; continue the study first."
         )
-    judged = [run for run in grid if run in outcomes and (run.seed < seeds or seeds >= tuning)]
-    tasks = task_results(judged, outcomes, seeds, min(tuning, seeds))
+    compared = [run for run in grid if run in outcomes and (run.seed < seeds or seeds >= tuning)]
+    tasks = task_results(compared, outcomes, seeds, min(tuning, seeds))
     return StudyReport(
         rule=rule,
         is_whole=not plan.left(outcomes),

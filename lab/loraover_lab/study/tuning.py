@@ -156,8 +156,8 @@ def tokens_of_all(scored: Mapping[str, RunOutcome]) -> Losses:
     for other in others:
         if scored[other].tokens != tokens:
             raise LoraOverError(
-                f"{other} and {first} were judged on different held-out examples, so they cannot be compared; were the "
-                "data changed? Start a new study."
+                f"{other} and {first} were evaluated on different held-out examples, so they cannot be compared; were "
+                "the data changed? Start a new study."
             )
     return np.array(tokens, dtype=np.float64)
 

@@ -23,7 +23,7 @@ class InstalledEngine:
         name: The engine's usual name.
         version: Installed version, or the path of a command whose version is not recorded; None if it is missing.
         takes: Files that the engine loads.
-        install: How it is installed.
+        install: Instructions to install the engine.
     """
 
     name: str

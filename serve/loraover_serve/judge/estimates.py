@@ -68,7 +68,7 @@ class Interval:
     def plainly(self) -> str:
         """A strength in plain words."""
         value, low, high = (f"{100 * each:.1f}".removesuffix(".0") for each in (self.value, self.low, self.high))
-        return f"{value} % of the adapter arrives ({low} to {high} %)"
+        return f"{value} % of the adapter is applied ({low} to {high} %)"
 
 
 def strength(points: Sequence[tuple[int, float, float]]) -> Interval:

@@ -49,8 +49,7 @@ def suspects(case: Case) -> list[Suspect]:
     """The nearest faults on all prompts, and then the others on the first ones, where they are further.
 
     Args:
-        case: The engine's evidence. Faults that need a run of the model are tried only if the number format is a coarse
-            one.
+        case: The engine's evidence.
     """
     few = case.first(FEW)
     candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
@@ -134,7 +133,7 @@ def find_base_fault(case: Case) -> BaseFault | None:
     """The fault that explains most of what sets the engine's base model apart from PyTorch's; None if none does.
 
     Args:
-        case: The engine's evidence. Faults that somebody has to run are tried where the number format is a coarse one.
+        case: The engine's evidence. Faults that need a run of the model are tried only in a coarse number format.
     """
     if case.noise.rms <= EXACT or case.is_one_model:
         return None

@@ -257,7 +257,7 @@ def _chosen(logits: Tensor, sample: Sample) -> Tensor:
     return logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
 
 
-def _judge(model: Any, requests: Sequence[TokenRequest], sample: Sample) -> tuple[Answer, list[float]]:
+def _compared_answer(model: Any, requests: Sequence[TokenRequest], sample: Sample) -> tuple[Answer, list[float]]:
     """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
     logits = _next_logits(model, requests, sample)
     gaps = logits.amax(-1) - _chosen(logits, sample)
@@ -294,7 +294,7 @@ def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], sa
         requests: The requests of the run.
         samples: The answers.
     """
-    answers, apart = zip(*(_judge(model, requests, sample) for sample in samples), strict=True)
+    answers, apart = zip(*(_compared_answer(model, requests, sample) for sample in samples), strict=True)
     differences = np.concatenate(apart)
     rms, error = root_mean((differences**2).tolist()) if len(differences) else (None, None)
     return Distance(

@@ -75,7 +75,7 @@ class EngineResult(StrictModel):
 
     @property
     def plainly(self) -> str:
-        """The verdict in a line: how much of the adapter arrives, and what is wrong; `reason` has the rest."""
+        """The verdict in a line: how much of the adapter is applied, and what is wrong; `reason` has the rest."""
         if self.verdict in ("failed", "inconclusive"):
             return f"{self.verdict}. {in_sentences(clauses(self.reason)[0])}"
         found = [] if self.strength is None else [self.strength.plainly]

@@ -123,7 +123,7 @@ class History:
         return found[0] if found else None
 
     def last_change(self, key: tuple[str, str]) -> Check | None:
-        """The last check whose verdict or fault was another one than before."""
+        """The last check whose verdict or fault differed from the one before."""
         found = self._read("WHERE server = ? AND adapter = ? AND changed ORDER BY rowid DESC LIMIT 1", key)
         return found[0] if found else None
 

@@ -33,7 +33,7 @@ class PageRow:
     Args:
         target: The adapter.
         last: Its last check; None before the first.
-        change: The last check whose verdict or fault was another one than before.
+        change: The last check whose verdict or fault differed from the one before.
         plot: Distances over time.
         is_late: Whether the last check is older than `LATE` intervals, so that nobody knows what the server does now.
     """
@@ -155,7 +155,7 @@ PREFIX = "loraover_watch"
 OF_ADAPTER = ("server", "adapter")
 GAUGES = {
     "last_check_timestamp_seconds": "End of the last check, in seconds since 1970",
-    "last_change_timestamp_seconds": "Last check whose verdict or fault was another one than before",
+    "last_change_timestamp_seconds": "Last check whose verdict or fault differed from the one before",
     "distance_nats": "RMS distance of the adapter's answers from PyTorch's",
     "allowed_nats": "Largest distance that noise explains",
     "strength": "Strength of the adapter: 1 as trained, 0 if it is not applied",

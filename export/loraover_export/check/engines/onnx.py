@@ -39,7 +39,7 @@ from loraover_export.publishing import ONNX
 
 ONE_SCALING = note("the builder is right, but Olive scales every module by lora_alpha and r")
 NO_INPUTS = note("the builder is right, but Olive writes tensors that its graph has no inputs for")
-NOT_LOADED = silent("PEFT, which the builder uses, ignores such matrices but for a Python warning")
+NOT_LOADED = silent("PEFT, which the builder uses, ignores such matrices with only a Python warning")
 
 PEFT_FORM = {
     "task": refused("the builder builds causal language models only"),

@@ -90,7 +90,7 @@ def find_family(architecture: str, model: str) -> Family:
     if family is None:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
         raise ExportError(
-            f"{model} is a {architecture}. In which order llama.cpp keeps the rows of its queries and keys is "
+            f"{model} is a {architecture}. The order in which llama.cpp keeps the rows of its queries and keys is "
             f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
             "adapter into the base model with PEFT, and convert that with llama.cpp."
         )

@@ -52,7 +52,7 @@ class AdaLora(ConversionMethod[AdaLoraFields]):
             *("r", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
         }
     )
-    rank = "number of ranks that are left"
+    rank = "number of ranks that pruning left"
 
     def delta(self, module: Module[AdaLoraFields]) -> LowRank:
         m, n = module.shape
