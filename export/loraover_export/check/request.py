@@ -93,7 +93,7 @@ class FleetCheckRequest(FleetRequest):
         "LoRA-Over checkpoints, or PEFT adapters of any method", is_source=False, metavar="ADAPTER..."
     )
     engines: AnyNames = option(
-        "Engine for which adapters are judged.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
+        "Engine to check adapters for.", default=(), default_text="all", flag="--engine", choices=tuple(ENGINES)
     )
     model: AnyName | None = base_model()
     jobs: int = number_of_jobs()

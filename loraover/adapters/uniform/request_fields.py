@@ -136,7 +136,7 @@ def records(product: str) -> Any:
 
 def device(description: str, default: str = "auto") -> Any:
     """Declare a field for the device on which PyTorch runs models; one GPU of several, such as cuda:1, is allowed."""
-    text = "the first that is there of cuda, mps and cpu" if default == "auto" else default
+    text = "the first available one of cuda, mps and cpu" if default == "auto" else default
     return option(description, default=default, default_text=text, choices=DEVICES, accepts=is_one_gpu)
 
 
