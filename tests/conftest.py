@@ -32,6 +32,7 @@ from support.faults import no_model as no_model
 from support.faults import wrong_fold as wrong_fold
 from support.faults import wrong_rounding as wrong_rounding
 from support.faults import wrong_scaling as wrong_scaling
+from support.hub_cache import hub_cache as hub_cache
 from support.speed import PROFILES, scaled
 
 torch.set_num_threads(1)

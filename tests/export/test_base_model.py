@@ -18,7 +18,6 @@ from rich.console import Console
 from loraover.checkpoint.base_model import resolve_base
 from loraover.common.command_line import quiet_libraries, run
 from loraover.common.errors import ConfigError
-from loraover.models.load import ModelSource
 from loraover.models.stand_in import STAND_INS
 from loraover.reporting.reporter import ConsoleReporter
 from loraover_export import (
@@ -34,6 +33,7 @@ from loraover_export.formats.onnx.inputs import read_inputs
 from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.requests import OnnxRequest
 
+from support.hub_cache import HubCache
 from support.lines import Lines
 from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
 from support.onnx_export import ForkedBuilder, llama_checkpoint
@@ -113,19 +113,19 @@ def test_a_stand_in_that_is_gone_is_named(
     assert RECORD.sha256 in card(tmp_path / "folded")
 
 
-def test_an_export_reads_the_revision_that_the_adapter_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_reads_the_revision_that_the_adapter_pins(tmp_path: Path, hub_cache: HubCache) -> None:
+    """There is no other in the cache."""
     made = make_checkpoint(tmp_path / "made", tokenizer=True, base_options=SERVABLE, revision="v2")
-    asked = []
-
-    def resolve(name: str, revision: str | None = None, **more: object) -> ModelSource:
-        asked.append((name, revision))
-        return ModelSource(name, name, None, f"{name} at {revision}")
-
-    monkeypatch.setattr("loraover.checkpoint.base_model.resolve_model", resolve)
+    commit = hub_cache("owner/model", "v2", made.base)
+    edit_json(made.path / "adapter_config.json", lambda config: config.update(base_model_name_or_path="owner/model"))
+    edit_json(made.path / "loraover.json", lambda meta: meta.update(base_model="owner/model"))
+    reseal(made.path)
     for command in ("fold", "vllm"):
         assert export(command, made.path, tmp_path / command) == 0
-    read_inputs(OnnxRequest((made.path,), tmp_path / "out", "merged"))
-    assert asked == [(str(made.base), "v2")] * 3
+    certificate = FoldCertificate.model_validate_json((tmp_path / "fold" / "fold_certificate.json").read_bytes())
+    assert certificate.outputs is not None
+    assert commit[:12] in certificate.outputs.base
+    assert read_inputs(OnnxRequest((made.path,), tmp_path / "out", "merged")).base.revision == commit
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,16 @@ def test_an_export_reads_the_revision_that_the_adapter_pins(tmp_path: Path, monk
     ],
 )
 def test_the_pinned_revision_holds_however_the_base_is_named(
-    name: str, revision: str, monkeypatch: pytest.MonkeyPatch
+    name: str, revision: str, tmp_path: Path, hub_cache: HubCache
 ) -> None:
-    monkeypatch.setattr("loraover.models.load.pinned_commit", lambda name, revision, kind: f"commit of {revision}")
+    (tmp_path / "config.json").write_text("{}")
+    commits = [hub_cache("owner/model", revision, tmp_path) for revision in ("v2", "v4")]
     adapters: list[Any] = [
         SimpleNamespace(path=Path(pinned), config=SimpleNamespace(base_model_name_or_path=base, revision=pinned))
         for base, pinned in (("owner/model", "v2"), ("owner/model", "v3"), ("owner/other", "v1"))
     ]
     found = [resolve_base(adapters[:1], given, option="--model", say=print) for given in (name, revision)]
-    assert [each.revision for each in found] == ["commit of v2", "commit of v4"]
+    assert [each.revision for each in found] == commits
     with pytest.raises(ConfigError, match="No revision fits all"):
         resolve_base(adapters, name, option="--model", say=print)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -84,27 +85,32 @@ def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
     assert key in capsys.readouterr().err
 
 
+@pytest.fixture
+def wrong_contraction(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Tensor]], None]:
+    """Function that replaces the contraction of an MPO; it is given the right one before the arguments."""
+    right = Mpo.contract
+    return lambda wrong: monkeypatch.setattr(Mpo, "contract", partialmethod(wrong, right))
+
+
 def test_a_contraction_that_is_not_trainings_is_refused(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Made, tmp_path: Path, wrong_contraction: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    contract = Mpo.contract
-
-    def wrong(self: Mpo, cores: Any, m: int, n: int) -> Tensor:
+    def wrong(self: Mpo, right: Any, cores: Any, m: int, n: int) -> Tensor:
         first, *others = cores
-        return contract(self, [first.mT.reshape(first.shape), *others], m, n)
+        found: Tensor = right(self, [first.mT.reshape(first.shape), *others], m, n)
+        return found
 
-    monkeypatch.setattr(Mpo, "contract", wrong)
+    wrong_contraction(wrong)
     assert fold(made.path, tmp_path / "out") == 2
     assert "contradicts its cores" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_check_error_rejects_a_contraction_that_is_wrong_everywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, wrong_contraction: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training, fold and certificate agree on it; only the unfolded model, which contracts nothing, does not."""
-    contract = Mpo.contract
-    monkeypatch.setattr(Mpo, "contract", lambda *arguments: 1.01 * contract(*arguments))
+    wrong_contraction(lambda self, right, *arguments: 1.01 * right(self, *arguments))
     made = make_checkpoint(tmp_path / "made")
     (tmp_path / "empty").mkdir()
     found = assert_rejected(made, tmp_path / "empty", capsys, "--check-error")

@@ -164,7 +164,7 @@ def listed() -> Any:
     """A system of fsspec at listed://, with a listing and contents that a test sets."""
     fsspec = pytest.importorskip("fsspec")
 
-    class Listed(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    class Listed(fsspec.AbstractFileSystem):  # type: ignore[name-defined]
         protocol, cachable = "listed", False
         files: ClassVar[dict[str, bytes]] = {}
         read: ClassVar[Callable[[], object]] = lambda: None
