@@ -1,7 +1,8 @@
-"""Requests check themselves when they are made, and take names of data types."""
+"""Requests check themselves when they are made, and exports check their outputs before they work."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,15 @@ import pytest
 import loraover_export
 from loraover.adapters.combine.requests import DiffRequest
 from loraover.adapters.convert.request import ConvertRequest
-from loraover.common.command_line import Command
+from loraover.common.command_line import Command, run
 from loraover.common.errors import ConfigError
 from loraover.common.request import Request
 from loraover_export.cli import cli
+from loraover_export.publishing import PRODUCTS
 from loraover_export.requests import FoldRequest, GgufRequest, OnnxRequest, VllmRequest
+
+from support.make_checkpoint import SERVABLE, make_checkpoint
+from support.refusals import Refused
 
 OUT = Path("out")
 
@@ -96,3 +101,45 @@ def test_public_names_are_the_listed_ones() -> None:
         assert getattr(loraover_export, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = loraover_export.nothing
+
+
+# What an export does with an output that is there already
+
+
+WRITTEN = {
+    "convert": "certified adapters",
+    "combine": "certified adapters",
+    "shrink --rank 1": "certified adapters",
+    **{verb: f"{product.name}s" for verb, product in PRODUCTS.items() if verb != "onnx"},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("made"), base_options=SERVABLE).path
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_force_replaces_an_output_whole_if_it_is_one_of_ours(
+    verb: str, checkpoint: Path, tmp_path: Path, refused: Refused
+) -> None:
+    """Another folder may be the base model, or a checkpoint of a training."""
+    out, words = tmp_path / "out", [*verb.split(), str(checkpoint)]
+    assert run(cli, [*words, "-o", str(out)]) == 0
+    files = {path.name for path in out.iterdir()}
+    (out / "stray").write_text("of the older one")
+    refused(*words, named=(str(out), "exists already and is a folder"))
+    assert run(cli, [*words, "-o", str(out), "--force"]) == 0
+    assert {path.name for path in out.iterdir()} == files
+    assert list(tmp_path.iterdir()) == [out]
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    refused(*words, "--force", output=other, named=(str(other), f"--force replaces {WRITTEN[verb]} only"))
+
+
+@pytest.mark.parametrize("verb", WRITTEN)
+def test_an_output_around_or_inside_the_input_is_refused(
+    verb: str, checkpoint: Path, tmp_path: Path, refused: Refused
+) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "deep" / "in")
+    for place in ("deep/in/out", "deep", "deep/in"):
+        refused(*verb.split(), source, "--force", output=tmp_path / place, named=(str(source),))

@@ -1,8 +1,13 @@
-"""An ONNX export that cannot be done ends in one message and exit code 2, with nothing written or overwritten."""
+"""An ONNX export that cannot be done, or is ended: one message, exit code 2, and nothing written or overwritten."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +18,11 @@ import torch
 
 from loraover_export.formats.onnx.run import ROWS, token_rows
 
+from support.children import Child, limit_file_size
 from support.make_checkpoint import edit_json, save_tokenizer
 from support.onnx_export import OTHER, OnnxMade, export, read_report, tiny_base, tiny_lora
 from support.plain_adapter import write_adapter
-from support.refusals import Refused
+from support.refusals import Refused, only_error
 from support.tiny_experts import tiny_moe
 from support.tiny_models import tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from support.vllm_damage import added, config
@@ -251,3 +257,56 @@ def test_an_output_inside_an_input_or_around_it_is_refused(
     refused("onnx", second, *options, "--force", output=graph, named=(str(graph),))
     inner = source.rename(graph / "first")
     refused("onnx", inner, *MERGED, "--force", output=graph, named=("holds the input", str(inner)))
+
+
+# A limit of file sizes, and an end from outside
+
+
+MERGED = ("--mode", "merged")
+
+
+def test_a_file_size_limit_leaves_nothing(onnx_made: OnnxMade, tmp_path: Path) -> None:
+    request = (onnx_made.folder / "first", tmp_path / "out", *MERGED, "--no-check")
+    ended = Child(lambda: export(*request), prepare=lambda: limit_file_size(290_000)).end()
+    assert ended.code == 2, ended.output
+    assert "too large" in only_error(ended.output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def ended_within(pid: int, seconds: float) -> bool:
+    """Whether a process is gone by then, or a zombie that nobody has asked about."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_builder_ends_with_the_export(number: signal.Signals, onnx_made: OnnxMade, tmp_path: Path) -> None:
+    """Ctrl-C reaches the process group of a terminal, and a kill the command alone, whose end its builder sees."""
+    command = [str(Path(sys.executable).with_name("loraover-export")), "onnx", str(onnx_made.folder / "first")]
+    arguments = ["-o", str(tmp_path / "out"), *MERGED]
+    with subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not children.read_text() and process.poll() is None:
+            time.sleep(0.02)
+        (builder,) = children.read_text().split()
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        out, err = process.communicate()
+    assert ended_within(int(builder), seconds=5 if number == signal.SIGINT else 60)
+    left = [path.name for path in tmp_path.iterdir()]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        assert all(name.startswith(".out.") and name.endswith(".tmp") for name in left)
+        return
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("Interrupted")
+    assert "Traceback" not in out + err
+    assert left == []
