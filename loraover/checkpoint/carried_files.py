@@ -100,7 +100,7 @@ def misfit(reference: Path) -> str | None:
         return f"{_kept_beside(reference)} names a file that cannot be read: {error.strerror}"
     if found == recorded:
         return None
-    return f"{reference} was recorded of an adapter with the digest {recorded:.12}, and this one has {found:.12}"
+    return f"{reference} is a recording of an adapter with the digest {recorded:.12}, and this one has {found:.12}"
 
 
 def covered_files(reference: Path) -> list[str]:

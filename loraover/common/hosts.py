@@ -6,7 +6,7 @@ from ipaddress import ip_address
 
 
 def is_near(host: str) -> bool:
-    """Whether a host is this machine, to which secrets may go in the clear and no proxy leads."""
+    """Whether a host is this machine, so that secrets may be sent to it without encryption and no proxy is used."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # a name

@@ -68,7 +68,7 @@ class Spec:
         above: Largest number that is too small.
         most: Largest number that is allowed.
         needs: Name of another field that has to be given with this one.
-        converts: Function that makes the value of what a caller gives, such as the texts of a command line; where it
+        converts: Function that makes the value from the caller's input, such as the texts of a command line; where it
             raises a ValueError, the message says what is wrong.
         writes: Function that gives the texts of the option on a command line, which is repeated for each of them.
         are_different: Whether several values have to be different.

@@ -250,8 +250,8 @@ def read_raw(
         name, bracket, _ = split.partition("[")
         if bracket:
             raise DataError(
-                f"{source}: is one file, of which the slice {split!r} is not taken. To read the complete file, set the "
-                f"split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name the folder."
+                f"{source}: is one file, from which the slice {split!r} is not taken. To read the complete file, set "
+                f"the split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name that."
             )
         return RawRows(_read_file(path), f"file {path.name}", folder=path.parent)
     if kind == "folder":
@@ -359,7 +359,7 @@ NUMBERS = ("label", "margin")
 
 
 def _read_table(file: Any, delimiter: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the rows below the header of a table, whose cells are text but for `NUMBERS`."""
+    """Yield the rows below the header of a table, whose cells are text except in the columns `NUMBERS`."""
     csv.field_size_limit(max(MAX_LINE_BYTES, csv.field_size_limit()))
     cells = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:

@@ -96,7 +96,7 @@ class StreamedWeight(Tensor):
 
 
 def change_rows(weight: Tensor, change: Change) -> Tensor:
-    """Return a weight with a function applied to its rows, which are those of a streamed weight when they are read.
+    """Return a weight with a function applied to its rows; those of a streamed weight change when they are read.
 
     Args:
         weight: The weight.

@@ -122,7 +122,7 @@ class CoreGroup:
 
     @property
     def is_joined(self) -> bool:
-        """Whether the optimizer sees whole stacks."""
+        """Whether the optimizer sees each stack as one parameter."""
         return not self._each
 
     def parameters(self, k: int) -> list[nn.Parameter]:
@@ -140,7 +140,7 @@ class CoreGroup:
                 self.state.update((p, _part(state, whole, i)) for i, p in enumerate(self._each[k]))
 
     def join(self) -> None:
-        """Show whole stacks to the optimizer, if all sites have the same state but for the values of its tensors."""
+        """Show each stack to the optimizer as one parameter, if all sites' states differ only in tensors' values."""
         if not self._each:
             return
         merged = {k: _merged([self.state.get(p, {}) for p in each], self.stacks[k]) for k, each in self._each.items()}

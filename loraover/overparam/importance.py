@@ -70,8 +70,8 @@ class GradientScore(Score):
             group: Index of this group of matrices, under which a score may keep tensors between steps.
             matrices: Function that makes the stack of M (G, m, n).
             gradients: Normalised gradients (G, m, n).
-            counts: Bool on the gradients' device. Where it is false, the step does not count, and what is kept between
-                steps must not change.
+            counts: Bool on the gradients' device. Where it is false, the step does not count, and tensors that are kept
+                between steps must not change.
 
         Returns:
             Values (G,).

@@ -177,7 +177,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values, gathered from all processes if FSDP2 or ZeRO 3 has cut it."""
+    """Return all values of a parameter, gathered from all processes if FSDP2 or ZeRO 3 has cut it."""
     if not is_taken_away(parameter):
         return full(parameter.detach())
     piece = piece_of(parameter)

@@ -1,4 +1,4 @@
-"""Methods of training, which but for full fine-tuning end as plain LoRAs on the original base model.
+"""Methods of training, all of which except full fine-tuning end as plain LoRAs on the original base model.
 
 LoRA, LoRA-Over and full fine-tuning are here. Other methods are found by entry points of the group `loraover.methods`,
 each of which names the class of a method's settings; their attribute `method` is the class that trains it.

@@ -65,7 +65,7 @@ def renames(cls: type) -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Print the classes; draft models of speculative decoding are left out, since nobody serves them by themselves."""
+    """Print the classes; draft models of speculative decoding are left out, since they are not served by themselves."""
     lora: dict[str, object] = {}
     without_lora, unknown = [], []
     for name, registered in sorted(ModelRegistry.models.items()):

@@ -206,7 +206,7 @@ def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.Captur
     statement.rename(adapter / STATEMENT_FILE)
     write_reference(adapter, "0" * 64)
     assert run(cli, ["attest", str(adapter), "--force"]) == 2
-    assert "was recorded of an adapter with the digest" in capsys.readouterr().err
+    assert "is a recording of an adapter with the digest" in capsys.readouterr().err
     (adapter / REFERENCE_FILE).unlink()
     edit_json(adapter / "fold_certificate.json", lambda content: content.update(verdict="failed"))
     assert run(cli, ["attest", str(adapter), "--force"]) == 1

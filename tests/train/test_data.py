@@ -65,7 +65,7 @@ def test_a_slice_is_the_hubs(write: Write) -> None:
         assert found.origin == f"file train.jsonl, {split}"
     for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
         assert "is not a slice of its 12 rows" in fault(folder, split=split), split
-    assert "is one file, of which the slice 'train[:95%]' is not taken" in fault(
+    assert "is one file, from which the slice 'train[:95%]' is not taken" in fault(
         folder / "train.jsonl", split="train[:95%]"
     )
 

@@ -153,4 +153,4 @@ def test_an_adapter_that_names_another_base_model_keeps_its_reference(tmp_path: 
     said: list[str] = []
     with moved_copy(tmp_path / "adapter", base, "card", said.append) as copy:
         assert not (copy / REFERENCE_FILE).exists()
-    assert "was recorded of an adapter with the digest" in said[0]
+    assert "is a recording of an adapter with the digest" in said[0]

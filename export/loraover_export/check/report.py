@@ -68,7 +68,7 @@ class EngineCheck(StrictModel):
 
     @property
     def is_mended(self) -> bool:
-        """Whether the export mends what is wrong with the adapter as it is."""
+        """Whether the export repairs the adapter's faults on the engine."""
         return self.as_it_is.verdict != "right" and self.by_us.verdict == "right"
 
     @property

@@ -47,7 +47,7 @@ BLOB_DIGITS = 64
 """Length of the names that the hub's cache gives to large files, which are their SHA-256."""
 
 REMEMBERED: dict[str, type[LoraOverError]] = {kind.__name__: kind for kind in (CheckpointError, ExportError, FoldError)}
-"""Errors that say what is wrong with an adapter, by name."""
+"""Errors that describe a fault of an adapter, by name."""
 
 PLACE = "{adapter}"
 """Stands for the adapter's folder in a message, since copies of one adapter lie in several folders."""
@@ -134,7 +134,7 @@ def digest_of(source: Path, base: ModelSource, options: Mapping[str, object], ot
 
 
 def _base_digests(source: Path, base: ModelSource) -> dict[str, str]:
-    """Digests of the base model's configuration, and of its weights where what is made depends on them."""
+    """Digests of the base model's configuration, and of its weights where the result depends on them."""
     reads_weights, folder, names = False, Path(base.location), [CONFIG]
     with suppress(LoraOverError):  # which preparing the adapter will say
         method, layout = read_method(source)

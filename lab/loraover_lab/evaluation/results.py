@@ -41,7 +41,7 @@ class Evaluation(StrictModel):
     model_origin: str = Field(description="Base model with its commit or folder, for people.")
     model_digest: str | None = Field(
         None,
-        description="Base model's commit on the hub, or SHA-256 of its folder's files; None: nothing is written.",
+        description="Base model's commit on the hub, or SHA-256 of its folder's files; None if no file is written.",
     )
     data_origin: str = Field(description="Questions with their commit or file, for people.")
     data_sha256: str = Field(description="SHA-256 of the questions as they were asked.")

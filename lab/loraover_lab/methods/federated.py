@@ -316,7 +316,7 @@ def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -
 
 
 def steps_within(epsilon: float, noise_multiplier: float, rate: float, steps: int, delta: float) -> int:
-    """Return the largest number of steps, of at most so many, whose epsilon does not exceed a budget."""
+    """Return the largest number of steps, up to a limit, whose epsilon does not exceed a budget."""
     return bisect.bisect_right(range(1, steps + 1), epsilon, key=lambda n: epsilon_of(noise_multiplier, rate, n, delta))
 
 

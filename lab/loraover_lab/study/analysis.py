@@ -53,7 +53,7 @@ class RateSensitivity(StrictModel):
     regret: float | None = Field(
         description="Mean over the sweep of loss / lowest loss - 1; None: infinite, a rate diverged or the lowest is 0."
     )
-    diverged: int = Field(description="Number of rates at which a run diverged, or failed otherwise.")
+    diverged: int = Field(description="Number of rates at which a run diverged or failed.")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def matrix_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
 
 
 def underflow_facts(matrices: Sequence[MatrixCertificate]) -> dict[str, str]:
-    """Return the row of `matrix_facts` that counts what is too small for the storage type, if anything is."""
+    """Return the row of `matrix_facts` with the number of elements that are too small for the storage type, if any."""
     zero, subnormal = sum(m.flushed_to_zero for m in matrices), sum(m.subnormal for m in matrices)
     if not zero and not subnormal:
         return {}

@@ -51,7 +51,7 @@ def is_inert(config: AdapterConfig, field: str, value: Any, keys: Iterable[str])
 
     Args:
         config: Configuration of a LoRA.
-        field: Name of one of its fields that is no field of `AdapterConfig`.
+        field: Name of one of its fields that `AdapterConfig` does not have.
         value: Its value.
         keys: Keys of the file's tensors.
     """

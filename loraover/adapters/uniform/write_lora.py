@@ -56,7 +56,7 @@ class Approximation:
 
     @staticmethod
     def exact(delta: Delta) -> Approximation:
-        """Return a delta that is written as it is: only the bounds of its own factors count."""
+        """Return a delta that is written exactly: the only error is that of its own factors."""
         noise = factor_noise(delta.b, delta.a)
         return Approximation(delta, product_norm(delta.b.value, delta.a.value), arithmetic_bound=noise)
 

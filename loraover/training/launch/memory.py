@@ -51,7 +51,9 @@ class Memory(StrictModel):
     adapter: int = Field(description="Bytes of A and B.")
     cores: int = Field(description="Largest number of bytes of the cores: all that the schedule can inject.")
     gauge: int = Field(description="Largest number of bytes of bases that are not trained, and of their moments.")
-    gradients: int = Field(description="Bytes of the gradients of everything trained, of single rows too.")
+    gradients: int = Field(
+        description="Bytes of the gradients of all trained parameters, and of single rows where a method needs these."
+    )
     optimizer_states: int = Field(
         description="Bytes of AdamW's two moments, in the type of their parameters; under ZeRO also of their copies."
     )

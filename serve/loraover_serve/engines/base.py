@@ -55,7 +55,7 @@ class Setting:
         checkpoint: Folder of a checkpoint whose unfolded model is an arm, if the engine has one; None for no such arm.
         copies: Names of the arms that are copies of other arms, with the names of those.
         base_gguf: GGUF file of the base model; None has one written.
-        server: Server that already runs, for the engine that is one.
+        server: Server that already runs, for the engine `endpoint`.
         watch: Context manager that runs as long as a server; it is called with the id of the server's process.
     """
 

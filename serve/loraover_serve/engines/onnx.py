@@ -139,7 +139,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             return [self._greedy(arm, prompt, tokens) for prompt in prompts]
 
     def _greedy(self, arm: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """An answer of exactly so many tokens, among which any token of the vocabulary may be."""
+        """An answer with an exact number of tokens, any of which may be a token that ends a text."""
         generator = self._generator(arm, len(prompt) + tokens)
         appended, found = list(prompt), []
         for _ in range(tokens):

@@ -46,7 +46,7 @@ class Interval:
     value: float
     """The estimate"""
     low: float
-    """Lower end of the interval over prompts, in which the truth lies but for one case in 10,000"""
+    """Lower end of the interval over prompts, which misses the truth in one case of 10,000"""
     high: float
     """Upper end of the interval over prompts"""
 

@@ -18,7 +18,7 @@ NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 """Number formats from fine to coarse."""
 
 PLAIN = ("fp32", "fp16", "bf16")
-"""Number formats in which models are published; coarser ones have errors in the weights that differ by chance."""
+"""Number formats in which models are published; in coarser ones, rounding changes the published weights."""
 
 BY_CHANCE = 1e-4
 """Probability with which chance puts the strength of a sound engine outside of its interval."""
@@ -66,7 +66,7 @@ CLEAR = 4.0
 """Multiple of the noise by which an adapter changes a position at which one sees whether it was applied."""
 
 AS_BASE = 4.0
-"""Ratio by which an answer of the base model is nearer to the base model's than to the adapter's."""
+"""Ratio of the distances from the adapter's and the base model's answers, above which an answer is the base model's."""
 
 FEW_AS_BASE = 3
 """Number of answers of the base model, of answers that end early, or of prompts far off, that chance never makes."""

@@ -29,7 +29,7 @@ class Question:
     Args:
         prompt: Token ids of the prompt.
         answer: First tokens of the adapted model's greedy answer in PyTorch.
-        message: Message of the chat whose tokens the prompt is; None if it is no chat.
+        message: Message of the chat whose tokens the prompt is; None if the prompt is not a chat.
         texts: Text of the prompt and of the answer before each of its tokens; None where no text has these tokens.
     """
 

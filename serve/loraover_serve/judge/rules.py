@@ -166,7 +166,7 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
 
 
 def base_is_another(case: Case) -> RuleFinding | None:
-    """No number format is as far off as the base model; on an engine with one model, the adapter may be what is off."""
+    """No number format is as far off as the base model; on an engine with one model, the fault may be the adapter's."""
     if case.number_format is not None:
         return None
     far = f"off by {case.noise.rms:.2g} nats"
@@ -326,7 +326,7 @@ def few_are_compared(case: Case) -> RuleFinding | None:
 
 
 def strength_is_unclear(case: Case) -> RuleFinding | None:
-    """The interval of the strength is wide, or there is no effect to see."""
+    """The interval of the strength is wide, or the adapter changes too little to be seen."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
         return None
     reason = (

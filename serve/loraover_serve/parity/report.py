@@ -134,7 +134,7 @@ def percent_text(ratio: float) -> str:
 
 
 def end_text(ratio: float, digits: int) -> str:
-    """Return the end of an interval of a ratio, with so many decimal places."""
+    """Return the end of an interval of a ratio, with a number of decimal places."""
     return f"{ratio:.{digits}f}" if ratio < UNBOUNDED else "infinity"
 
 

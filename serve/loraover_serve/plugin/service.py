@@ -233,7 +233,7 @@ class Service:
 
         Args:
             name: Name by which clients know it.
-            source: `source`, a folder; or `hub`, a name of the hub.
+            source: Keyword of the worker's request: `source` with a folder, or `hub` with a hub name.
 
         Raises:
             RefusedError: The adapter is not served; the reason names no path.

@@ -1,4 +1,4 @@
-"""Findings of a verification, which need no PyTorch: what is reported, and logs that outlive it."""
+"""Findings of a verification, for its report, and logs that outlive it; no PyTorch is needed."""
 
 from __future__ import annotations
 

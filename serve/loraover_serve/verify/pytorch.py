@@ -111,7 +111,7 @@ class TorchModels(Models):
         return [np.union1d(self.likely[place], np.array([*more], np.int64)) for place, more in enumerate(answered)]
 
     def model(self, expected: Expected) -> Model:
-        """A model of which the entire vocabulary is known, at the places where it was run."""
+        """Logprobs of a model over the entire vocabulary, at the places where it was run."""
         rows, floors = [], []
         for place, ids in enumerate(self._ids):
             if self.position(place) not in expected:

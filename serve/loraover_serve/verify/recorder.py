@@ -133,7 +133,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
 
 
 def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
-    """Contents of the sealed reference, whose salt lets nobody find its questions by their SHA-256."""
+    """Contents of the sealed reference; its salt keeps others from finding the questions by their SHA-256."""
     request.report.line("recording the sealed reference")
     mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None)
     content = record(mine, adapter, base)

@@ -145,7 +145,7 @@ class History:
             return connection.execute(asked, (at,)).fetchall()
 
     def forget_before(self, at: float) -> None:
-        """Remove the checks before a time, but for the last change of each adapter."""
+        """Remove the checks before a time, except the last change of each adapter."""
         changes = "SELECT max(rowid) FROM checks WHERE changed GROUP BY server, adapter"
         with self._used() as connection:
             connection.execute(f"DELETE FROM checks WHERE at < ? AND rowid NOT IN ({changes})", (at,))

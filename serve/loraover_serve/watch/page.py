@@ -35,7 +35,7 @@ class PageRow:
         last: Its last check; None before the first.
         change: The last check whose verdict or fault differed from the one before.
         plot: Distances over time.
-        is_late: Whether the last check is older than `LATE` intervals, so that nobody knows what the server does now.
+        is_late: Whether the last check is older than `LATE` intervals, so that the server's present state is not known.
     """
 
     target: WatchTarget

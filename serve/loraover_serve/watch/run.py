@@ -120,7 +120,7 @@ class Watch:
             raise self._mistake
 
     def close(self) -> None:
-        """Close the history; what a check still writes is whole before that, and nothing is written after it."""
+        """Close the history; a check that is being written is completed first, and later ones are not written."""
         self.stopping.set()
         self.history.close()
 

@@ -147,7 +147,7 @@ class FormatRules(EngineRules):
     """Rules of an engine that refuses PEFT's form, since it reads a format of its own, which one of our exports writes.
 
     Args:
-        form: The format, which is declared beside what writes it.
+        form: The format, which is declared in the module that writes it.
     """
 
     extra = "torch"

@@ -49,7 +49,9 @@ PEFT_FORM = {
     "aLoRA": silent("the graph applies it to every token"),
     "experts": refused("the builder finds no weights of the experts"),
     "initialisation": note("the builder is right, but Olive pairs A and B with the unchanged base weights"),
-    "lost initialisation": silent("PEFT, which the builder uses, starts it otherwise and pairs it with other weights"),
+    "lost initialisation": silent(
+        "PEFT, which the builder uses, computes other first factors and pairs A and B with other weights"
+    ),
     "other initialisation": refused("PEFT, which the builder uses, cannot start it again"),
     "megatron": refused("PEFT, which the builder uses, has to import Megatron then"),
     "LoRA bias": silent("the builder drops it"),

@@ -24,7 +24,9 @@ from loraover_export.formats.vllm.candidate import listed
 PEFT_FORM = {
     "method": note("PEFT has this method"),
     "DoRA": note("PEFT has the magnitudes"),
-    "lost initialisation": silent("PEFT starts it otherwise when it loads it, and pairs A and B with other weights"),
+    "lost initialisation": silent(
+        "PEFT computes other first factors when it loads the adapter, and pairs A and B with other weights"
+    ),
     "other initialisation": refused("PEFT cannot start it again from the base model alone"),
     "megatron": refused("PEFT has to import Megatron then, and cannot without it"),
     "rank": refused("PEFT cannot load matrices of another rank"),

@@ -128,7 +128,7 @@ class VllmRules(UniformRules):
 
 
 def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
-    """Apply the pre-flight's rules to what is written in a data type; None: the folder is served unchanged."""
+    """Apply the pre-flight's rules to the adapter as written in a data type; None: the folder is served unchanged."""
     assert subject.lora is not None
     name, address = f"{subject.path.name}-vllm", subject.served.source.name
     candidate = Candidate(subject.lora, subject.served, known_architectures(), name, address, dtype)

@@ -137,7 +137,7 @@ class ConversionMethod(ABC, Generic[Config]):
             yield from self.place(adapter, path)
 
     def place(self, adapter: Adapter[Config], path: str) -> Iterator[Place]:
-        """Yield one adapted module, as what `delta` returns for it.
+        """Yield one adapted module with the result of `delta`.
 
         Raises:
             ExportError: The base model has no such module, or it is an embedding, which this kind does not adapt.
@@ -166,7 +166,7 @@ AnyMethod = ConversionMethod[Any]
 
 @dataclass(frozen=True)
 class Refused:
-    """A kind of adapter that is no change of weights, or whose change cannot be found from its files.
+    """A kind of adapter that does not change weights, or whose change cannot be found from its files.
 
     Args:
         reason: Why it cannot become a LoRA, and what to do instead, after "a NAME adapter".
