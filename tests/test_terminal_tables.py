@@ -26,7 +26,6 @@ from loraover.inspection.request import DoctorRequest
 from loraover.reporting.reporter import print_rows
 from loraover.reporting.schedule import show_schedule
 from loraover.training.run_result import Measures, RunResult
-from loraover.training.show import show_runs
 from loraover_export.fold.report import show_certificate
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck, OnnxReport
 from loraover_export.formats.onnx.report import show_report as show_onnx
@@ -34,6 +33,7 @@ from loraover_export.merge.arithmetic import RoundingLoss
 from loraover_export.merge.report import MergedWeight, MergeReport, show_merge
 from loraover_export.prepare.report import show_report as show_fleet
 from loraover_export.requests import FoldRequest, MergeRequest, OnnxRequest
+from loraover_lab.cli import show_runs
 from loraover_lab.evaluation.results import Evaluation, ModelResult, show_evaluation
 from loraover_lab.study.forecast import PowerReport, TaskPower
 from loraover_lab.study.request import StudyRequest

@@ -11,6 +11,11 @@ from loraover_lab.evaluation.request import EvaluationRequest
 from loraover_lab.study.request import StudyRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+    from loraover.training.run_result import RunResult
     from loraover_lab.evaluation.results import Evaluation
 
 REQUEST = "loraover_lab.study.request:StudyRequest"
@@ -75,9 +80,26 @@ def _compare(request: CompareRequest, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from loraover.training.show import show_runs
-
     show_runs(results, Console())
+
+
+def show_runs(results: Mapping[str, RunResult], console: Console) -> None:
+    """Print a line for each value that all runs share, then a table of the others with one column for each run."""
+    from loraover.common.errors import printable
+    from loraover.reporting.table import Column, Table
+
+    facts = {run: result.facts() for run, result in results.items()}
+    names = dict.fromkeys(name for found in facts.values() for name in found)
+    common = {name: {found.get(name, "") for found in facts.values()} for name in names}
+    shared = [name for name in names if len(facts) > 1 and len(common[name]) == 1]
+    for name in shared:
+        console.print(printable(f"{name}: {common[name].pop()}"), markup=False, highlight=False)
+
+    def column(run: str) -> Column[str]:
+        return Column(run, lambda name: facts[run].get(name, "-"), "name")
+
+    rows = [name for name in names if name not in shared]
+    console.print(Table([Column("", lambda name: name, "name"), *map(column, facts)], rows))
 
 
 study = request_command(StudyRequest, _study)

@@ -41,10 +41,9 @@ def _run(request: TrainRequest, as_json: bool) -> None:
 def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
     from loraover.common.atomic_output import publish_text
     from loraover.common.ranks import launched
-    from loraover.reporting.reporter import ConsoleReporter
+    from loraover.reporting.reporter import ConsoleReporter, print_line, print_rows
     from loraover.reporting.schedule import check_new
-    from loraover.training.plan import make_plan, to_page
-    from loraover.training.show import show_plan
+    from loraover.training.plan import ASSUMPTION, make_plan, to_page
 
     ranks = launched()
     if request.html is not None:
@@ -56,7 +55,8 @@ def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool
     if as_json:
         ranks.write(print, found.model_dump_json(indent=1))
     else:
-        ranks.write(show_plan, found, console)
+        ranks.write(print_rows, console, list(found.facts().items()))
+        ranks.write(print_line, console, ASSUMPTION)
 
 
 def _train(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:

@@ -289,18 +289,7 @@ def _launched(size: str, rank: str) -> Ranks:
 
 
 def name_of_start(store: Any, rank: int, size: int) -> str:
-    """Agree on a name that these processes alone have: torchrun's store keeps the keys of those before a restart.
-
-    Every process says a word, rank 0 says all words, and it ends the talk when each has repeated them with its own.
-
-    Args:
-        store: Store of torch.distributed.
-        rank: Number of this process.
-        size: Number of processes.
-
-    Raises:
-        RuntimeError: One of them does not come.
-    """
+    """Agree on a name that these processes alone have: torchrun's store keeps the keys of those before a restart."""
 
     def said(place: str) -> str:
         return store.get(place).decode() if store.check([place]) else ""

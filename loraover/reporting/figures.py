@@ -235,7 +235,10 @@ def curves_figure(
         y: The vertical axis; what lies beyond it is cut off.
         height: Height of the plot without legend and axes.
     """
-    forms = _forms(curves)
+    forms: list[tuple[Shape, str | None]] = []
+    for i, curve in enumerate(curves):
+        place = sum(other.color == curve.color for other in curves[:i]) if curve.form is None else curve.form
+        forms.append((SHAPES[place % len(SHAPES)], DASHES[place % len(DASHES)]))
     keys: list[Key] = [(curve.label, curve.color, shape) for curve, (shape, _) in zip(curves, forms, strict=True)]
     legend = _legend_height(keys)
     top = legend + LINE + 6
@@ -257,15 +260,6 @@ def curves_figure(
         _curve(inner, curve, x, y, shape, dash)
     drawing.inside(left, top, inner)
     return drawing.figure(name, description)
-
-
-def _forms(curves: Sequence[Curve]) -> list[tuple[Shape, str | None]]:
-    """Shape and dash of each curve, by its number or its place among those of its colour."""
-    forms = []
-    for i, curve in enumerate(curves):
-        place = sum(other.color == curve.color for other in curves[:i]) if curve.form is None else curve.form
-        forms.append((SHAPES[place % len(SHAPES)], DASHES[place % len(DASHES)]))
-    return forms
 
 
 def _curve(inner: Drawing, curve: Curve, x: Axis, y: Axis, shape: Shape, dash: str | None) -> None:

@@ -55,11 +55,7 @@ def request_command(request: type[Request], body: Body) -> click.Command:
 
 
 class _WithLoneFlags(Command):
-    """A command some of whose options may stand without their value, also before an argument.
-
-    Args:
-        alone: Declarations of these options, by flag.
-    """
+    """A command some of whose options may stand without their value, also before an argument."""
 
     def __init__(self, *args: Any, alone: Mapping[str, Spec], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,11 +71,7 @@ class _WithLoneFlags(Command):
 
 
 class _SplitAtDashes(Command):
-    """A command that keeps the words after "--" for another program, in the context's `obj`.
-
-    Args:
-        rest: Description of these words, for the help text.
-    """
+    """A command that keeps the words after "--" for another program, in the context's `obj`."""
 
     def __init__(self, *args: Any, rest: str | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -58,11 +58,7 @@ def is_worth_a_map(rounds: Mapping[MapCell, int | None]) -> bool:
 
 
 def place_of(name: str) -> MapCell:
-    """Return the place of a matrix in the map.
-
-    Args:
-        name: Name of the matrix, such as "model.layers.0.self_attn.q_proj.lora_A".
-    """
+    """Return the place in the map of a matrix such as "model.layers.0.self_attn.q_proj.lora_A"."""
     module, _, matrix = name.rpartition(".lora_")
     parts = module.split(".")
     below = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 0)

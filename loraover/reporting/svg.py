@@ -18,6 +18,7 @@ SIZE = 12.0
 """Height of text, in the units of the picture."""
 SMALL, TITLE = 11.0, 26.0
 LONGEST_NAME = 100
+MOST_MARKS = 6
 WIDEST = 0.6
 """Mean width of a letter of a wide sans-serif font, as a share of its height."""
 
@@ -52,15 +53,14 @@ class Figure:
 
     def file(self) -> str:
         """Return the picture for a file: with the colours of a light page, and its ground."""
-        colored = re.sub(r'style="[^"]*"', _with_colors, self.svg)  # a text has no such quotation marks
-        head, end, rest = colored.partition(">")
+
+        def colored(style: re.Match[str]) -> str:
+            return re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]].light, style[0])
+
+        head, end, rest = re.sub(r'style="[^"]*"', colored, self.svg).partition(">")  # a text has no such marks
         ground = f'<rect width="100%" height="100%" fill="{PALETTE["paper"].light}"/>'
         named = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
         return f"{named}{end}{ground}{rest}\n"
-
-
-def _with_colors(style: re.Match[str]) -> str:
-    return re.sub(r"var\(--(\w+)\)", lambda found: PALETTE[found[1]].light, style[0])
 
 
 def number(value: float) -> str:
@@ -225,20 +225,19 @@ class Axis:
 
     def marks(self) -> list[tuple[float, str]]:
         """Return the values that have a number, with these numbers."""
-        chosen = self.ticks if self.ticks is not None else self._log_marks() if self.is_log else self._round_marks()
+        if self.ticks is not None:
+            chosen = [*self.ticks]
+        elif self.is_log:
+            powers = [10.0**k for k in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)]
+            decades = [power for power in powers if self.low <= power <= self.high]
+            between = [factor * power for power in powers for factor in (1, 2, 5)]
+            chosen = decades[:: math.ceil(len(decades) / MOST_MARKS)]
+            if len(decades) < 3:
+                chosen = [value for value in between if self.low <= value <= self.high]
+        else:
+            rough = (self.high - self.low) / MOST_MARKS
+            power = 10.0 ** math.floor(math.log10(rough))
+            step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+            chosen = [i * step for i in range(first, last + 1)]
         return [(value, short(value, self.form)) for value in chosen]
-
-    def _round_marks(self, most: int = 6) -> list[float]:
-        rough = (self.high - self.low) / most
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [i * step for i in range(first, last + 1)]
-
-    def _log_marks(self, most: int = 6) -> list[float]:
-        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        decades = [10.0**power for power in range(first, last + 1) if self.low <= 10.0**power <= self.high]
-        if len(decades) >= 3:
-            return decades[:: math.ceil(len(decades) / most)]
-        steps = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
-        return [value for value in steps if self.low <= value <= self.high]

@@ -69,10 +69,18 @@ def check_outputs(request: FoldRequest, checkpoint: Checkpoint, folded: Path, so
             report.line(f"loading the folded adapter with PEFT, and {TWINS} random roundings of it for the noise floor")
             others = checkpoint.others.values()
             adapters = FoldedAndTwins(sharing_weights(base, but=others), checkpoint, folded, request.dtype, report)
-            compared = _Compared()
+            effect, error = RunningDeviation(), RunningDeviation()
+            noises = [RunningDeviation() for _ in combinations(range(TWINS), 2)]
             with walked(prompts, base, "the unfolded model, the folded adapter and the roundings", report) as steps:
                 for ids, positions in steps:
-                    compared.add(base, reference, adapters, ids, positions)
+                    expected = logits_of(reference, ids, positions)
+                    effect.add(expected, logits_of(base, ids, positions))
+                    error.add(expected, logits_of(adapters.active(FOLDED), ids, positions))
+                    del expected  # the twins' logits are the most that is held at once
+                    twins = [logits_of(adapters.active(name), ids, positions) for name in adapters.twins]
+                    for noise, (one, other) in zip(noises, combinations(twins, 2), strict=True):
+                        noise.add(one, other)
+                    del twins, one, other
     return OutputCertificate(
         base=source.origin,
         device=device,
@@ -81,10 +89,10 @@ def check_outputs(request: FoldRequest, checkpoint: Checkpoint, folded: Path, so
         tokens=prompts.tokens,
         compared_tokens=sum(n if sampled is None else sampled.count(n) for n in map(torch.numel, prompts.batches)),
         prompt_source=prompts.source,
-        error=compared.error.result(),
-        noise=largest_of([noise.result() for noise in compared.noises]),
+        error=error.result(),
+        noise=largest_of([noise.result() for noise in noises]),
         twins=TWINS,
-        adapter_effect=compared.effect.result().max_logit,
+        adapter_effect=effect.result().max_logit,
     )
 
 
@@ -95,24 +103,6 @@ def _sampled(base: nn.Module, checkpoint: Checkpoint, folded: Path) -> Sampled |
     dense = sum(p.numel() for module in tables for p in module.parameters(recurse=False) if p.ndim > 1)
     share = CORES_AT_MOST * dense / cores if cores else 1.0
     return None if share >= 1 else Sampled(share, read_adapter_dir(folded))
-
-
-class _Compared:
-    """Deviations for the certificate, over all pieces so far."""
-
-    def __init__(self) -> None:
-        self.effect, self.error = RunningDeviation(), RunningDeviation()
-        self.noises = [RunningDeviation() for _ in combinations(range(TWINS), 2)]
-
-    def add(self, base: Any, unfolded: Any, adapters: FoldedAndTwins, ids: Tensor, positions: Tensor | None) -> None:
-        """Run every model on one piece; the twins' logits are the most that is held at once."""
-        reference = logits_of(unfolded, ids, positions)
-        self.effect.add(reference, logits_of(base, ids, positions))
-        self.error.add(reference, logits_of(adapters.active(FOLDED), ids, positions))
-        del reference
-        twins = [logits_of(adapters.active(name), ids, positions) for name in adapters.twins]
-        for noise, (one, other) in zip(self.noises, combinations(twins, 2), strict=True):
-            noise.add(one, other)
 
 
 def compare_bases(request: FoldRequest, folded: Path, source: ModelSource, quantization: str) -> TrainedBase:

@@ -37,7 +37,6 @@ STOPS = (
     "\nprint",
     "\n```",
 )  # the first five are from section 2.1 of the paper; a function ends before each of them
-FIELDS = ("task_id", "prompt", "entry_point", "test")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,10 @@ class HumanEval(Task):
         check_sandbox()
 
     def read(self, request: EvaluationRequest) -> Questions:
-        return read_questions(request.data or self.hub, _problem, split="test", limit=request.limit)
+        def problem(row: Mapping[str, Any], where: str) -> Row:
+            return {name: text_field(row, (name,), where) for name in ("task_id", "prompt", "entry_point", "test")}
+
+        return read_questions(request.data or self.hub, problem, split="test", limit=request.limit)
 
     def measure(self, subject: Answerer, questions: Questions, request: EvaluationRequest, keep: Keep) -> TaskScores:
         problems = questions.rows
@@ -95,7 +97,3 @@ def program(problem: Mapping[str, Any], body: str) -> str:
 def cut(text: str, stops: tuple[str, ...]) -> str:
     """The text up to the first of the stops."""
     return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
-
-
-def _problem(row: Mapping[str, Any], where: str) -> Row:
-    return {name: text_field(row, (name,), where) for name in FIELDS}

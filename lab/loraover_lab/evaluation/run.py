@@ -32,21 +32,14 @@ BASE_MODEL = "base"
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A model that has not been asked yet.
-
-    Args:
-        name: Its name in the results.
-        sha256: SHA-256 of its adapter; None for a model that cannot be recognised by its files.
-        load: Function that loads it.
-    """
+    """A model that has not been asked yet."""
 
     name: str
-    sha256: str | None
+    sha256: str | None  # of its adapter; None for a model that cannot be recognised by its files
     load: Callable[[], Answerer]
 
     @property
     def key(self) -> tuple[str, str | None]:
-        """Settings by which a result in a file is recognised."""
         return self.name, self.sha256
 
 
@@ -195,18 +188,7 @@ def _result(
     request: EvaluationRequest,
     publish: Callable[[ModelResult], None],
 ) -> ModelResult:
-    """Put the questions to one model, or only rate its answers.
-
-    Args:
-        candidate: The model.
-        answered: Its answers, if it has been asked already.
-        questions: The questions.
-        request: The user's request.
-        publish: Called with a result that is not final.
-
-    Raises:
-        LoraOverError: The model failed and left no answers.
-    """
+    """Put the questions to one model, or only rate its answers."""
     task, started = TASKS[request.task], time.perf_counter()
 
     def keep(answers: list[Example]) -> None:

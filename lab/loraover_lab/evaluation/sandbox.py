@@ -153,7 +153,10 @@ def run_program(program: str, limits: Limits = Limits()) -> ProgramOutcome:
         failure = complaint.read(1000).decode(errors="replace").strip()
     if failure:
         raise _cannot_be_held(failure)
-    return _outcome(text, process.returncode)
+    if not text:
+        code = process.returncode
+        text = f"died of signal {code - 128}" if code > 128 else f"left early with exit code {code}"
+    return ProgramOutcome(text == "passed", text)
 
 
 @cache
@@ -245,9 +248,3 @@ def _filter() -> bytes:
         rules.export_bpf(file)
         file.seek(0)
         return file.read()
-
-
-def _outcome(text: str, code: int) -> ProgramOutcome:
-    if text:
-        return ProgramOutcome(text == "passed", text)
-    return ProgramOutcome(False, f"died of signal {code - 128}" if code > 128 else f"left early with exit code {code}")

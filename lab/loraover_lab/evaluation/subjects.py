@@ -127,28 +127,23 @@ def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtyp
     task = "SEQ_2_SEQ_LM" if is_encoder_decoder(source) else "CAUSAL_LM"
     model = load_model(source, dtype=dtype, task_type=task)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        from peft import PeftModel
+        from safetensors import SafetensorError
+
+        with open_tensors(adapter / TENSORS_FILE) as tensors:
+            for key in tensors.keys:
+                tensors.read(key)  # which refuses NaN and infinity: any answer could come of them
+        check_patterns(adapter / CONFIG_FILE, [path for path, _ in model.named_modules()])
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(adapter))
+            # Loaded again, since only this returns which tensors did not fit.
+            loaded = wrapped.load_adapter(str(adapter), "default")
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise CheckpointError(f"{adapter}: PEFT cannot put it on this model: {error}") from error
+        for keys, fault in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for it,")):
+            if keys:
+                raise CheckpointError(f"{adapter}: {fault} {keys[0]}; is it an adapter of this model?")
+        model = wrapped.eval()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return InMemory(model, tokenizer, batch_size)
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    with open_tensors(adapter / TENSORS_FILE) as tensors:
-        for key in tensors.keys:
-            tensors.read(key)  # which refuses NaN and infinity: any answer could come of them
-    check_patterns(adapter / CONFIG_FILE, [path for path, _ in model.named_modules()])
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
-        loaded = wrapped.load_adapter(
-            str(adapter), "default"
-        )  # again, since only this returns which tensors did not fit
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{adapter}: PEFT cannot put it on this model: {error}") from error
-    for keys, fault in ((loaded.missing_keys, "lacks"), (loaded.unexpected_keys, "holds, without a place for it,")):
-        if keys:
-            raise CheckpointError(f"{adapter}: {fault} {keys[0]}; is it an adapter of this model?")
-    return wrapped.eval()

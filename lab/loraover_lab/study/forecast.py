@@ -209,7 +209,11 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> lis
     for task, found in runs.items():
         every = (one for rates in found.values() for seeds in rates.values() for one in seeds.values())
         tokens = tokens_of_all({one.run: one for one in every})
-        best = {method: seeds for method, rates in found.items() if (seeds := _best(rates)) is not None}
+        best: dict[str, Mapping[str, KeptRun]] = {}
+        for method, rates in found.items():  # the best rate is one of those with the most seeds
+            if (most := max(map(len, rates.values()))) > 1:
+                tried = (seeds for seeds in rates.values() if len(seeds) == most)
+                best[method] = min(tried, key=lambda seeds: validation_loss([*seeds.values()]))
         plain = {method: validation_loss([*seeds.values()]) for method, seeds in best.items() if is_plain(method)}
         if not plain:
             continue
@@ -222,14 +226,6 @@ def measured_spreads(kept: Sequence[KeptRun], methods: Mapping[str, str]) -> lis
                 pair, variances = (methods[method], methods[baseline]), percent_variances(new, old, tokens)
                 spreads.append(MeasuredSpread(*pair, task, len(common), len(tokens), *variances))
     return spreads
-
-
-def _best(rates: Mapping[str, Mapping[str, KeptRun]]) -> Mapping[str, KeptRun] | None:
-    """The runs by seed at the rate with the lowest validation loss, among those with the most seeds, at least two."""
-    most = max(map(len, rates.values()))
-    if most < 2:
-        return None
-    return min((s for s in rates.values() if len(s) == most), key=lambda seeds: validation_loss([*seeds.values()]))
 
 
 def _power(task: str, spread: MeasuredSpread, rows: int, seeds: int) -> TaskPower:

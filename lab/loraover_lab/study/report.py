@@ -173,46 +173,33 @@ def task_results(
 ) -> list[TaskResult]:
     """Compare methods at their chosen rates."""
     tuning = seeds if tuning_seeds is None else tuning_seeds
-    return _adjusted([_task(task, methods, outcomes, seeds, tuning) for task, methods in by_method(runs).items()])
-
-
-def _task(
-    task: str, methods: Mapping[str, Sequence[Run]], outcomes: Mapping[Run, RunOutcome], seeds: int, tuning_seeds: int
-) -> TaskResult:
-    all_runs = [run for runs in methods.values() for run in runs]
-    tokens = tokens_of(all_runs, outcomes)
-    test = Halves(len(tokens)).test
-    tuned = {
-        method: found
-        for method, runs in methods.items()
-        if (found := tune(runs, outcomes, tuning_seeds, tokens)) is not None
-    }
-    rulers = [method for method, runs in methods.items() if runs[0].is_ruler]
-    baseline = min(
-        (method for method in tuned if is_plain(method) and method not in rulers),
-        key=lambda method: min(tuned[method].losses.values()),
-        default=None,
-    )
-    chosen = {
-        method: [outcomes[run] for run in methods[method] if run.rate == found.best_rate and run.seed < seeds]
-        for method, found in tuned.items()
-    }
-    reference = None if baseline is None else losses_of(chosen[baseline], test)
-    results = [
-        _method(method, tuned[method], chosen[method], test, None if method == baseline else reference)
-        for method in tuned
-    ]
-    failures = [f"{run.folder}: {outcomes[run].failure}" for run in all_runs if outcomes[run].failure is not None]
-    return TaskResult(
-        task=task,
-        examples=len(tokens[test]),
-        baseline=baseline,
-        rulers=rulers,
-        methods=results,
-        failed=[method for method in methods if method not in tuned],
-        failures=failures,
-        names={method: short for method, runs in methods.items() if (short := runs[0].short) is not None},
-    )
+    found = []
+    for task, methods in by_method(runs).items():
+        every = [run for mine in methods.values() for run in mine]
+        tokens = tokens_of(every, outcomes)
+        test = Halves(len(tokens)).test
+        rates = {method: tune(mine, outcomes, tuning, tokens) for method, mine in methods.items()}
+        tuned = {method: rate for method, rate in rates.items() if rate is not None}
+        rulers = [method for method, mine in methods.items() if mine[0].is_ruler]
+        plain = {m: min(rate.losses.values()) for m, rate in tuned.items() if is_plain(m) and m not in rulers}
+        baseline = min(plain, key=lambda method: plain[method], default=None)
+        chosen = {
+            method: [outcomes[run] for run in methods[method] if run.rate == rate.best_rate and run.seed < seeds]
+            for method, rate in tuned.items()
+        }
+        reference = None if baseline is None else losses_of(chosen[baseline], test)
+        result = TaskResult(
+            task=task,
+            examples=len(tokens[test]),
+            baseline=baseline,
+            rulers=rulers,
+            methods=[_method(m, tuned[m], chosen[m], test, None if m == baseline else reference) for m in tuned],
+            failed=[method for method in methods if method not in tuned],
+            failures=[f"{run.folder}: {outcomes[run].failure}" for run in every if outcomes[run].failure is not None],
+            names={method: mine[0].short for method, mine in methods.items() if mine[0].short is not None},
+        )
+        found.append(result)
+    return _adjusted(found)
 
 
 def _method(

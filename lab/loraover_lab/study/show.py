@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from statistics import fmean, median
 
@@ -64,11 +64,7 @@ def to_markdown(report: StudyReport) -> str:
 
 
 def to_page(report: StudyReport) -> Page:
-    """Make the page of a study; every text is escaped.
-
-    Args:
-        report: The study.
-    """
+    """Make the page of a study; every text is escaped."""
     differences, rates = forest(changes(report), report.tasks), rate_figures(report.tasks)
     return make_page(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
@@ -284,7 +280,13 @@ def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> lis
     ends = [max(map(abs, (*change.interval, change.seen))) for change in changes]
     reach = min(max(ends), WIDEST * median(ends))
     looks = _looks(tasks)
-    rows = [_row(change, by_name[change.task], looks[change.method]) for change in changes]
+    rows = []
+    for change in changes:
+        mean, low, high = change.texts
+        label = f"{change.task}, {by_name[change.task].named(change.method)}"
+        points = [Point(change.mean, looks[change.method].color, looks[change.method].shape)]
+        unseen = Band(-change.seen, change.seen, "noise")
+        rows.append(FigureRow(label, f"{mean} % [{low}, {high}]", points, change.interval, [unseen]))
     keys: list[Key] = [
         (look.name, look.color, look.shape)
         for method, look in looks.items()
@@ -296,30 +298,13 @@ def forest(changes: Sequence[PercentChange], tasks: Sequence[TaskResult]) -> lis
     return [rows_figure("differences", title, rows, axis, keys=keys, reference=0)]
 
 
-def _row(change: PercentChange, task: TaskResult, look: _Look) -> FigureRow:
-    mean, low, high = change.texts
-    return FigureRow(
-        f"{change.task}, {task.named(change.method)}",
-        f"{mean} % [{low}, {high}]",
-        [Point(change.mean, look.color, look.shape)],
-        change.interval,
-        [Band(-change.seen, change.seen, "noise")],
-    )
-
-
 @dataclass(frozen=True)
 class _Look:
-    """How a method is drawn in every figure of a study.
-
-    Args:
-        name: Its name in legends.
-        color: Its colour.
-        form: Its place among the methods of that colour.
-    """
+    """How a method is drawn in every figure of a study."""
 
     name: str
     color: str
-    form: int
+    form: int  # its place among the methods of that colour
 
     @property
     def shape(self) -> Shape:
@@ -343,27 +328,19 @@ def rate_figures(tasks: Sequence[TaskResult]) -> list[Figure]:
 
     Losses above `HIGHEST` times the lowest are outside the plot, so that the lowest parts of the curves can be seen.
     """
-    looks = _looks(tasks)
-    return [_rates(task, looks) for task in tasks if task.methods]
-
-
-def _rates(task: TaskResult, looks: Mapping[str, _Look]) -> Figure:
-    swept = sorted({float(rate) for result in task.methods for rate in result.sensitivity.losses})
-    means = [loss for result in task.methods for loss in result.sensitivity.losses.values()]
-    each = [loss for r in task.methods for losses in r.sensitivity.seed_losses.values() for loss in losses]
-    within = [loss for loss in means + each if loss <= HIGHEST * min(means)]
-    x = Axis.around("learning rate", swept, is_log=True)
-    return curves_figure(
-        f"rates-{task.task}",
-        f"{task.task}: loss against learning rate",
-        [_curve(result, task, looks[result.method]) for result in task.methods],
-        Axis(x.label, x.low, x.high, is_log=True, ticks=swept),
-        Axis.around("validation loss, nats per token", within),
-    )
-
-
-def _curve(result: MethodResult, task: TaskResult, look: _Look) -> Curve:
-    found = result.sensitivity
-    points = [(float(rate), loss) for rate, loss in found.losses.items()]
-    dots = [(float(rate), loss) for rate, losses in found.seed_losses.items() for loss in losses]
-    return Curve(task.named(result.method), look.color, points, dots=dots, form=look.form)
+    looks, figures = _looks(tasks), []
+    for task in (task for task in tasks if task.methods):
+        curves = []
+        for result in task.methods:
+            look, found = looks[result.method], result.sensitivity
+            points = [(float(rate), loss) for rate, loss in found.losses.items()]
+            dots = [(float(rate), loss) for rate, losses in found.seed_losses.items() for loss in losses]
+            curves.append(Curve(task.named(result.method), look.color, points, dots=dots, form=look.form))
+        swept = sorted({rate for curve in curves for rate, _ in curve.points})
+        lowest = min(loss for curve in curves for _, loss in curve.points)
+        losses = [loss for curve in curves for _, loss in (*curve.points, *curve.dots) if loss <= HIGHEST * lowest]
+        title = f"{task.task}: loss against learning rate"
+        x = replace(Axis.around("learning rate", swept, is_log=True), ticks=swept)
+        y = Axis.around("validation loss, nats per token", losses)
+        figures.append(curves_figure(f"rates-{task.task}", title, curves, x, y))
+    return figures

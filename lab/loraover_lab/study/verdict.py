@@ -45,11 +45,7 @@ class PercentChange:
 
 
 def changes(report: StudyReport) -> list[PercentChange]:
-    """Return the difference of every method to its task's baseline, for those that were compared.
-
-    Args:
-        report: The study.
-    """
+    """Return the difference of every method to its task's baseline, for those that were compared."""
     found = []
     for task in report.tasks:
         loss = next((result.test_loss for result in task.methods if result.method == task.baseline), 0.0)
@@ -63,15 +59,10 @@ def changes(report: StudyReport) -> list[PercentChange]:
 
 @dataclass
 class _Setting:
-    """LoRA-Over with one setting, over all tasks.
-
-    Args:
-        name: Its name in sentences.
-        required: Number of tasks on which it has to be better.
-    """
+    """LoRA-Over with one setting, over all tasks."""
 
     name: str
-    required: int
+    required: int  # tasks on which it has to be better
     below: list[PercentChange] = field(default_factory=list)
     above: list[PercentChange] = field(default_factory=list)
     same: list[PercentChange] = field(default_factory=list)

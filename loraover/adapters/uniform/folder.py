@@ -38,17 +38,11 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Storage:
-    """A data type that adapters are stored in.
-
-    Args:
-        name: Name of it in safetensors files.
-        roundoff: Largest relative error of rounding to nearest, u.
-        normal: Smallest normal number.
-    """
+    """A data type that adapters are stored in, by its name in safetensors files."""
 
     name: str
-    roundoff: float
-    normal: float
+    roundoff: float  # largest relative error of rounding to nearest, u
+    normal: float  # smallest normal number
 
     @property
     def subnormal(self) -> float:

@@ -98,15 +98,7 @@ def find_family(architecture: str, model: str) -> Family:
 
 
 def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of each head from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n.
-
-    Args:
-        rows: Shape (heads * d, k), with an even d.
-        heads: Number of heads.
-
-    Returns:
-        Shape (heads * d, k).
-    """
+    """Reorder the rows of each head of (heads * 2 n, k) from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n."""
     from torch import arange
 
     order = arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)

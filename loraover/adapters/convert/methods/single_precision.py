@@ -150,15 +150,7 @@ Rounding the weights to bfloat16 moves it by about as much. It keeps modules tha
 
 
 def determined(module: Module[Any], delta: LowRank, apart: float, size: float, reason: str) -> LowRank:
-    """Return a delta_W, unless another machine's may be far from it.
-
-    Args:
-        module: The module.
-        delta: Its delta_W.
-        apart: Bound of the Frobenius norm by which another machine's may differ.
-        size: Frobenius norm of what PEFT starts from.
-        reason: Why machines differ, in words, for the message.
-    """
+    """Return a delta_W, unless another machine's may be far from it."""
     norm = product_norm(delta.b, delta.a)
     if apart > NEGLIGIBLE * size and apart > LARGEST_SHARE * norm:
         raise module.refuse(
