@@ -124,6 +124,10 @@ def make_page(
     )
     environment.globals["tone_of"] = tone_of
     shown = {**facts, "machine": origin.hardware or None, "date": origin.day}
+    policy = "default-src 'none'; style-src 'unsafe-inline'"  # a browser loads nothing from elsewhere
+    if script is not None:
+        digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
     html = environment.from_string(template).render(
         title=title,
         heading=heading,
@@ -132,7 +136,7 @@ def make_page(
         facts={name: value for name, value in shown.items() if value is not None},
         origin=origin,
         palette=css_variables(),
-        policy=_policy(script),
+        policy=policy,
         script=script,
         figures=figures,
         **values,
@@ -152,12 +156,3 @@ def clauses(text: str) -> list[str]:
 def in_sentences(text: str) -> str:
     """Return the clauses of a text as sentences; see `clauses`."""
     return " ".join(f"{clause[:1].upper()}{clause[1:]}." for clause in clauses(text))
-
-
-def _policy(script: str | None) -> str:
-    """Return what a browser may load: nothing from elsewhere, and only the script with this digest."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    if script is None:
-        return policy
-    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"{policy}; script-src 'sha256-{digest}'"

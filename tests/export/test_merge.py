@@ -23,7 +23,7 @@ from loraover import LoraOverConfig, read_checkpoint
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError, ExportError
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 from loraover_export import MergeReport, convert_adapter, merge_adapter
 from loraover_export.merge.arithmetic import merge
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, read_checkpoint
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 from loraover_export import export_gguf, merge_adapter
 from loraover_export.formats.gguf.base import write_base
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel

@@ -11,7 +11,7 @@ import pytest
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 from loraover_serve.cli import cli
 from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.engines.vllm import VllmEngine

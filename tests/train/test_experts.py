@@ -19,7 +19,7 @@ from loraover import Budget, LoraOverConfig, OverParameterization, read_checkpoi
 from loraover.checkpoint.source import read_source
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.probe import Probe
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 from loraover_export import fold_checkpoint
 
 from support.plain_adapter import write_adapter

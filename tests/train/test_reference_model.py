@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import CheckpointError
-from loraover.reference.reference_model import reference_model
+from loraover.reference import reference_model
 
 from support.check_cases import lose_layer_1
 from support.make_checkpoint import edit_json, edit_tensors

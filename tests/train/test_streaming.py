@@ -18,7 +18,7 @@ from loraover.models import streaming
 from loraover.models.load import load_model, resolve_model
 from loraover.models.memory import Needs, fit_base
 from loraover.models.streaming import StreamedWeight
-from loraover.reference.reference_model import sharing_weights
+from loraover.reference import sharing_weights
 
 from support.machine import with_devices
 from support.plain_adapter import tiny_decoder

@@ -14,7 +14,7 @@ from loraover import LoraOverConfig, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.common.errors import CheckpointError
 from loraover.overparam.decompositions import DECOMPOSITIONS
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 
 from support.apple import apple_gpu
 from support.make_checkpoint import (

@@ -21,8 +21,7 @@ from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_config, load_model
 from loraover.models.memory import Needs, fit_base, memory_explained
 from loraover.overparam.sites import Site, find_sites, lora_layers
-from loraover.reference.reference_model import reference_model, sharing_weights
-from loraover.reference.unfolded_model import Sampled, multiplications, unfolded
+from loraover.reference import Sampled, multiplications, reference_model, sharing_weights, unfolded
 from loraover_export.fold.report import OutputCertificate, TrainedBase
 from loraover_export.requests import FoldRequest
 

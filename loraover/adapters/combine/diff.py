@@ -32,7 +32,7 @@ from loraover.common.strict_json import StrictModel
 from loraover.common.threads import workers
 from loraover.models.device import choose_compute
 from loraover.models.load import ModelSource, load_model
-from loraover.reference.reference_model import reference_model
+from loraover.reference import reference_model
 from loraover.sources.verb import verb
 
 

@@ -22,7 +22,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.device import COMPUTE_DTYPES, choose_compute
 from loraover.models.load import ModelSource, load_model
 from loraover.overparam.expert_part import without_base_layers
-from loraover.reference.reference_model import peft_config
+from loraover.reference import peft_config
 
 MOVED = 0.25
 """Share of numbers that a twin moves by one or two units in the last place: 0.7 units in root mean square."""

@@ -21,7 +21,7 @@ from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.models.load import load_model
 from loraover.models.memory import Needs, memory_explained
-from loraover.reference.unfolded_model import unfolded
+from loraover.reference import unfolded
 from loraover_serve.engines.base import LogitEngine, Sample, Setting, TimedEngine, TokenRequest, engine_errors
 from loraover_serve.judge.limits import BASE
 

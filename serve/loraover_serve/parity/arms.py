@@ -19,7 +19,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.common.errors import ParityError
 from loraover.models.load import ModelSource, load_model
-from loraover.reference.reference_model import reference_model
+from loraover.reference import reference_model
 from loraover_serve.comparison.adapters import check_plain, check_task, write_like
 from loraover_serve.judge.limits import BASE
 from loraover_serve.parity.answers import Reference

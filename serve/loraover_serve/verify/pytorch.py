@@ -16,7 +16,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.reporter import Reporter
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
 from loraover.models.memory import Needs, fit_base
-from loraover.reference.reference_model import reference_model, reference_name
+from loraover.reference import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import Expected, last_rows, row_of
 from loraover_serve.engines.base import TokenRequest

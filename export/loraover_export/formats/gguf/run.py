@@ -23,7 +23,7 @@ from loraover.common.errors import EngineError, ExportError, OutputError
 from loraover.common.paths import kind_of
 from loraover.common.provenance import environment
 from loraover.models.load import load_model
-from loraover.reference.reference_model import reference_model
+from loraover.reference import reference_model
 from loraover.sources.verb import verb
 from loraover_export.formats.gguf.header import read_header
 from loraover_export.formats.gguf.llamacpp import LlamaCppModel, check_pair, load_library

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loraover.adapters.verdict import differences, largest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.device import WITHOUT_FLOAT64
-from loraover.reference.reference_model import reference_model
+from loraover.reference import reference_model
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphRunner
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, GreedyCheck
 from loraover_export.merge.arithmetic import merge

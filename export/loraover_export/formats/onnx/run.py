@@ -23,7 +23,7 @@ from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
 from loraover.models.load import ModelSource, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
-from loraover.reference.unfolded_model import check_fits
+from loraover.reference import check_fits
 from loraover.sources.verb import verb
 from loraover_export.formats.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.formats.onnx.inputs import Inputs, find_task, read_inputs
