@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover.adapters.convert.run import ConvertReport as ConvertReport
     from loraover.adapters.convert.run import convert_adapter as convert_adapter
     from loraover.adapters.uniform.certificate import LoraCertificate as LoraCertificate
-    from loraover_export.attest.report import AttestReport as AttestReport
-    from loraover_export.attest.run import attest_adapter as attest_adapter
+    from loraover_export.attest import AttestReport as AttestReport
+    from loraover_export.attest import attest_adapter as attest_adapter
     from loraover_export.check.report import CheckReport as CheckReport
     from loraover_export.check.run import check_adapter as check_adapter
     from loraover_export.fold.report import FoldCertificate as FoldCertificate

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.command_line import run
-from loraover_export.attest.run import SIGNATURE_FILE, STATEMENT_FILE
+from loraover_export.attest import SIGNATURE_FILE, STATEMENT_FILE
 from loraover_export.cli import cli
 from loraover_export.publishing import PRODUCTS
 

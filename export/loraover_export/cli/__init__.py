@@ -57,8 +57,8 @@ COMMANDS = {
     ),
     "attest": Reporting(
         "loraover_export.requests:AttestRequest",
-        "loraover_export.attest.run:attest_adapter",
-        "loraover_export.attest.report:show_report",
+        "loraover_export.attest:attest_adapter",
+        "loraover_export.attest:show_report",
     ),
     "mlx": Reporting(
         "loraover_export.requests:MlxRequest",
