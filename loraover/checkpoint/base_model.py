@@ -154,7 +154,16 @@ def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
     """
     import torch
 
-    prompts = _prompts(one)
+    try:
+        tokenizer = load_tokenizer(one)
+    except ConfigError:
+        size = load_model(one).config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(size, (1, RANDOM_TOKENS), generator=generator) for _ in range(PROMPTS)]
+    else:
+        problems = islice(word_problems(HELD_OUT_SEED), PROMPTS)
+        texts = [problem["prompt"] + problem["completion"] for problem in problems]
+        prompts = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
     (first, vocabulary), (second, others) = _logits(one, prompts), _logits(other, prompts)
     if vocabulary != others:
         raise ConfigError(
@@ -162,20 +171,6 @@ def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
             "one model does not fit the other."
         )
     return max(float(torch.dist(p, q, torch.inf)) for p, q in zip(first, second, strict=True))
-
-
-def _prompts(source: ModelSource) -> list[Tensor]:
-    import torch
-
-    try:
-        tokenizer = load_tokenizer(source)
-    except ConfigError:
-        size = load_model(source).config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(size, (1, RANDOM_TOKENS), generator=generator) for _ in range(PROMPTS)]
-    problems = islice(word_problems(HELD_OUT_SEED), PROMPTS)
-    texts = [problem["prompt"] + problem["completion"] for problem in problems]
-    return [tokenizer(text, return_tensors="pt").input_ids for text in texts]
 
 
 def _logits(source: ModelSource, prompts: Sequence[Tensor]) -> tuple[list[Tensor], int]:
