@@ -231,9 +231,10 @@ class Axis:
             powers = [10.0**k for k in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)]
             decades = [power for power in powers if self.low <= power <= self.high]
             between = [factor * power for power in powers for factor in (1, 2, 5)]
-            chosen = decades[:: math.ceil(len(decades) / MOST_MARKS)]
             if len(decades) < 3:
                 chosen = [value for value in between if self.low <= value <= self.high]
+            else:
+                chosen = decades[:: math.ceil(len(decades) / MOST_MARKS)]
         else:
             rough = (self.high - self.low) / MOST_MARKS
             power = 10.0 ** math.floor(math.log10(rough))
