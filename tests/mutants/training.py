@@ -244,7 +244,7 @@ TRAINING = (
         "the-best-model-stays-in-float32",
         "site.parameter.data = site.parameter.data.to(dtypes[site.path])",
         "pass",
-        Selection("test_callback_resume.py", "best_models"),
+        Selection("test_callback.py", "best_models"),
     ),
     Mutant(
         "a-trials-checkpoint-is-any-trials",

@@ -31,9 +31,6 @@ ORACLES: dict[str, Callable[[Sequence[Array]], Array]] = {
 }
 
 
-ISOMETRIC = ("mpo", "chain")  # decompositions whose auxiliary cores contract to isometries
-
-
 DTYPES = [torch.float64, torch.float32]
 
 

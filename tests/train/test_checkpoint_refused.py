@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraover import LoraOverConfig, read_checkpoint, write_checkpoint
 from loraover.checkpoint.files import CORES_FILE, META_FILE
-from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, LoraOverError, OutputError
 from loraover.common.strict_json import MAX_JSON_BYTES
 
@@ -214,26 +213,17 @@ def test_cores_that_training_could_not_have_written_in_float64(tmp_path: Path, r
 # The seal
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_save_that_is_cut_off_leaves_no_checkpoint(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", [CORES_FILE, META_FILE])
+def test_a_save_that_is_cut_off_leaves_no_checkpoint(name: str, tmp_path: Path) -> None:
+    """By a folder in the place of its first file, or of its last."""
     made = make_checkpoint(tmp_path, steps=0)
     fresh = tmp_path / "fresh"
     made.model.save_pretrained(fresh)
-    calls = []
-
-    def full(path: Path, fill: Callable[[Path], object]) -> None:
-        calls.append(path)
-        if len(calls) == stage:
-            raise OutputError(f"cannot write {path}: No space left on device.")
-        publish_file(path, fill)
-
-    for module in ("loraover.checkpoint.training_state", "loraover.common.atomic_output"):
-        monkeypatch.setattr(f"{module}.publish_file", full)
-    with pytest.raises(OutputError, match="No space left"):
+    (fresh / name).mkdir()
+    with pytest.raises(OutputError, match=f"cannot write .*{name}: Is a directory"):
         write_checkpoint(fresh, made.over, step=0)
-    assert [path.name for path in calls] == [CORES_FILE, META_FILE][:stage]
+    (fresh / name).rmdir()
+    assert ((fresh / CORES_FILE).exists(), (fresh / META_FILE).exists()) == (name == META_FILE, False)
     with pytest.raises(CheckpointError, match="the saving of a checkpoint was interrupted"):
         read_checkpoint(fresh)
 

@@ -21,6 +21,7 @@ from loraover.training.run.failure import FAILURE_FILE, failure_of, has_no_work,
 from loraover.training.run_result import RUN_FILE
 
 from support.make_checkpoint import tree
+from support.no_memory import NO_MEMORY
 from support.train_command import STEPS, train
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("no_network")]
@@ -221,12 +222,10 @@ def test_the_type_decides_whatever_the_words(error: Exception, kind: str) -> Non
 
 
 def test_a_model_that_cannot_be_loaded_for_lack_of_memory(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, failing_model: Callable[..., None]
 ) -> None:
     """As a model is loaded, every error becomes one that names the model."""
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: no_memory())
+    failing_model(NO_MEMORY["the CPU"], "loaded")
     assert train(recipe, tmp_path / "out") == 2
     assert kind_in(tmp_path / "out") == "out_of_memory"
 
