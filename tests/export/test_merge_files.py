@@ -213,7 +213,7 @@ def test_a_wrong_weight_is_not_published(
         return weight
 
     before = tree(tmp_path)
-    wrong_rounding(wrong, arithmetic)
+    wrong_rounding(wrong, (arithmetic, "round_nearest"))
     assert run(cli, ["merge", str(pair[1]), "-o", str(tmp_path / "out")]) == 1
     assert "nothing was written" in capsys.readouterr().out
     assert tree(tmp_path) == before

@@ -45,14 +45,13 @@ def wrong_fold(monkeypatch: pytest.MonkeyPatch) -> Fold:
 def wrong_rounding(monkeypatch: pytest.MonkeyPatch) -> Rounding:
     """Function that changes what a module of ours stores, after the rounding to its type.
 
-    Its arguments are the change; the modules that round, by default the one that writes adapters; and the key of the
-    only tensor to change.
+    Its arguments are the change; modules with the names of the functions that round there, by default the one by which
+    adapters are written; and the key of the only tensor to change.
     """
     from loraover.adapters.numerics import rounding
 
-    def plant(change: Callable[[Tensor], Tensor], *modules: Any, only: str | None = None) -> None:
-        for module in modules or (rounding,):
-            name = "round_tensor" if hasattr(module, "round_tensor") else "round_nearest"
+    def plant(change: Callable[[Tensor], Tensor], *places: tuple[Any, str], only: str | None = None) -> None:
+        for module, name in places or ((rounding, "round_tensor"),):
             right = getattr(module, name)
 
             def wrong(first: Any, *rest: Any, right: Callable[..., Tensor] = right) -> Tensor:
