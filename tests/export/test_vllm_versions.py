@@ -19,7 +19,8 @@ from loraover.models.load import resolve_model
 from loraover_export.cli import cli
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.preflight import Violation, preflight
-from loraover_export.formats.vllm.releases import Versions, architectures_of, known_architectures, known_faults
+from loraover_export.formats.vllm.releases import architectures_of, known_architectures
+from loraover_export.known_faults import Versions, known_faults
 
 from support.make_checkpoint import edit_json
 from support.plain_adapter import write_adapter
@@ -95,19 +96,20 @@ def test_lora_on_kv_b_proj_of_mla_is_refused(version: str, tmp_path: Path) -> No
 def test_a_no_op_holds_for_its_classes_and_releases_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = candidate(tmp_path, "DeepseekV3ForCausalLM", "model.layers.0.self_attn.kv_b_proj")
     table = known_faults()
-    others = {
-        "classes": table.no_ops[0].model_copy(update={"classes": ("DeepseekV2ForCausalLM",)}),
-        "versions": table.no_ops[0].model_copy(update={"versions": Versions(before="0.32.0")}),
+    ((fault, no_op),) = table.no_ops
+    others: dict[str, dict[str, object]] = {
+        "classes": {"no_op": no_op.model_copy(update={"classes": ("DeepseekV2ForCausalLM",)})},
+        "versions": {"versions": Versions(before="0.32.0")},
     }
     for other in others.values():
-        changed = table.model_copy(update={"no_ops": (other,)})
+        changed = table.model_copy(update={"faults": (fault.model_copy(update=other),)})
         monkeypatch.setattr("loraover_export.formats.vllm.rules.model.known_faults", lambda changed=changed: changed)
         assert not errors(subject)
 
 
 def test_the_classes_of_the_no_ops_take_adapters() -> None:
     """A class that vLLM serves without adapters is refused already, and a misspelt one would match nothing."""
-    assert all(set(no_op.classes) <= known_architectures().lora.keys() for no_op in known_faults().no_ops)
+    assert all(set(no_op.classes) <= known_architectures().lora.keys() for _, no_op in known_faults().no_ops)
 
 
 @pytest.mark.parametrize("architecture", ["Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"])

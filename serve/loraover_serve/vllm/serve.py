@@ -22,7 +22,8 @@ from loraover.sources.address import name_of
 from loraover.sources.verb import verb
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.preflight import Violation, preflight
-from loraover_export.formats.vllm.releases import Platform, architectures_of
+from loraover_export.formats.vllm.releases import architectures_of
+from loraover_export.known_faults import Platform
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest

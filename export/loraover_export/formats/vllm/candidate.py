@@ -9,7 +9,8 @@ from typing import Any
 from loraover.adapters.uniform.folder import parts_of
 from loraover.checkpoint.model_facts import ModuleFacts, ServedModel
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, AdapterDir
-from loraover_export.formats.vllm.releases import Architecture, Architectures, Platform, Versions, projections_of
+from loraover_export.formats.vllm.releases import Architecture, Architectures, projections_of
+from loraover_export.known_faults import Platform, Versions
 
 TEXT_NAMES = Versions(since="0.33.0")
 """Releases that apply a text model's adapter to the language model of a multimodal class."""

@@ -1,6 +1,6 @@
-"""vLLM's releases: the model classes that take adapters, and the faults that show no message.
+"""vLLM's releases, and the model classes of each that take adapters.
 
-Source: `architectures.json`, made by `make vllm-architectures`, and `known_faults.json`, kept by hand.
+Source: `architectures.json`, made by `make vllm-architectures`.
 """
 
 from __future__ import annotations
@@ -10,45 +10,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from packaging.version import InvalidVersion, Version
-
-from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel
-
-
-class Versions(StrictModel):
-    """A range of releases.
-
-    Args:
-        since: First release of the range; None leaves the range open.
-        before: First release after the range; None leaves the range open.
-    """
-
-    since: str | None = None
-    before: str | None = None
-
-    def __contains__(self, version: str) -> bool:
-        found = release(version)
-        return (self.since is None or found >= Version(self.since)) and (
-            self.before is None or found < Version(self.before)
-        )
-
+from loraover_export.known_faults import Versions
 
 READ = Versions(since="0.32.0", before="0.34.0")
 """Releases whose sources the rules were read from."""
-
-
-def release(version: str) -> Version:
-    """Return the release that a version belongs to: 0.33.0 for "0.33.0rc1+cpu".
-
-    Raises:
-        ConfigError: Not a version.
-    """
-    try:
-        return Version(Version(version).base_version)
-    except InvalidVersion as error:
-        raise ConfigError(f"{version!r} is not a version of vLLM; expected one such as 0.32.0.") from error
-
 
 LORA_A = ".lora_A.weight"
 
@@ -161,54 +127,3 @@ def architectures_of(version: str | None) -> Architectures:
 def known_architectures() -> Architectures:
     """Read the table that comes with this package."""
     return Architectures.model_validate_json(files(__package__).joinpath("architectures.json").read_bytes())
-
-
-Platform = Literal["cpu", "cuda"]
-
-
-class NoOp(StrictModel):
-    """A module whose matrices vLLM loads and applies nowhere.
-
-    Args:
-        module: Last part of the module's path.
-        classes: Model classes, by vLLM's names.
-        versions: Releases that have this fault.
-        reason: Cause, in words.
-        thread: Link to the issue or pull request that discusses it.
-    """
-
-    module: str
-    classes: tuple[str, ...]
-    versions: Versions
-    reason: str
-    thread: str
-
-
-class EngineFault(StrictModel):
-    """A fault that can affect any adapter.
-
-    Args:
-        platform: Kind of device that has the fault.
-        versions: Releases that have the fault.
-        found: The fault, in words.
-        remedy: Next step for the user.
-    """
-
-    platform: Platform
-    versions: Versions
-    found: str
-    remedy: str
-
-
-class KnownFaults(StrictModel):
-    """Contents of `known_faults.json`."""
-
-    source: str
-    no_ops: tuple[NoOp, ...]
-    engine: tuple[EngineFault, ...]
-
-
-@cache
-def known_faults() -> KnownFaults:
-    """Read the table that comes with this package."""
-    return KnownFaults.model_validate_json(files(__package__).joinpath("known_faults.json").read_bytes())

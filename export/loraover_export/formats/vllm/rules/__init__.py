@@ -1,7 +1,7 @@
 """The rules of the pre-flight, by name.
 
 Source: vllm/lora/{peft_helper,lora_model,model_manager}.py and vllm/lora/layers of vLLM 0.32 and 0.33, and PEFT 0.21.
-Where the two releases differ, a rule compares `Versions`. Faults of vLLM are listed in `known_faults.json`.
+Where the two releases differ, a rule compares `Versions`. Faults of vLLM are in the table of `known_faults.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from loraover.adapters.uniform.request_fields import MAX_LORA_RANKS, max_lora_ra
 from loraover.common.request import as_written
 from loraover.models.model_file import embeds_texts
 from loraover_export.formats.vllm.candidate import Candidate, Problem
-from loraover_export.formats.vllm.releases import READ, known_faults
+from loraover_export.formats.vllm.releases import READ
 from loraover_export.formats.vllm.rules.config import (
     bias,
     initialisation,
@@ -32,6 +32,7 @@ from loraover_export.formats.vllm.rules.model import (
     vocabulary,
 )
 from loraover_export.formats.vllm.rules.tensors import tensors
+from loraover_export.known_faults import known_faults
 
 WITHOUT_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 """Types of models that vLLM does not compute in float16: `_FLOAT16_NOT_SUPPORTED_MODELS` in vllm/config/model.py."""
@@ -102,9 +103,11 @@ def engine(candidate: Candidate) -> Iterator[Problem]:
             "compare the answers with PyTorch's: loraover verify --engine vllm",
             is_warning=True,
         )
-    for fault in known_faults().engine:
-        if fault.platform == candidate.platform and version in fault.versions:
-            yield Problem(f"vLLM {version}: {fault.found}", fault.remedy, is_warning=True)
+    for fault in known_faults().faults:
+        is_vllms = fault.engine == "vllm" and fault.platform is not None
+        if is_vllms and fault.platform == candidate.platform and version in fault.versions:
+            found = f"vLLM {version}: {fault.symptom} ({', '.join(fault.threads)})"
+            yield Problem(found, fault.cure, is_warning=True)
 
 
 RULES: dict[str, Callable[[Candidate], Iterator[Problem]]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from loraover.adapters.uniform.refusals import OTHER_FIELDS, VARIANTS, is_inert
 from loraover.adapters.uniform.request_fields import export_command
 from loraover_export.formats.vllm.candidate import Candidate, Problem, listed
-from loraover_export.formats.vllm.releases import Versions
+from loraover_export.known_faults import Versions
 
 REFUSED = {"alora_invocation_tokens", "layer_replication", "lora_bias", "use_bdlora", "use_qalora"}
 """Variants that vLLM refuses by name: vllm/lora/peft_helper.py. It ignores all other fields that it does not know."""

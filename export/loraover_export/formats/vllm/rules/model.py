@@ -17,7 +17,8 @@ from loraover.checkpoint.target_modules import (
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED
 from loraover_export.formats.vllm.candidate import Candidate, Problem, listed
-from loraover_export.formats.vllm.releases import EXPERTS_BELOW, Architecture, known_faults
+from loraover_export.formats.vllm.releases import EXPERTS_BELOW, Architecture
+from loraover_export.known_faults import known_faults
 
 MERGE = "merge the adapter into the base model with PEFT and serve that"
 EXPORT = "write it with loraover export vllm"
@@ -233,16 +234,15 @@ def no_ops(candidate: Candidate) -> Iterator[Problem]:
     allowed, version = candidate.architecture, candidate.architectures.version
     if allowed is None:
         return
-    for known in known_faults().no_ops:
-        if candidate.served.architecture not in known.classes or version not in known.versions:
+    for fault, known in known_faults().no_ops:
+        if candidate.served.architecture not in known.classes or version not in fault.versions:
             continue
         paths = [path for path in candidate.modules if allowed.rename(path).rpartition(".")[2] == known.module]
         if paths:
             yield Problem(
                 f"{listed(paths)}: vLLM {version} loads these matrices but applies them nowhere, without a message: "
-                f"{known.reason} ({known.thread})",
-                f"train without {known.module} as a target module, or merge the adapter into the base model with PEFT "
-                "and serve that",
+                f"{known.reason} ({', '.join(fault.threads)})",
+                fault.cure,
                 is_silent=True,
             )
 

@@ -1,0 +1,85 @@
+"""Write docs/faults.md from the table of known faults.
+
+    python docs/write_faults.py
+
+The table is `export/loraover_export/known_faults.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraover_export.known_faults import KnownFault, Versions, known_faults
+
+PAGE = Path(__file__).with_name("faults.md")
+SOURCE = "https://github.com/{}/issues/{}"
+
+INTRODUCTION = """# Known faults
+
+Look up here in which ways engines, and the programs around them, serve adapters wrongly. Each fault has its releases,
+the public threads, what to do, and the command that shows or finds it. *Shown* names the test of this repository that
+runs the fault; *read, not run* means that the threads were read, and that no test of this repository shows the fault.
+
+`loraover check` names the faults of the engines that it judges, `loraover doctor` those of the engines that are
+installed, and `loraover verify` those of the engine that answered. A known fault changes no verdict.
+
+`python docs/write_faults.py` writes this page from `export/loraover_export/known_faults.json`.
+"""
+
+
+def capitalised(text: str) -> str:
+    """Return a text whose first letter is a capital."""
+    return text[:1].upper() + text[1:]
+
+
+def releases(fault: KnownFault) -> str:
+    """Return the releases that have a fault, in words."""
+    versions = fault.versions
+    if versions == Versions():
+        found = "no release is known to be without it"
+    else:
+        parts = [
+            f"from {versions.since}" if versions.since else "",
+            f"before {versions.before}" if versions.before else "",
+        ]
+        found = "releases " + " and ".join(filter(None, parts))
+    return found if fault.seen is None else f"{found}; seen in {fault.seen}"
+
+
+def thread(name: str) -> str:
+    """Return a link to an issue or a pull request; the code host forwards from one to the other."""
+    repository, _, number = name.partition("#")
+    return f"[{name}]({SOURCE.format(repository, number)})"
+
+
+def described(fault: KnownFault) -> Iterator[str]:
+    """Yield the lines of a fault's section."""
+    device = {None: "", "cpu": ", on a CPU", "cuda": ", on a GPU"}[fault.platform]
+    yield f"### {capitalised(fault.name)}"
+    yield ""
+    yield f"{capitalised(fault.symptom)}."
+    yield ""
+    yield f"- Releases: {releases(fault)}{device}."
+    yield f"- Threads: {', '.join(map(thread, fault.threads)) or 'none was found'}."
+    yield f"- What to do: {fault.cure}."
+    yield f"- Evidence: {'read, not run' if fault.shown_by is None else f'shown by `{fault.shown_by}`'}."
+    if fault.command is not None:
+        yield f"- Command: `{fault.command}`"
+    yield ""
+
+
+def page() -> str:
+    """Return the text of the page."""
+    table = known_faults()
+    lines = [INTRODUCTION]
+    for engine, name in table.names.items():
+        lines += [f"## {name}", ""]
+        for fault in table.faults:
+            if fault.engine == engine:
+                lines += described(fault)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,54 @@
+"""The reports for other projects in `docs/upstream/`: each reproduction shows its fault, and each patch mends it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.vllm_command import vllm_command
+
+pytestmark = pytest.mark.engine
+
+UPSTREAM = Path(__file__).parents[2] / "docs" / "upstream"
+EQUALITY = UPSTREAM / "vllm-lora-request-equality.py"
+
+
+def run(script: Path) -> subprocess.CompletedProcess[str]:
+    python = vllm_command().parent / "python"
+    return subprocess.run([python, script], capture_output=True, text=True)
+
+
+def test_two_versions_under_one_path_share_their_blocks() -> None:
+    done = run(UPSTREAM / "vllm-prefix-cache-under-one-path.py")
+    assert (done.returncode, "have the same keys" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
+def test_two_versions_under_one_name_are_one_element_of_a_set() -> None:
+    done = run(EQUALITY)
+    assert (done.returncode, "runs but is not activated" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
+def test_the_patch_tells_versions_apart(tmp_path: Path) -> None:
+    """On vLLM's own file, which imports nothing of vLLM, with the test of the patch."""
+    python = vllm_command().parent / "python"
+    where = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
+    found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.split()[-1]
+    lora = tmp_path / "vllm" / "lora"
+    lora.mkdir(parents=True)
+    for package in (lora, lora.parent):
+        (package / "__init__.py").touch()
+    (lora / "request.py").write_bytes(Path(found, "lora", "request.py").read_bytes())
+    tests = (
+        "import runpy, sys; sys.path.insert(0, '.')\n"
+        "for name, test in runpy.run_path('tests/lora/test_lora_request.py').items():\n"
+        "    if name.startswith('test_'):\n        test()\n"
+    )
+    patch = EQUALITY.with_suffix(".patch")
+    subprocess.run(["git", "apply", "--include=tests/*", patch], cwd=tmp_path, check=True)
+    before = subprocess.run([python, "-c", tests], cwd=tmp_path, capture_output=True, text=True)
+    assert "AssertionError" in before.stderr
+    subprocess.run(["git", "apply", "--include=vllm/*", patch], cwd=tmp_path, check=True)
+    after = subprocess.run([python, "-c", tests], cwd=tmp_path, capture_output=True, text=True)
+    assert after.returncode == 0, after.stderr
