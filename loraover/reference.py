@@ -80,27 +80,16 @@ class _Widened:
 
 @dataclass
 class _Delta:
-    """A forward hook that adds scaling * B(A(x)) to the output of a module.
-
-    Args:
-        pair: A and B.
-        sampled: Tokens at which they are applied; None means all.
-        others: A and B for the other tokens, if there are others.
-        bias: Bias of B, if it has one.
-        scaling: LoRA's scaling.
-        is_embedding: Whether the module looks up rows, so that its inputs are indices.
-        dtype: Data type in which to compute.
-        widened: Inputs in that type, common to all modules.
-    """
+    """A forward hook that adds scaling * B(A(x)) to the output of a module."""
 
     pair: tuple[Factor, Factor]
-    sampled: Sampled | None
-    others: tuple[Factor, Factor] | None
-    bias: Tensor | None
+    sampled: Sampled | None  # tokens at which A and B are applied; None means all
+    others: tuple[Factor, Factor] | None  # A and B for the other tokens
+    bias: Tensor | None  # of B
     scaling: float
     is_embedding: bool
     dtype: torch.dtype
-    widened: _Widened
+    widened: _Widened  # inputs in that type, common to all modules
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         wide = torch.promote_types(output.dtype, self.dtype)

@@ -99,12 +99,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
 
 
 def _read(request: CheckRequest) -> Subject:
-    """Read an adapter's configuration and tensor layout, and the configuration of its base model.
-
-    Raises:
-        CheckpointError: No adapter, or files that cannot be read.
-        ConfigError: No base model, or one that transformers cannot build.
-    """
+    """Read an adapter's configuration and tensor layout, and the configuration of its base model."""
     path, model = request.adapter, request.model
     if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")

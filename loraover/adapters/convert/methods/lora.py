@@ -185,21 +185,13 @@ def _indices(module: Module[LoraFields]) -> list[int]:
 
 
 class _Start(NamedTuple):
-    """Product that PEFT subtracts from the base weight.
+    """Product that PEFT subtracts from the base weight."""
 
-    Args:
-        b: s B_0.
-        a: A_0.
-        rounded: Frobenius norm of what the base's data type rounds away of W - s B_0 A_0.
-        apart: Bound of the norm by which another machine's s B_0 A_0 may differ.
-        reason: Why machines may differ, in words.
-    """
-
-    b: Tensor
-    a: Tensor
-    rounded: float
-    apart: float
-    reason: str
+    b: Tensor  # s B_0
+    a: Tensor  # A_0
+    rounded: float  # norm of what the base's data type rounds away of W - s B_0 A_0
+    apart: float  # bound of the norm by which another machine's s B_0 A_0 may differ
+    reason: str  # why machines may differ, in words
 
 
 def _start(module: Module[Any], start: str, r: int, s: float) -> _Start:
