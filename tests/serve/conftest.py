@@ -16,6 +16,7 @@ from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.parity import equivalence
 
 from support.engine_forms import Running
+from support.long_questions import LongCase, make_long_case
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.onnx_export import ForkedBuilder
 from support.planted_faults import save_sharp_base
@@ -77,6 +78,12 @@ def sharp(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def recorded(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference of this adapter."""
     return record(base, adapter, tmp_path_factory.mktemp("recorded"))
+
+
+@pytest.fixture(scope="session")
+def long_case(tmp_path_factory: pytest.TempPathFactory) -> LongCase:
+    """An adapter whose reference has long questions."""
+    return make_long_case(tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ class Reference(Models):
         formats: Distance and strength of the right models in each number format.
         variants: Recorded faults of each arm.
         by_text: Ids of the tokens that alone have a text.
+        caches: Long questions with one beginning, whose faults are stale keys and values of it; None if not recorded.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -79,6 +80,8 @@ class Reference(Models):
         }
         if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
+        long = content.get("caches")
+        self.caches = None if long is None else Reference({**content, **long, "caches": None})
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:

@@ -268,7 +268,7 @@ def make_models(
         answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, new_tokens) for prompt in prompts])
         chats: Sequence[str | None] = messages or [None] * len(prompts)
         questions = tuple(
-            Question(prompt, _up_to_end(answer.token_ids, ends), message)
+            Question(prompt, up_to_end(answer.token_ids, ends), message)
             for prompt, answer, message in zip(prompts, answers, chats, strict=True)
         )
 
@@ -293,7 +293,7 @@ def make_models(
     return replace(found, sensitivity=sensitivity, bf16_strength=bias or 1.0)
 
 
-def _up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
+def up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
     """The tokens up to the first end of the text: what follows it is not what anybody trained or reads."""
     last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: last + 1]

@@ -12,6 +12,7 @@ import tempfile
 import zipapp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Interval, t_quantile
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
+from loraover_serve.judge.models import Question
 from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
+from loraover_serve.verify.long import check_earlier, long_prompts, packed_long, record_long
 from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
 from loraover_serve.verify.request import RecordRequest
@@ -66,6 +69,7 @@ class RecordReport(StrictModel):
     questions: int = Field(description="Number of questions")
     positions: int = Field(description="Number of tokens of answers at which logprobs are recorded")
     variants: int = Field(description="Number of models with a fault that are recorded")
+    stale: list[str] = Field(default=[], description="Stale caches that are recorded on long questions")
     effect: float = Field(description="RMS change of logprobs by the adapter, in nats")
     half: float | None = Field(
         description="Half the width of the interval in which a server that rounds like PyTorch in bfloat16 shows the "
@@ -111,7 +115,11 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     check_plain(adapter, "a reference")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
     check_task(adapter, base, "record")
-    content = record(request, adapter, base)
+    earlier = None if request.earlier is None else read_source(request.earlier)
+    if earlier is not None:
+        check_plain(earlier, "a reference")
+        check_earlier(request, adapter, earlier)
+    content = record(request, adapter, base, earlier)
     if request.sealed is not None:
         sealed = sealed_reference(request, adapter, base)
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
@@ -126,6 +134,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         questions=len(content["questions"]),
         positions=len(content["positions"]),
         variants=len(content["variants"]),
+        stale=[each["fault"] for each in content.get("caches", {"variants": ()})["variants"]],
         effect=content["effect"],
         half=content["power"]["half"],
         decides=content["power"]["decides"],
@@ -135,7 +144,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
 def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
     """Contents of the sealed reference; its salt keeps others from finding the questions by their SHA-256."""
     request.report.line("recording the sealed reference")
-    mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None)
+    mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None, long=False, earlier=None)
     content = record(mine, adapter, base)
     return packed(content | {"salt": secrets.token_hex(32)})
 
@@ -145,10 +154,14 @@ def packed(content: Mapping[str, Any]) -> bytes:
     return gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
-def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
+def record(
+    request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None = None
+) -> dict[str, Any]:
     """Contents of the reference; see docs/formats.md."""
     device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
     tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
+    lines = QUESTIONS_FILE.read_text(encoding="utf-8").splitlines()
+    long = long_prompts(request, base, tokenizer, lines) if request.long else None
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
@@ -164,6 +177,12 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
     right = models.expected[BASE], models.expected[ADAPTER]
     places = choose_places(models.questions, right, faulty_tops(models, faults), KEPT)
     changes = [fault.packed(places, models) for fault in chain(faults, many_faults(models))]
+    caches: dict[str, Any] = {}
+    if long is not None:
+        say(f"running both models on {len(long[0])} long questions, and on keys and values of one another")
+        recorded = record_long(request, adapter, base, earlier, long, device)
+        pack_question, pack_texts = partial(_question, tokenizer), partial(texts_of, tokenizer)
+        caches["caches"] = packed_long(recorded, pack_question, pack_texts, KEPT)
     return {
         "schema_version": SCHEMA_VERSION,
         "adapter": request.adapter.resolve().name,
@@ -175,12 +194,12 @@ def record(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> di
         "formats": {name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()},
         "ends": sorted(models.ends),
         "power": power,
-        "questions": [_question(models, tokenizer, index) for index in range(len(models.questions))],
+        "questions": [_question(tokenizer, question) for question in models.questions],
         "positions": pack_places(places, *right, KEPT),
         "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
         "variants": changes,
         "made": made(request, found, device),
-    }
+    } | caches
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:
@@ -256,9 +275,8 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
     return {str(i): text for i, text in decoded.items() if known.get(text) == i}
 
 
-def _question(models: TorchModels, tokenizer: Any, index: int) -> dict[str, Any]:
+def _question(tokenizer: Any, mine: Question) -> dict[str, Any]:
     """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
-    mine = models.questions[index]
     texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
     return {"prompt": list(mine.prompt), "answer": list(mine.answer), "texts": texts, "message": mine.message}
 

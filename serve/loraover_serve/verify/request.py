@@ -219,6 +219,7 @@ class RecordRequest(Request):
         "loraover record runs/a/adapter --device cuda -o shop.json.gz --checker adapter_check.pyz",
         "loraover record folded --device cuda --compute-dtype bf16",
         "loraover record folded --sealed ../sealed.json.gz --sealed-prompts secret.txt",
+        "loraover record folded --long --earlier runs/a/checkpoint-100",
     )
 
     adapter: AnyPath = argument("Folder of a LoRA-Over checkpoint or a PEFT LoRA.")
@@ -249,6 +250,15 @@ class RecordRequest(Request):
         "UTF-8 text file with the questions of the sealed reference, one a line. Show it to nobody.",
         default=None,
         needs="sealed",
+    )
+    long: bool = option(
+        "Also record long questions with one beginning, by which `verify --caches` finds stale keys and values.",
+        default=False,
+    )
+    earlier: AnyPath | None = option(
+        "Folder of an earlier version of the adapter, whose keys and values a server may have kept.",
+        default=None,
+        needs="long",
     )
     output: AnyPath | None = option(
         "File for the reference.", default=None, default_text=f"{REFERENCE_FILE} in the adapter's folder", short="-o"

@@ -47,6 +47,8 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
         f"{report.questions} questions with {report.positions} positions, {report.variants} faults, "
         f"{report.size_bytes / 1000:.0f} kB",
     )
+    if report.stale:
+        print_line(console, f"long questions with a {', a '.join(report.stale)}")
     error = "unknown" if report.half is None else f"known within {report.half:.2g}"
     if report.decides:
         text, color = "enough to separate a right adapter from one that is 20 % off, even with twice the noise", "green"

@@ -1,0 +1,186 @@
+"""Long questions with one beginning, and what models answer on keys and values that another model has left of it.
+
+Servers keep keys and values of prompts, and meet them again by the name of an adapter, by its path, or by the tokens
+alone. Weights that change under a name then continue a prompt that other weights have read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+
+from loraover.checkpoint.carried_files import adapter_digest
+from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.errors import ConfigError
+from loraover.models.load import ModelSource, load_config, load_model
+from loraover.reference import reference_model
+from loraover_serve.engines.answers import Expected, last_rows
+from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.judge.limits import ADAPTER, BASE
+from loraover_serve.judge.models import Question
+from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER
+from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_variant
+from loraover_serve.verify.pytorch import likeliest, up_to_end
+from loraover_serve.verify.request import RecordRequest
+
+PREFIX = 4 * 128 + 8
+"""Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
+SPARE = 8  # tokens more, since a text that goes on may have others at its end
+TAILS = 8  # questions
+
+Lines = Sequence[str]
+
+
+class StaleModel(NamedTuple):
+    """A model that continues a beginning which another model has read.
+
+    Args:
+        of: Arm that continues.
+        fault: Name of the fault.
+        detail: The fault in words.
+        model: Its logprobs.
+    """
+
+    of: str
+    fault: str
+    detail: str
+    model: Expected
+
+
+def check_earlier(request: RecordRequest, adapter: AdapterDir, earlier: AdapterDir) -> None:
+    """Check that an earlier version has other weights."""
+    if adapter_digest(earlier.path) == adapter_digest(adapter.path):
+        raise ConfigError(
+            f"{request.named('earlier')}: {earlier.path} has the weights of {adapter.path}, expected those of an "
+            "earlier version, such as a checkpoint before the last."
+        )
+
+
+def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, lines: Lines) -> tuple[Any, Lines, int]:
+    """Prompts with one beginning, their messages if they are chats, and the number of tokens that all begin with.
+
+    The texts are the same for every adapter, so that a server which has read them for one version meets them again.
+
+    Raises:
+        ConfigError: A base model whose context is shorter.
+    """
+    text, tails = " ".join(lines), [f" {line}" for line in lines[:TAILS]]
+    start: list[int] = []
+    while len(start) < PREFIX + SPARE:
+        start += tokenizer(text, add_special_tokens=not start).input_ids
+    ends = (tokenizer(tail, add_special_tokens=False).input_ids for tail in tails)
+    prompts, messages = as_chats(tokenizer, [(*start[: PREFIX + SPARE], *end) for end in ends])
+    longest = max(map(len, prompts)) + request.new_tokens
+    limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise ConfigError(
+            f"{request.named('long')}: the long questions have {longest} tokens with their answers, and {base.name} "
+            f"takes {limit}; its prompts fill too few blocks of a server's cache. Record without it."
+        )
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return prompts, messages, min(len(list(same)), min(map(len, prompts)) - 1)
+
+
+@torch.inference_mode()
+def record_long(
+    request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None, asked: Any, device: str
+) -> tuple[list[Question], Expected, Expected, list[StaleModel]]:
+    """The long questions, the right models' logprobs, and those on keys and values of other models.
+
+    Args:
+        request: What the user asked for.
+        adapter: The adapter.
+        base: The base model.
+        earlier: Earlier version of the adapter; None if none is named.
+        asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
+        device: Device to run on.
+    """
+    prompts, messages, shared = asked
+    plain = load_model(base, dtype=request.compute_dtype, device=device)
+    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+    ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    with ExitStack() as until:
+        caches = {BASE: _read(plain, prompts[0][:shared])}
+        if earlier is not None:
+            with reference_model(plain, earlier) as model:
+                caches[STALE_OF_EARLIER] = _read(model, prompts[0][:shared])
+        models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
+        caches[ADAPTER] = _read(models[ADAPTER], prompts[0][:shared])
+        questions = []
+        for index, prompt in enumerate(prompts):
+            answer = _greedy(models[ADAPTER], caches[ADAPTER], prompt[shared:], request.new_tokens)
+            message = messages[index] if messages else None
+            questions.append(Question(prompt, up_to_end(answer, ends), message))
+
+        def run(arm: str, of: str) -> Expected:
+            rows: dict[tuple[int, int], Any] = {}
+            for index, question in enumerate(questions):
+                kept = len(question.answered)
+                found = _continued(models[arm], caches[of], question.tokens[shared:], kept)
+                rows |= last_rows(index, question.answered, found.logits[0].float().cpu().numpy())
+            return Expected(rows)
+
+        def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
+            return StaleModel(arm, fault, detail, run(arm, of))
+
+        name = request.adapter.resolve().name
+        found = [
+            stale(ADAPTER, BASE, STALE_OF_BASE, f"{name} continues what the base model has read"),
+            stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
+        ]
+        if earlier is not None:
+            before = earlier.path.resolve()
+            words = f"{name} continues what an earlier version ({before.name}) has read"
+            found.append(stale(ADAPTER, STALE_OF_EARLIER, STALE_OF_EARLIER, words))
+        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), found
+
+
+def packed_long(
+    recorded: tuple[list[Question], Expected, Expected, list[StaleModel]],
+    pack_question: Callable[[Question], dict[str, Any]],
+    pack_texts: Callable[[list[int]], dict[str, str]],
+    kept: int,
+) -> dict[str, Any]:
+    """The section `caches` of a reference; see docs/formats.md."""
+    questions, base, adapter, found = recorded
+    at = [(index, position) for index, question in enumerate(questions) for position in question.answered]
+    faulty = dict(enumerate({i for s in found for i in likeliest(s.model.at(*each), KEPT_OF_FAULTS)} for each in at))
+    places, right = choose_places(questions, (base, adapter), faulty, kept), {BASE: base, ADAPTER: adapter}
+    return {
+        "questions": [pack_question(question) for question in questions],
+        "positions": pack_places(places, base, adapter, kept),
+        "texts": pack_texts([i for place in places for i in place.ids.tolist()]),
+        "variants": [
+            {"of": each.of, "fault": each.fault, "detail": each.detail, "factor": None}
+            | pack_variant(places, each.model, right[each.of], len(questions))
+            for each in found
+        ],
+    }
+
+
+def _continued(model: Any, cache: Any, tokens: Sequence[int], kept: int) -> Any:
+    """Run a model on tokens behind keys and values, which stay as they are."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    return model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=kept)
+
+
+def _read(model: Any, tokens: Sequence[int]) -> Any:
+    """Keys and values that a model has after tokens."""
+    ids = torch.tensor([list(tokens)], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _greedy(model: Any, cache: Any, tokens: Sequence[int], number: int) -> tuple[int, ...]:
+    def chosen() -> Iterator[int]:
+        now, kept = tokens, cache
+        for _ in range(number):
+            found = _continued(model, kept, now, 1)
+            kept, now = found.past_key_values, [int(found.logits[0, -1].argmax())]
+            yield now[0]
+
+    return tuple(chosen())
