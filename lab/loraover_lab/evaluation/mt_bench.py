@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.client.at_once import at_once
-from loraover.client.endpoint import Endpoint, UnansweredError, UnfitRequestError
 from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover.common.paths import kind_of
 from loraover.data.formats import ALPACA, ALPACA_TURN
@@ -31,6 +30,7 @@ from loraover_lab.evaluation.base import (
 )
 
 if TYPE_CHECKING:
+    from loraover.client.endpoint import Endpoint
     from loraover_lab.evaluation.request import EvaluationRequest
     from loraover_lab.evaluation.subjects import Answerer, Chat
 
@@ -77,6 +77,8 @@ class Grader:
         Raises:
             EngineError: The server refuses every request, for example because of a wrong key.
         """
+        from loraover.client.endpoint import UnansweredError, UnfitRequestError  # http, which no help needs
+
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]
         reply = ""
         for attempt in range(TRIES):
@@ -194,6 +196,8 @@ class MtBench(Task):
 
 def grader_of(request: EvaluationRequest) -> Grader:
     """Return the grader that an evaluation asks for."""
+    from loraover.client.endpoint import Endpoint
+
     return Grader(Endpoint(str(request.judge_url), request.judge_key_variable), str(request.judge_model))
 
 
