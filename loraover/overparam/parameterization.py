@@ -280,7 +280,7 @@ class OverParameterization:
         self.detach()
 
     def detach(self) -> None:
-        """Remove the hooks and the cores from the optimizer without checking the matrices, as `finish` does."""
+        """Remove the hooks and the cores from the optimizer; unlike `finish`, do not check the matrices."""
         if self._view is not None:
             self._view.leave()
         for handle in self._handles:

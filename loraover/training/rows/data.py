@@ -56,7 +56,7 @@ class Examples:
         return together((part.origin, part.skipped) for part in self.parts)
 
     def without(self, bad: Sequence[BadRows]) -> Examples:
-        """Return the rows without those that cannot be learned, which are counted.
+        """Return the rows without those that cannot be learned, and count these.
 
         Args:
             bad: Bad rows of each part.

@@ -112,7 +112,7 @@ class Front:
 
 
 async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str, Any]]]) -> None:
-    """Give each answer to the request that waits for it, until the worker ends, or is ended since it cannot be read."""
+    """Give each answer to the request that waits for it, until the worker ends; end it if an answer cannot be read."""
     assert process.stdout is not None
     try:
         async for line in process.stdout:

@@ -138,7 +138,7 @@ class EngineRules(ABC):
         return model
 
     def files(self, model: str) -> list[Path]:
-        """Return the files beside those of the base model on which what is written depends."""
+        """Return the files, besides those of the base model, on which the written form depends."""
         return []
 
 
