@@ -64,6 +64,7 @@ class ListedEngine(_Part):
     version: str | None = Field(description="Installed version; None: not installed.")
     takes: str = Field(description="What the engine loads.")
     install: str = Field(description="Instructions to install the engine.")
+    faults: tuple[str, ...] = Field(default=(), description="Known faults of that version; docs/faults.md has them.")
 
 
 class Installation(_Part):
@@ -212,5 +213,7 @@ def show_installation(found: Installation, request: DoctorRequest, console: Cons
     for engine in found.engines:
         state = f"not installed: {engine.install}" if engine.version is None else engine.version
         rows.append((engine.name, f"{state}; takes {engine.takes}" if engine.takes else state))
+        if engine.faults:
+            rows.append(("  known faults", f"{'; '.join(engine.faults)} (docs/faults.md)"))
     rows += [("engines", fault) for fault in found.faults]
     print_rows(console, rows, wraps=True)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from loraover_export import check_adapter
 from loraover_export.check.engines import ENGINES
 from loraover_export.known_faults import KnownFault, Versions, faults_of, known_faults
+
+from support.plain_adapter import make_adapter
 
 ROOT = Path(__file__).parents[2]
 FAULTS = known_faults().faults
@@ -64,3 +67,13 @@ def test_a_build_without_a_version_has_the_faults_of_every_release() -> None:
         fault.name for fault in FAULTS if fault.engine == "llamacpp" and fault.versions == Versions()
     }
     assert faults_of("torch", None) == ()
+
+
+def test_check_names_the_faults_of_each_engine_beside_its_verdict(tmp_path: Path) -> None:
+    report = check_adapter(make_adapter(tmp_path, "Llama"))
+    found = {check.engine: check.known_faults for check in report.engines}
+    assert "stale prefix cache under one path" in found["vllm"]
+    assert "prefix cache by name alone" not in found["vllm"]
+    assert "one adapter's prompt cache serves another" in found["llamacpp"]
+    assert found["torch"] == ()
+    assert report.passed

@@ -105,3 +105,11 @@ def test_a_hub_that_does_not_answer_costs_little_time(monkeypatch: pytest.Monkey
 def test_a_hub_that_cannot_be_reached_is_no_error(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_hub(monkeypatch, HF_HUB_OFFLINE=False, ENDPOINT=address)
     assert check_installation().hub.startswith(f"{address} cannot be reached")
+
+
+def test_known_faults_of_installed_engines_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    named = {fault for engine in check_installation(offline=True).engines for fault in engine.faults}
+    assert run(cli, ["doctor", "--offline"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(fault in printed for fault in named)
+    assert ("known faults" in printed) == bool(named)

@@ -50,6 +50,9 @@ class EngineCheck(StrictModel):
     )
     conversion: str | None = Field(description="Command that converts the adapter; None where `converted` is None")
     export: str = Field(description="Command that writes the exported form, of the conversion where there is one")
+    known_faults: tuple[str, ...] = Field(
+        default=(), description="Known faults of the engine, whatever the adapter; they change no verdict"
+    )
 
     @property
     def by_us(self) -> Treatment:
@@ -136,6 +139,12 @@ def show_report(report: CheckReport, request: Request, console: Console) -> None
             print_line(console, "  mended by:")
             for command in filter(None, (check.conversion, check.export)):
                 print_line(console, f"    {command}")
+    if any(check.known_faults for check in report.engines):
+        console.print()
+        print_line(console, "known faults of the engines, whatever the adapter (docs/faults.md)", "bold")
+        for check in report.engines:
+            if check.known_faults:
+                wrapped(f"{check.reader.partition(',')[0]}: {'; '.join(check.known_faults)}")
     if limits:
         console.print()
         print_line(console, "no export mends", "bold")

@@ -26,6 +26,7 @@ from loraover_export.check.features import FEATURES, lost_parameters
 from loraover_export.check.report import CheckReport, EngineCheck, Finding, treatment
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
+from loraover_export.known_faults import faults_of
 
 CONVERTED = ("initialisation", "trained tokens", "missing modules", "key prefix", "doubled prefix")
 """Features of a plain LoRA that a conversion may mend; other LoRAs need not import conversions, which takes seconds."""
@@ -84,6 +85,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
                 converted=None if after is None else treatment([after.note, *engine.exported(after.subject)]),
                 conversion=None if after is None else after.command,
                 export=engine.export(subject if after is None else after.subject),
+                known_faults=tuple(fault.name for fault in faults_of(name, engine.version)),
             )
         )
     return CheckReport(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loraover.common.errors import EngineError
 from loraover.common.provenance import environment, hardware, processor
+from loraover_export.known_faults import faults_of
 from loraover_serve.engines import ENGINES, engine_class
 from loraover_serve.engines.request import EngineRequest
 
@@ -24,21 +25,25 @@ class InstalledEngine:
         version: Installed version, or the path of a command whose version is not recorded; None if it is missing.
         takes: Files that the engine loads.
         install: Instructions to install the engine.
+        faults: Names of the known faults of the installed version.
     """
 
     name: str
     version: str | None
     takes: str
     install: str
+    faults: tuple[str, ...] = ()
 
 
 def find_engines() -> list[InstalledEngine]:
     """The engines that this project can run, with the versions that are installed."""
     found = {name: engine_class(name) for name in ENGINES}
-    return [
-        InstalledEngine(entry.title, found[name].installed(), entry.takes, found[name].hint)
-        for name, entry in ENGINES.items()
-    ]
+    engines = []
+    for name, entry in ENGINES.items():
+        version = found[name].installed()
+        faults = () if version is None else tuple(fault.name for fault in faults_of(name, version))
+        engines.append(InstalledEngine(entry.title, version, entry.takes, found[name].hint, faults))
+    return engines
 
 
 def check_installed(request: EngineRequest) -> None:

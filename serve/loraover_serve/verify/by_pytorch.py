@@ -25,6 +25,7 @@ from loraover.common.request import as_written
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover.training.run.folder import TRAINER_FOLDER
+from loraover_export.known_faults import faults_of
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.engines import engine_class
 from loraover_serve.engines.answers import of_another_vocabulary
@@ -205,7 +206,8 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
     seconds = time.perf_counter() - start
     request.report.line(f"comparing the answers of {name} with PyTorch's")
     found = judge_answers(name, answers, models, request.declared_format)
-    return EngineResult(version=version, seconds=seconds, **found)
+    known = () if version is None else tuple(fault.name for fault in faults_of(name, version))
+    return EngineResult(version=version, known_faults=known, seconds=seconds, **found)
 
 
 def judge_answers(engine: str, answers: Answers, models: TorchModels, served_format: str = "bf16") -> dict[str, Any]:

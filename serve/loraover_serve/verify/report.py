@@ -22,6 +22,9 @@ class EngineResult(StrictModel):
 
     engine: str = Field(description="Name of the engine, as --engine takes it; endpoint for a server at --endpoint")
     version: str | None = Field(default=None, description="Version of the engine; None if it does not report it")
+    known_faults: tuple[str, ...] = Field(
+        default=(), description="Known faults of that version, by their names in docs/faults.md; they change no verdict"
+    )
     verdict: Verdict
     reason: str = Field(description="Reason for the verdict, in words")
     fault: str | None = Field(default=None, description="The likely fault; None if none explains the answers")

@@ -101,6 +101,7 @@ class EngineRules(ABC):
 
     Args:
         reader: Program that reads the adapter, with the release whose sources or runs the reactions come from.
+        version: Release that is judged; None if the rules hold for several.
         extra: Extra of this package that writing an adapter needs; None: a base installation writes plain LoRAs.
         largest_rank: Largest rank that the engine can be started for; None if it names none.
         rank_option: Option with which the engine is started for a rank; None if it has none.
@@ -108,6 +109,7 @@ class EngineRules(ABC):
     """
 
     reader: str
+    version: str | None = None
     extra: str | None = None
     largest_rank: int | None = None
     rank_option: str | None = None

@@ -106,7 +106,8 @@ class VllmRules(UniformRules):
     rank_option = "--max-lora-rank"
 
     def __init__(self) -> None:
-        self.reader = f"vLLM {known_architectures().version}"
+        self.version = known_architectures().version
+        self.reader = f"vLLM {self.version}"
 
     def as_it_is(self, subject: Subject) -> Iterator[Finding]:
         if subject.lora is None:
