@@ -257,6 +257,27 @@ def test_what_a_class_packs_or_leaves_out(change: dict[str, Any], rule: str, wor
     assert words in findings(report)[rule]
 
 
+@pytest.mark.parametrize(
+    ("targets", "left_out"),
+    [
+        ((), ()),
+        (("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), ()),
+        (("q_proj", "o_proj", "up_proj", "down_proj"), ()),
+        (("qkv_proj", "gate_proj", "down_proj"), ("o_proj",)),
+        (("model.layers.0.self_attn.o_proj", "k_proj", "gate_up_proj", "down_proj"), ("o_proj",)),
+    ],
+)
+def test_what_the_option_target_modules_leaves_out(
+    targets: tuple[str, ...], left_out: tuple[str, ...], adapter: Path
+) -> None:
+    """A part stands for the module that it is fused into, and a path for one module."""
+    found = findings(preflight(replace(candidate(adapter), lora_targets=frozenset(targets))))
+    assert found.keys() == ({"target modules"} if left_out else set())
+    text = found.get("target modules", "").partition(":")[0]
+    assert {path.rpartition(".")[2] for path in text.replace(" and ", ", ").split(", ") if path} == set(left_out)
+    assert ("layers.0" in text) == (bool(left_out) and "model.layers.0.self_attn.o_proj" not in targets)
+
+
 def test_an_adapter_may_not_be_called_like_the_model(adapter: Path) -> None:
     right = candidate(adapter)
     assert "requests would reach the base model" in findings(preflight(replace(right, name=right.address)))["name"]

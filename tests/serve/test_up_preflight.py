@@ -41,10 +41,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def serve(*_: object, **__: object) -> None:
         raise StartedError
 
-    def call(*adapters: Path, mode: str = "answers") -> tuple[int, str]:
+    def call(*adapters: Path, mode: str = "answers", options: tuple[str, ...] = ()) -> tuple[int, str]:
         monkeypatch.setattr(serving, "serve_vllm", serve)
         try:
-            code = run(cli, ["up", *map(str, adapters), "--vllm", stand_in(tmp_path, mode)])
+            code = run(cli, ["up", *map(str, adapters), "--vllm", stand_in(tmp_path, mode), "--", *options])
         except StartedError:
             code = 0
         return code, capsys.readouterr().err
@@ -63,6 +63,16 @@ def test_a_plain_lora_is_served_and_faults_of_the_release_are_named(adapter: Pat
     assert code == 0
     assert "error" not in shown
     assert f"warning: adapter: engine: vLLM {VERSION}: in a batch that mixes requests" in shown
+
+
+@pytest.mark.parametrize(
+    "options", [("--lora-target-modules", "o_proj", "qkv_proj"), ("--lora_target_modules=o_proj",)]
+)
+def test_modules_that_an_option_leaves_out_are_named(options: tuple[str, ...], adapter: Path, start: Up) -> None:
+    code, messages = start(adapter, options=options)
+    assert code == 2
+    assert "leaves out these modules" in messages
+    assert "down_proj" in messages
 
 
 def test_what_the_export_mends_is_refused_with_its_command(adapter: Path, tmp_path: Path, start: Up) -> None:

@@ -63,7 +63,8 @@ def _serving(request: ServeRequest) -> Iterator[VllmServer]:
         adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
         source = resolve_base([*adapters.values()], request.model, option=request.named("model"), say=report.line)
         config = server_config(adapters, source, request.options)
-        check_adapters(adapters, source, config.model, vllm_version(request.vllm), report)
+        targets = lora_targets(request.options)
+        check_adapters(adapters, source, config.model, vllm_version(request.vllm), report, targets)
         what = ", ".join(config.adapters)
     else:
         assert request.model is not None
@@ -115,8 +116,27 @@ def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
         )
 
 
+def lora_targets(options: Sequence[str]) -> frozenset[str]:
+    """Return the values of --lora-target-modules among words for `vllm serve`."""
+    found: set[str] = set()
+    is_value = False
+    for word in options:
+        if word.startswith("--"):
+            name, _, value = word.partition("=")
+            is_value = name.replace("_", "-") == "--lora-target-modules"
+            found |= {value} if is_value and value else set()
+        elif is_value:
+            found.add(word)
+    return frozenset(found)
+
+
 def check_adapters(
-    adapters: Mapping[str, AdapterDir], source: ModelSource, address: str, version: str | None, report: Reporter
+    adapters: Mapping[str, AdapterDir],
+    source: ModelSource,
+    address: str,
+    version: str | None,
+    report: Reporter,
+    targets: frozenset[str] = frozenset(),
 ) -> None:
     """Apply the rules of a release of vLLM, such as "0.32.0+cpu", to every adapter, and report its warnings.
 
@@ -135,7 +155,9 @@ def check_adapters(
     found: dict[Violation, list[str]] = {}
     for name, adapter in adapters.items():
         placed = read_on_base(adapter, served.experts) if served.architecture in known.lora else adapter
-        checked = preflight(Candidate(placed, served, known, name, address, None, platform=platform))
+        checked = preflight(
+            Candidate(placed, served, known, name, address, None, platform=platform, lora_targets=targets)
+        )
         for finding in checked.findings:
             found.setdefault(finding, []).append(name)
     for finding, names in found.items():

@@ -46,6 +46,7 @@ class Candidate:
         dtype: Storage type to write, fp32, bf16 or fp16; None if the adapter's folder is served unchanged.
         replaces: Whether an adapter is already at the destination.
         platform: Kind of device that the server computes on; None if it is not known.
+        lora_targets: Values of the server's --lora-target-modules; empty if it adapts all modules.
     """
 
     adapter: AdapterDir
@@ -56,6 +57,7 @@ class Candidate:
     dtype: str | None
     replaces: bool = False
     platform: Platform | None = None
+    lora_targets: frozenset[str] = frozenset()
 
     @property
     def config(self) -> dict[str, Any]:

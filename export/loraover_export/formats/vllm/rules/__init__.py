@@ -28,6 +28,7 @@ from loraover_export.formats.vllm.rules.model import (
     modules,
     no_ops,
     shapes,
+    target_modules,
     targets,
     vocabulary,
 )
@@ -116,6 +117,7 @@ RULES: dict[str, Callable[[Candidate], Iterator[Problem]]] = {
     "modules": modules,
     "shapes": shapes,
     "targets": targets,
+    "target modules": target_modules,
     "experts": experts,
     "silent no-ops": no_ops,
     "vocabulary": vocabulary,

@@ -146,12 +146,41 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
     if (served.kind == "embedding") != candidate.adapter.modules[path].is_embedding:
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
     if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
-        return f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default"
+        return (
+            f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default, and other "
+            "parts only with --enable-tower-connector-lora in classes that support it, which these rules do not judge"
+        )
     if served.kind == "embedding" or name == "lm_head":
         return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
     if name in allowed.packed and name not in allowed.packed[name]:
         return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
     return None
+
+
+def target_modules(candidate: Candidate) -> Iterator[Problem]:
+    """Modules that --lora-target-modules leaves out: `is_in_target_modules` in vllm/lora/utils.py of vLLM 0.32."""
+    allowed, chosen = candidate.architecture, candidate.lora_targets
+    if allowed is None or not chosen:
+        return
+    places = {path: allowed.rename(place) for path, place in candidate.present.items()}
+    left_out = [path for path, name in places.items() if chosen.isdisjoint(_target_names(name, allowed))]
+    if left_out:
+        yield Problem(
+            f"{listed(left_out)}: --lora-target-modules {' '.join(sorted(chosen))} leaves out these modules; vLLM "
+            "loads their matrices and applies them nowhere, without a message",
+            "start the server without --lora-target-modules, or name all modules of the adapters in it",
+            is_silent=True,
+        )
+
+
+def _target_names(name: str, allowed: Architecture) -> set[str]:
+    """Return the values of --lora-target-modules with which vLLM adapts a module, or what it is fused into."""
+    owner, found, _ = name.rpartition(".experts.")
+    if found or name.endswith(".experts"):
+        return {"experts", f"{owner}.experts" if found else name}
+    prefix, _, last = name.rpartition(".")
+    fused = next((whole for whole, parts in allowed.packed.items() if last in parts), last)
+    return {fused, f"{prefix}.{fused}", *allowed.packed.get(fused, ())}
 
 
 def experts(candidate: Candidate) -> Iterator[Problem]:
