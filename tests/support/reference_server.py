@@ -56,6 +56,50 @@ class FromReference:
         return {f"token_id:{i}": row[i] + self._draw.gauss(0, self._noise) for i in likeliest}
 
 
+class Chatting:
+    """A server that answers as another one does, and renders chats in a template of its own.
+
+    Args:
+        served: What it answers to all other requests.
+        tokenizer: Tokenizer with the template.
+        tells: What it tells of a chat's tokens: one of TELLS.
+    """
+
+    TELLS = ("ids", "tokenize", "apply", "number", "number, strictly", "nothing", "no route")
+
+    def __init__(self, served: Callable[[dict[str, Any]], int | bytes], tokenizer: Any, tells: str) -> None:
+        self._served, self._tokenizer, self._tells = served, tokenizer, tells
+
+    def __call__(self, body: dict[str, Any]) -> int | bytes:
+        if "messages" in body:
+            found = self._chat(body)
+        elif "content" in body:
+            found = {"tokens": self._ids(body["content"])} if self._tells == "apply" else 400
+        elif "tokens" in body and self._tells in ("ids", "tokenize"):
+            found = {"prompt": self._tokenizer.decode(body["tokens"])}
+        else:
+            return self._served(body)
+        return found if isinstance(found, int) else json.dumps(found).encode()
+
+    def _chat(self, body: dict[str, Any]) -> int | dict[str, Any]:
+        text = self._tokenizer.apply_chat_template(
+            body["messages"], tools=body.get("tools"), tokenize=False, add_generation_prompt=True
+        )
+        ids = self._ids(text)
+        if "max_tokens" not in body:
+            of_vllm = "add_generation_prompt" in body
+            told = {"tokenize": {"tokens": ids}, "apply": {"prompt": text}}
+            return told[self._tells] if self._tells in told and of_vllm == (self._tells == "tokenize") else 404
+        if self._tells == "no route" or (self._tells == "number, strictly" and "return_token_ids" in body):
+            return 404 if self._tells == "no route" else 422
+        numbers = {"usage": {"prompt_tokens": len(ids)}} if "number" in self._tells else {}
+        answer = {"choices": [{"index": 0, "message": {"content": "a"}}]} | numbers
+        return answer | ({"prompt_token_ids": ids} if self._tells == "ids" else {})
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+
 class Fleet:
     """Servers behind one address, which answer by chance; a header names each, and another one each request.
 

@@ -15,6 +15,7 @@ from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.judge.models import Answers, AskedOnce, Greedy, Models, ReadChat, Row, Rows
 from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.templates import read_template
 
 QUICK = 8  # requests
 
@@ -142,12 +143,15 @@ class Asker:
             )
         return found
 
-    def answers(self, repeats: int | None = None, *, without_mixed: bool = False) -> Answers:
+    def answers(
+        self, repeats: int | None = None, *, without_mixed: bool = False, without_template: bool = False
+    ) -> Answers:
         """Answers to everything that the judge needs.
 
         Args:
             repeats: Number of times that each question is asked of the adapter; None asks once, and keeps no rounds.
             without_mixed: Whether no requests for both models are sent together.
+            without_template: Whether no chats are sent that show the server's chat template.
 
         Raises:
             EngineError: A server that refuses, or whose answers cannot be read.
@@ -160,6 +164,9 @@ class Asker:
                 mixed = self._mixed()  # last, since its faults may stay in a cache
             except EngineError as error:  # what was answered before is judged all the same
                 failure = str(error)
+        template = None
+        if not without_template and self.chats is None:  # else the questions themselves are chats
+            template = read_template(self.speaker.endpoint, self.names[ADAPTER], self.models.conversations)
         return Answers(
             base,
             rounds[0].rows,
@@ -171,6 +178,7 @@ class Asker:
             without_mixed and not self.is_one_model,
             self.speaker.responses,
             self.chats,
+            template,
         )
 
     def quick_answers(self) -> Answers:

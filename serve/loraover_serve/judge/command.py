@@ -37,6 +37,7 @@ def check(
     repeats: int = REPEATS,
     is_quick: bool = False,
     without_mixed: bool = False,
+    without_template: bool = False,
 ) -> dict[str, Any]:
     """Ask a server everything, and judge its answers.
 
@@ -47,6 +48,7 @@ def check(
         repeats: Number of times that each question is asked of the adapter.
         is_quick: Whether to ask only for a few answers of the adapter.
         without_mixed: Whether no requests for both models are sent together.
+        without_template: Whether no chats are sent that show the server's chat template.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
@@ -55,7 +57,8 @@ def check(
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
-    answers = asker.quick_answers() if is_quick else asker.answers(repeats, without_mixed=without_mixed)
+    more = {"without_mixed": without_mixed, "without_template": without_template}
+    answers = asker.quick_answers() if is_quick else asker.answers(repeats, **more)
     found = judge(Evidence(asker.models, answers), served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 
@@ -89,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
+    parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
     try:
@@ -108,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             repeats=max(1, asked.repeats),
             is_quick=asked.quick,
             without_mixed=asked.without_mixed,
+            without_template=asked.without_template,
         )
     except LoraOverError as error:
         found = unanswered(error)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from loraover_serve.judge.templates import Conversations, TemplateReading
+
 if TYPE_CHECKING:
     from loraover.client.speaker import Response
 
@@ -155,6 +157,7 @@ class Answers:
         without_mixed: Whether mixed batches were left out at the user's wish.
         responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
         chats: Chats whose tokens the server gives; None if the prompts are not chats.
+        template: Chat template of a server beside the recorded one; None if it was not asked for.
     """
 
     base: Rows
@@ -167,6 +170,7 @@ class Answers:
     without_mixed: bool = False
     responses: Sequence[Response] = ()
     chats: Sequence[ReadChat] | None = None
+    template: TemplateReading | None = None
 
 
 class Models(ABC):
@@ -184,6 +188,7 @@ class Models(ABC):
         sensitivity: Ratio by which rounding moves the adapted model further than the base model.
         ends: Ids of the tokens that end a text.
         factors: Factors on every delta_W that are tried first.
+        conversations: Conversations in the chat template that the adapter was trained with; none if they are not known.
     """
 
     questions: Sequence[Question]
@@ -194,6 +199,7 @@ class Models(ABC):
     sensitivity: float
     ends: frozenset[int]
     factors: Sequence[float]
+    conversations: Conversations = Conversations()
 
     def first(self, question: int) -> int:
         """The place of the first token of an answer."""

@@ -17,6 +17,7 @@ from loraover.common.errors import CheckpointError
 from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
 from loraover_serve.judge.models import FaultyModel, Model, Models, Question
 from loraover_serve.judge.names import COARSE_CACHE
+from loraover_serve.judge.templates import Conversations
 
 UNIT, STEPS_PER_E = 1e-4, 7
 """Nats of a recorded logprob, and characters in which the recorded difference of a fault grows e-fold.
@@ -73,6 +74,7 @@ class Reference(Models):
         ]
         self.base, self.adapter = (self._model(positions, arm) for arm in (BASE, ADAPTER))
         self.variants = {of: [self._variant(v) for v in content["variants"] if v["of"] == of] for of in (BASE, ADAPTER)}
+        self.conversations = Conversations.of(content.get("chats"), self.vocabulary)
         self.by_text = alone_with_text((text, int(index)) for index, text in content["texts"].items())
         self.formats = {
             name: {part: float(content["formats"][name][part]) for part in ("distance", "strength")}

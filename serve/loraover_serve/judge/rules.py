@@ -6,7 +6,8 @@
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
 5. The answers to a few prompts are far off.
 6. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
-7. *As trained*, if what was asked for could be judged, the interval of the strength is narrow, and the number format
+7. The server's chat template is another one, which questions of token ids do not show.
+8. *As trained*, if what was asked for could be judged, the interval of the strength is narrow, and the number format
    is one that was asked for; *inconclusive* otherwise.
 """
 
@@ -63,6 +64,7 @@ from loraover_serve.judge.names import (
 )
 from loraover_serve.judge.results import MixedBatch, Suspect
 from loraover_serve.judge.search import find_base_fault, suspects
+from loraover_serve.judge.templates import TemplateReading
 
 
 class RuleFinding(NamedTuple):
@@ -107,7 +109,9 @@ def judge(
     )
     failure = left_out(option) if evidence.answers.without_mixed else evidence.answers.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
-    return _told(found._replace(reason=found.reason + note), evidence) | {
+    template = evidence.answers.template
+    found = _with_template(found._replace(reason=found.reason + note), template, option)
+    return _told(found, evidence) | {
         "strength": case.strength if math.isfinite(case.strength.half) and case.effect > 0 else None,
         "allowed_strength": case.allowed,
         "base": case.noise,
@@ -120,6 +124,7 @@ def judge(
         "greedy": case.greedy,
         "mixed": MixedBatch(**case.mixed) if {BASE, ADAPTER} <= case.mixed.keys() else None,
         "mixed_failure": failure,
+        "template": None if template is None else template.words,
         "suspects": [*found.suspects],
     }
 
@@ -147,6 +152,21 @@ def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> Rul
         f"others, and so with {len(others)} of {len(chats or ())} chats ({found.reason})"
     )
     return found._replace(reason=reason, fault=TEMPLATE)
+
+
+def _with_template(found: RuleFinding, template: TemplateReading | None, option: Callable[[str], str]) -> RuleFinding:
+    """Finding of a rule with what is known of the server's chat template, which is the fault if there is no other."""
+    if template is None:
+        return found
+    if not template.is_other:
+        return found._replace(reason=f"{found.reason}; {template.words}")
+    if found.verdict == "differs":
+        return found._replace(reason=f"{found.reason}; besides, {TEMPLATE}: {template.words}")
+    reason = (
+        f"{TEMPLATE}: {template.words}; answers to token ids, which no template touches, are {found.verdict}: judge "
+        f"them alone with {option('without_template')}; {found.reason}"
+    )
+    return found._replace(verdict="differs", reason=reason, fault=TEMPLATE)
 
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)

@@ -27,7 +27,7 @@ from loraover.models.load import ModelSource, load_config, load_skeleton, load_t
 from loraover.training.run.folder import TRAINER_FOLDER
 from loraover_export.known_faults import faults_of
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.engines import engine_class
+from loraover_serve.engines import ENDPOINT, engine_class
 from loraover_serve.engines.answers import of_another_vocabulary
 from loraover_serve.engines.base import RunningServer, Setting
 from loraover_serve.engines.endpoint import as_chats, takes_chats_only
@@ -37,6 +37,8 @@ from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Answers
 from loraover_serve.judge.rules import judge
+from loraover_serve.judge.templates import Conversations
+from loraover_serve.verify.chats import conversations
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.found import KEPT_PREFIX, Found, copy_logs
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
@@ -83,6 +85,9 @@ def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
         asked = prompts, request.new_tokens, device, request.report, request.compute_dtype
         base = fit_reference(adapter, base, *asked, request.max_memory_gib)
         models = make_models(adapter, base, *asked, subject=subject, messages=messages)
+        if setting.server is not None and not request.without_template:
+            own = tokenizer_of(adapter.path, load_tokenizer(base))
+            models = replace(models, conversations=conversations(own, models.vocabulary))
         results, failures = _verify_all(request, replace(setting, base=base), models)
         facts = {
             "adapter": request.shown("adapter"),
@@ -165,7 +170,8 @@ def _verify_all(
         folder.mkdir()
         start = time.perf_counter()
         try:
-            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), models))
+            asked = models if name == ENDPOINT else replace(models, conversations=Conversations())
+            results.append(verify_engine(name, replace(setting, scratch=folder, log=folder / f"{name}.log"), asked))
         except LoraOverError as error:
             error.args = (_with_logs(str(error), folder, request.output),)
             seconds = time.perf_counter() - start

@@ -22,7 +22,7 @@ from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import check, unanswered
 from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Models, Row
-from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED
+from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
@@ -33,6 +33,9 @@ NEAREST = 3
 """Number of references by which a server is checked, among those with the same questions."""
 SCREENED, SHARED = 16, 3
 """Number of questions that are asked once, and the fewest of them that a reference has to have."""
+
+OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE)
+"""Faults that no other adapter explains."""
 
 SEALED = "sealed"
 """Name of the digest in a published reference."""
@@ -162,7 +165,8 @@ def ask_server(
         start, endpoint = time.monotonic(), _endpoint(request)
         try:
             asker = _asker(request, endpoint, adapters[-1].name, reference)
-            result = {"engine": adapters[-1].name} | _asked(request, asker, is_quick=request.quick)
+            more = {"is_quick": request.quick, "without_template": request.without_template}
+            result = {"engine": adapters[-1].name} | _asked(request, asker, **more)
             found.append(result | {"requests": endpoint.sent})
         except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others
             found.append(_failed(adapters[-1].name, error, time.monotonic() - start, endpoint.sent))
@@ -212,8 +216,8 @@ def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int
     return {"engine": name} | unanswered(error) | {"seconds": seconds, "requests": requests}
 
 
-def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool) -> dict[str, Any]:
-    more = {"is_quick": is_quick, "without_mixed": request.without_mixed}
+def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool, without_template: bool) -> dict[str, Any]:
+    more = {"is_quick": is_quick, "without_mixed": request.without_mixed, "without_template": without_template}
     return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
 
 
@@ -230,7 +234,7 @@ def name_crossed(
     """
     searches: list[tuple[Named, dict[str, Any], Search]] = []
     for mine, result in zip(adapters, found, strict=False):
-        if result["verdict"] == "differs" and result["fault"] not in (NOT_APPLIED, INTERMITTENT) and adapters[1:]:
+        if result["verdict"] == "differs" and result["fault"] not in OF_THE_SERVER and adapters[1:]:
             with _again(request, result) as endpoint:
                 searches.append((mine, result, Search(_asker(request, endpoint, mine.name, mine.read()))))
     for other in adapters if searches else ():
@@ -259,7 +263,8 @@ def _again(request: VerifyRequest, result: dict[str, Any]) -> Iterator[Endpoint]
 def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
     """Whether a server answers as a reference has it, which this lets go; a few requests exclude most."""
     steps = (True,) if request.quick else (True, False)
-    return all(_asked(request, asker, is_quick=is_quick)["verdict"] == "as trained" for is_quick in steps)
+    found = (_asked(request, asker, is_quick=is_quick, without_template=True) for is_quick in steps)
+    return all(each["verdict"] == "as trained" for each in found)
 
 
 def check_seals(request: VerifyRequest) -> None:

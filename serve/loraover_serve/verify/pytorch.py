@@ -26,6 +26,7 @@ from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, FaultyModel, Model, Models, Question
+from loraover_serve.judge.templates import Conversations
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
 from loraover_serve.verify.variants import Variants
 
@@ -59,6 +60,7 @@ class TorchModels(Models):
         ends: Ids of the tokens that end a text.
         answers: Answers of the engine that is judged; None before it was asked.
         likely: Likeliest tokens of both right models at each place; found if there are none.
+        conversations: See `Models`.
     """
 
     name: str
@@ -71,6 +73,7 @@ class TorchModels(Models):
     ends: frozenset[int] = frozenset()
     answers: Answers | None = None
     likely: Sequence[Ids] = ()
+    conversations: Conversations = field(default_factory=Conversations)
     places: list[tuple[int, int]] = field(init=False)
     base: Model = field(init=False)
     adapter: Model = field(init=False)

@@ -43,6 +43,7 @@ from loraover_serve.judge.models import Question
 from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
+from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import check_earlier, long_prompts, packed_long, record_long
 from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
@@ -183,23 +184,29 @@ def record(
         recorded = record_long(request, adapter, base, earlier, long, device)
         pack_question, pack_texts = partial(_question, tokenizer), partial(texts_of, tokenizer)
         caches["caches"] = packed_long(recorded, pack_question, pack_texts, KEPT)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "adapter": request.adapter.resolve().name,
-        "base_model": base.name,
-        "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
-        "vocabulary": models.vocabulary,
-        "sensitivity": models.sensitivity,
-        "effect": _effect(models),
-        "formats": {name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()},
-        "ends": sorted(models.ends),
-        "power": power,
-        "questions": [_question(tokenizer, question) for question in models.questions],
-        "positions": pack_places(places, *right, KEPT),
-        "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
-        "variants": changes,
-        "made": made(request, found, device),
-    } | caches
+    return (
+        {
+            "schema_version": SCHEMA_VERSION,
+            "adapter": request.adapter.resolve().name,
+            "base_model": base.name,
+            "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
+            "vocabulary": models.vocabulary,
+            "sensitivity": models.sensitivity,
+            "effect": _effect(models),
+            "formats": {
+                name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()
+            },
+            "ends": sorted(models.ends),
+            "power": power,
+            "questions": [_question(tokenizer, question) for question in models.questions],
+            "positions": pack_places(places, *right, KEPT),
+            "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
+            "variants": changes,
+            "made": made(request, found, device),
+        }
+        | caches
+        | pack_chats(tokenizer, models.vocabulary)
+    )
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:

@@ -72,6 +72,9 @@ class EngineResult(StrictModel):
     mixed_failure: str | None = Field(
         default=None, description="Reason why mixed batches were not compared; None if they were, or need not be"
     )
+    template: str | None = Field(
+        default=None, description="How the server reads chats, in words; None if it was not asked for any"
+    )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
     requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")

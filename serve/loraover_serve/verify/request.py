@@ -127,6 +127,11 @@ class VerifyRequest(EngineRequest):
     without_mixed: bool = option(
         "Leave out the requests that ask both models at once, and judge the other answers alone.", default=False
     )
+    without_template: bool = option(
+        "Leave out the chats that show the chat template of the server at the endpoint.",
+        default=False,
+        needs="endpoint",
+    )
     junit: AnyPath | None = option("File for the verdicts in the form of JUnit.", default=None, needs="references")
     confusable: AnyPaths = option(
         "Folder of another adapter that the engine may serve by mistake, for example under a wrong name.",

@@ -14,6 +14,7 @@ from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import read_reference
+from loraover_serve.judge.templates import most_requests
 from loraover_serve.verify.by_reference import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
@@ -36,6 +37,9 @@ class AdapterSettings(StrictModel):
     repeats: int = Field(default=REPEATS, ge=1, description="Number of times that each question is asked")
     quick: bool = Field(
         default=False, description="Whether to send 8 requests, which only show an adapter that is lost"
+    )
+    without_template: bool = Field(
+        default=False, description="Whether to leave out the chats that show the server's chat template"
     )
 
 
@@ -177,7 +181,10 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
     reference = read_reference(file)
-    most = QUICK if adapter.quick else (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places) + QUICK
+    most = QUICK
+    if not adapter.quick:
+        most += (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places)
+        most += 0 if adapter.without_template else most_requests(reference.conversations)
     name = adapter.name or reference.adapter_name
     try:
         request = VerifyRequest(
@@ -194,6 +201,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             check_timeout_s=server.timeout_s,
             repeats=adapter.repeats,
             quick=adapter.quick,
+            without_template=adapter.without_template,
         )
     except ConfigError as error:
         raise ConfigError(f"{name} on {server.name}: {error}") from error

@@ -1,0 +1,316 @@
+"""Chats as a server reads them, beside the recorded tokens of the chat template that the adapter was trained with.
+
+Questions are sent as token ids, which no chat template touches: a server with another template, or with a system prompt
+of its own, answers them as trained, and gives its chat users other prompts. So a server is asked for the tokens of a
+few recorded conversations: by a chat of one new token (vLLM's `prompt_token_ids`), by /tokenize with messages (vLLM),
+by /apply-template and /tokenize (llama-server), or else for their number alone (`usage`).
+
+Tools show less than messages do: engines write them anew before they render them, vLLM with fields that nobody sent.
+So a conversation with tools that is read otherwise is reported, and is no fault if the others are read as recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from loraover.client.endpoint import Endpoint, UnansweredError
+from loraover.common.errors import EngineError, printable
+
+DATE_SLACK = 4
+"""Tokens by which a date can be longer or shorter than one and a half or half of the recorded one."""
+
+MOST_CONVERSATIONS, MOST_TOKENS = 16, 4096
+"""Conversations of a file, and tokens of each, that are read at most."""
+
+ID_BITS = 64  # a longer number is no token
+BEFORE, AFTER, SHOWN = 3, 8, 60  # tokens that are shown around a difference, and the characters of their text
+
+Tokens = Sequence[int]
+
+
+class Conversation(NamedTuple):
+    """A conversation, in the chat template that the adapter was trained with.
+
+    Args:
+        messages: Messages, each with `role` and `content`.
+        tokens: Ids of its tokens, up to the place where the answer begins.
+        tools: Tools that the model may call, as OpenAI's protocol has them.
+        date: Places of the first token of a date that the template prints, and of the first one after it; None if it
+            prints none.
+    """
+
+    messages: Sequence[Mapping[str, str]]
+    tokens: Tokens
+    tools: Sequence[Any] = ()
+    date: tuple[int, int] | None = None
+
+    @property
+    def words(self) -> str:
+        """Roles of the messages, in words."""
+        roles = ", ".join(message["role"] for message in self.messages)
+        return f"{roles} with tools" if self.tools else roles
+
+    def differs_at(self, read: Tokens) -> tuple[int, int] | None:
+        """Places of the first token that is another one, in tokens that were read and in the recorded ones.
+
+        A date may be another one, of about as many tokens.
+
+        Returns:
+            The places; None if there is none.
+        """
+        first, after = self.date or (0, 0)
+        begun = shared(read, self.tokens[:first])
+        if begun < first:
+            return begun, begun
+        rest, width = self.tokens[after:], after - first
+        dates = sorted(
+            range(max(0, width - self._slack), width + self._slack + 1), key=lambda tokens: abs(tokens - width)
+        )
+        alike = {tokens: shared(read[first + tokens :], rest) for tokens in dates}
+        if any(len(rest) == alike[tokens] == len(read) - first - tokens for tokens in dates):
+            return None
+        longest = max(dates, key=alike.__getitem__)
+        return first + longest + alike[longest], after + alike[longest]
+
+    def is_as_long(self, number: int) -> bool:
+        """Whether it can have this number of tokens."""
+        return abs(number - len(self.tokens)) <= self._slack
+
+    @property
+    def _slack(self) -> int:
+        return 0 if self.date is None else DATE_SLACK + (self.date[1] - self.date[0]) // 2
+
+
+def shared(one: Tokens, other: Tokens) -> int:
+    """Number of the first tokens that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class Conversations(NamedTuple):
+    """Conversations of a reference.
+
+    Args:
+        found: The conversations; none where there is no chat template.
+        pieces: Texts of their tokens, by the ids.
+    """
+
+    found: Sequence[Conversation] = ()
+    pieces: Mapping[int, str] = {}
+
+    @classmethod
+    def of(cls, content: Any, vocabulary: int) -> Conversations:
+        """Read the section of a file.
+
+        Args:
+            content: The section; None if the file has none, as older ones.
+            vocabulary: Number of tokens of the base model.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError: Another content.
+        """
+        if content is None:
+            return cls()
+        found = [
+            Conversation(each["messages"], each["tokens"], each["tools"] or (), each["date"] and tuple(each["date"]))
+            for each in content["conversations"]
+        ]
+        if len(found) > MOST_CONVERSATIONS:
+            raise ValueError(f"more than {MOST_CONVERSATIONS} conversations")
+        for each in found:
+            if not all(isinstance(one[key], str) for one in each.messages for key in ("role", "content")):
+                raise ValueError("a message has no role or no content")
+            if not (0 < len(each.tokens) <= MOST_TOKENS and are_ids(each.tokens, vocabulary)):
+                raise ValueError("a conversation has tokens that cannot be")
+            first, after = each.date or (0, 0)
+            if not (are_ids([first, after], len(each.tokens) + 1) and first <= after) or not isinstance(
+                each.tools, list | tuple
+            ):
+                raise ValueError("a conversation has a date or tools that cannot be")
+        return cls(found, {int(index): str(text) for index, text in content["pieces"].items()})
+
+
+def are_ids(found: Any, below: int = 2**ID_BITS) -> bool:
+    """Whether this is a list of token ids."""
+    return isinstance(found, list) and all(type(each) is int and 0 <= each < below for each in found)
+
+
+class TemplateReading(NamedTuple):
+    """A server's chat template beside the recorded one.
+
+    Args:
+        words: What was found, in words.
+        is_other: Whether it is another template; if not, the words may say what was not compared.
+    """
+
+    words: str
+    is_other: bool = False
+
+
+class _Told(NamedTuple):
+    """Tokens of a conversation as a server tells them, or their number; or the reason why it tells neither.
+
+    Args:
+        tokens: Ids of the tokens; None if the server does not give them.
+        number: Number of the tokens; None if it is not given, or the tokens are.
+        refusal: Reason why there is neither; empty if there is one.
+        is_silent: Whether the server has not answered at all, so that no other form is tried.
+    """
+
+    tokens: list[int] | None = None
+    number: int | None = None
+    refusal: str = ""
+    is_silent: bool = False
+
+
+def most_requests(conversations: Conversations) -> int:
+    """Largest number of requests of `read_template`: for each conversation two, and the forms that are tried before."""
+    return 3 * len(conversations.found) + 3 if conversations.found else 0
+
+
+def read_template(endpoint: Endpoint, model: str, conversations: Conversations) -> TemplateReading | None:
+    """Compare a server's chat template with the recorded one; None if none is recorded.
+
+    Args:
+        endpoint: The server.
+        model: Name of the adapter there.
+        conversations: The recorded conversations.
+    """
+    if not conversations.found:
+        return None
+    told = _tell(endpoint, model, conversations.found)
+    known = [pair for pair in zip(conversations.found, told, strict=True) if not pair[1].refusal]
+    if not known:
+        return TemplateReading(f"the chat template was not compared: {told[0].refusal}")
+    found = [(each, _difference(endpoint, each, one, conversations.pieces)) for each, one in known]
+    differences = [(conversation, words) for conversation, words in found if words is not None]
+    faults = [words for conversation, words in differences if not conversation.tools]
+    if faults:
+        return TemplateReading(f"{faults[0]}; so with {len(differences)} of {len(known)} chats", is_other=True)
+    is_counted = all(one.tokens is None for _, one in known)
+    words = f"{len(known) - len(differences)} chats have " + (
+        "as many tokens as in the recorded template; which tokens, the server does not tell"
+        if is_counted
+        else "the tokens of the recorded template"
+    )
+    for _, difference in differences:
+        words += f"; tools are rendered otherwise, as by engines that write them anew: {difference}"
+    refusal = next((one.refusal for one in told if one.refusal), None)
+    if refusal is not None:
+        words += f"; {len(told) - len(known)} of the chats were not compared: {refusal}"
+    return TemplateReading(words)
+
+
+def _difference(endpoint: Endpoint, conversation: Conversation, told: _Told, pieces: Mapping[int, str]) -> str | None:
+    """Difference of a conversation from the recorded one, in words; None if there is none."""
+    if told.tokens is None:
+        assert told.number is not None
+        if conversation.is_as_long(told.number):
+            return None
+        return (
+            f"the server reads {told.number} tokens of a chat ({conversation.words}), and the adapter's template gives "
+            f"{len(conversation.tokens)}"
+        )
+    places = conversation.differs_at(told.tokens)
+    if places is None:
+        return None
+    mine, right = (
+        tokens[max(0, place - BEFORE) : place + AFTER]
+        for place, tokens in zip(places, (told.tokens, conversation.tokens), strict=True)
+    )
+    return (
+        f"prompt differs at token {places[0]} of a chat ({conversation.words}): the server reads "
+        f"{_quoted(_text(endpoint, mine, pieces), endpoint)}, and the adapter's template gives "
+        f"{_quoted(''.join(pieces.get(each, f'<{each}>') for each in right), endpoint)}"
+    )
+
+
+def _quoted(text: str, endpoint: Endpoint) -> str:
+    """A short text for a message; a semicolon would begin another clause of a reason."""
+    shown = printable(json.dumps(endpoint.hidden(text)[:SHOWN], ensure_ascii=False)).replace(";", ",")
+    return shown if len(text) <= SHOWN else f"{shown} ..."
+
+
+def _text(endpoint: Endpoint, tokens: Tokens, pieces: Mapping[int, str]) -> str:
+    """Text of tokens: by the recorded texts, else by the server, else the ids of those that are not known."""
+    if any(each not in pieces for each in tokens):
+        with suppress(EngineError, LookupError, TypeError, AttributeError):
+            answer = endpoint.request("/detokenize", {"tokens": [*tokens]})
+            text = answer.get("prompt", answer.get("content"))  # of vLLM, and of llama-server
+            if isinstance(text, str) and text:
+                return text
+    return "".join(pieces.get(each, f"<{each}>") for each in tokens)
+
+
+def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation]) -> list[_Told]:
+    """Tokens of each conversation as a server tells them, in the first form in which it tells most of the first one."""
+    forms: tuple[Callable[[Conversation], _Told], ...] = (
+        lambda each: _by_chat(endpoint, model, each, {"return_token_ids": True}),
+        lambda each: _by_tokenize(endpoint, model, each),
+        lambda each: _by_apply(endpoint, each),
+        lambda each: _by_chat(endpoint, model, each, {}),  # for a server that refuses fields which it does not know
+    )
+    found: list[tuple[_Told, Callable[[Conversation], _Told]]] = []
+    for ask in forms:
+        if ask is forms[-1] and any(told.number for told, _ in found):
+            break
+        found.append((ask(conversations[0]), ask))
+        if found[-1][0].tokens is not None or found[-1][0].is_silent:
+            break
+    found.sort(key=lambda pair: (pair[0].tokens is None, pair[0].number is None))
+    best, ask = found[0]
+    if best.refusal:
+        return [best] * len(conversations)
+    return [best, *map(ask, conversations[1:])]
+
+
+def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[str, Any]) -> _Told:
+    """Ask for an answer of one token. No tool is called for: some servers refuse tools otherwise."""
+    body = {"model": model, **_body(asked), "max_tokens": 1, **endpoint.GREEDY, **more}
+    answer = _answer(endpoint, "/v1/chat/completions", body | ({"tool_choice": "none"} if asked.tools else {}))
+    if isinstance(answer, _Told):
+        return answer
+    ids, usage = answer.get("prompt_token_ids"), answer.get("usage")
+    if ids and are_ids(ids):
+        return _Told(ids)
+    number = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if type(number) is int and 0 < number < 2**ID_BITS:
+        return _Told(number=number)
+    return _Told(refusal="the server tells neither the tokens of a chat nor their number")
+
+
+def _by_tokenize(endpoint: Endpoint, model: str, asked: Conversation) -> _Told:
+    answer = _answer(endpoint, "/tokenize", {"model": model, **_body(asked), "add_generation_prompt": True})
+    return answer if isinstance(answer, _Told) else _listed(answer)
+
+
+def _by_apply(endpoint: Endpoint, asked: Conversation) -> _Told:
+    rendered = _answer(endpoint, "/apply-template", _body(asked))
+    if isinstance(rendered, _Told):
+        return rendered
+    if not isinstance(prompt := rendered.get("prompt"), str):
+        return _Told(refusal="the answer to /apply-template cannot be read")
+    # As llama-server's chats, with the token that begins a text where the model has one.
+    answer = _answer(endpoint, "/tokenize", {"content": prompt, "add_special": True, "parse_special": True})
+    return answer if isinstance(answer, _Told) else _listed(answer)
+
+
+def _body(asked: Conversation) -> dict[str, Any]:
+    return {"messages": list(asked.messages)} | ({"tools": list(asked.tools)} if asked.tools else {})
+
+
+def _listed(answer: Mapping[str, Any]) -> _Told:
+    ids = answer.get("tokens")
+    return _Told(ids) if ids and are_ids(ids) else _Told(refusal="the answer to /tokenize cannot be read")
+
+
+def _answer(endpoint: Endpoint, path: str, body: dict[str, Any]) -> dict[str, Any] | _Told:
+    """The answer to a request, or why there is none."""
+    try:
+        answer = endpoint.request(path, body)
+    except EngineError as error:
+        return _Told(refusal=str(error), is_silent=isinstance(error, UnansweredError))
+    return answer if isinstance(answer, dict) else _Told(refusal=f"the answer to {path} cannot be read")

@@ -1,0 +1,311 @@
+"""The chat template of a server beside the recorded one: the same, another one, a date; servers that tell little."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import CheckpointError
+from loraover_serve import verify_adapter
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.command import check, main
+from loraover_serve.judge.names import TEMPLATE
+from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.judge.templates import Conversation, most_requests
+from loraover_serve.verify.chats import pack_chats
+
+from support.openai_server import openai_server
+from support.recorded import record
+from support.reference_server import AS_BASE, RIGHT, Chatting, FromReference
+from support.tiny_hub import tiny_tokenizer
+from support.verified import Served
+
+NAMES = ("base", "shop")
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+OWN = "{% for t in tools or [] %}{{ t.function.name }}|{% endfor %}" + TURNS
+SYSTEM = "{% if messages[0].role != 'system' %}<system>be rude|{% endif %}" + OWN
+NOW = "{{ strftime_now('%d %B %Y') }}"
+DATED = f"<system>today is {NOW}|{OWN}"
+REWRITTEN = OWN.replace("t.function.name", "t | tojson")
+OF_TWO = "{% if messages | length > 2 %}{{ raise_exception('one turn alone') }}{% endif %}" + OWN
+
+
+def with_template(template: str) -> Any:
+    """The tiny tokenizer with a chat template."""
+    found = tiny_tokenizer()
+    found.chat_template = template
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Contents of the reference of an adapter that has the template OWN."""
+    folder = tmp_path_factory.mktemp("told")
+    own = shutil.copytree(adapter, folder / "shop")
+    (own / "chat_template.jinja").write_text(OWN)
+    content: dict[str, Any] = json.loads(gzip.decompress(record(base, own, folder).read_bytes()))
+    return content
+
+
+def of(told: dict[str, Any], template: str) -> Reference:
+    """The reference with conversations in a template."""
+    return Reference(told | pack_chats(with_template(template), told["vocabulary"]))
+
+
+def checked(reference: Reference, reply: Callable[[dict[str, Any]], int | bytes], **more: Any) -> dict[str, Any]:
+    with openai_server(reply, NAMES) as server:
+        return check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1, **more)
+
+
+def right(reference: Reference, state: str = RIGHT) -> FromReference:
+    return FromReference(reference, lambda name: state)
+
+
+def test_a_reference_keeps_conversations_in_the_adapters_own_template(told: dict[str, Any], recorded: Path) -> None:
+    found, tokenizer = told["chats"]["conversations"], with_template(OWN)
+    roles = [[message["role"] for message in each["messages"]] for each in found]
+    assert roles[:2] == [["user"], ["system", "user"]]
+    assert max(map(len, roles)) == 4
+    assert [each["tools"] is not None for each in found] == [False] * (len(found) - 1) + [True]
+    for each in found:
+        text = tokenizer.apply_chat_template(
+            each["messages"], tools=each["tools"], tokenize=False, add_generation_prompt=True
+        )
+        assert each["tokens"] == tokenizer(text).input_ids
+        assert each["date"] is None
+        assert "".join(told["chats"]["pieces"][str(i)] for i in each["tokens"]) == text.lower().replace("_", "<unk>")
+    assert told["schema_version"] == 1
+    assert "chats" not in json.loads(gzip.decompress(recorded.read_bytes())), "the base model has no template"
+
+
+def test_a_template_need_not_take_every_conversation(told: dict[str, Any]) -> None:
+    kept = pack_chats(with_template(OF_TWO), told["vocabulary"])["chats"]["conversations"]
+    assert [len(each["messages"]) for each in kept] == [1, 2, 1]
+    without_tools = pack_chats(with_template(TURNS), told["vocabulary"])["chats"]["conversations"]
+    assert not any(each["tools"] for each in without_tools)
+    assert pack_chats(with_template("{{ raise_exception('no') }}"), told["vocabulary"]) == {}
+    assert pack_chats(with_template(OWN), vocabulary=3) == {}
+    assert pack_chats(with_template("{% set f = '%d' %}{{ strftime_now(f) }}" + OWN), told["vocabulary"]) == {}
+
+
+@pytest.mark.parametrize("tells", Chatting.TELLS)
+def test_the_right_template_changes_no_verdict(tells: str, told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    with openai_server(Chatting(right(reference), with_template(OWN), tells), NAMES) as server:
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1)
+        sent = [body for body in server.bodies if "prompt" not in body]
+    assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
+    assert len(sent) <= most_requests(reference.conversations)
+    chats = [body for body in sent if "messages" in body and "max_tokens" in body]
+    assert len(chats) <= len(reference.conversations.found) + 1
+    assert {body["max_tokens"] for body in chats} == {1}
+    if tells in ("ids", "tokenize", "apply"):
+        assert "5 chats have the tokens of the recorded template" in found["reason"]
+    elif "number" in tells:
+        assert "5 chats have as many tokens as in the recorded template" in found["reason"]
+    else:
+        assert "the chat template was not compared: " in found["reason"]
+    assert found["template"] in found["reason"]
+
+
+@pytest.mark.parametrize("tells", Chatting.TELLS)
+def test_a_system_prompt_of_the_servers_own_is_another_template(tells: str, told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    found = checked(reference, Chatting(right(reference), with_template(SYSTEM), tells))
+    if tells in ("nothing", "no route"):
+        assert (found["verdict"], found["fault"]) == ("as trained", None)
+        return
+    assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
+    alone = "answers to token ids, which no template touches, are as trained: judge them alone with --without-template"
+    assert alone in found["reason"]
+    assert "so with 3 of 5 chats" in found["reason"], "two have a system prompt"
+    if "number" in tells:
+        assert "the server reads 49 tokens of a chat (user), and the adapter's template gives 33" in found["reason"]
+    else:
+        words = 'differs at token 1 of a chat (user): the server reads "<system>'
+        assert words in found["reason"]
+        assert "the adapter's template gives \"<user>do" in found["reason"]
+
+
+def test_another_template_is_told_beside_another_fault_or_alone(told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    reply = Chatting(right(reference, AS_BASE), with_template(SYSTEM), "ids")
+    found = checked(reference, reply)
+    assert (found["verdict"], found["fault"]) == ("differs", "served as base")
+    assert f"; besides, {TEMPLATE}: prompt differs at token 1" in found["reason"]
+    alone = checked(reference, Chatting(right(reference), with_template(SYSTEM), "ids"), without_template=True)
+    assert (alone["verdict"], alone["template"]) == ("as trained", None)
+    doubtful = FromReference(reference, lambda name: RIGHT, noise=1.0)
+    unclear = checked(reference, Chatting(doubtful, with_template(SYSTEM), "ids"), served_format="fp32")
+    assert unclear["verdict"] == "differs"
+
+
+@pytest.mark.parametrize("tells", ["ids", "tokenize", "number"])
+def test_a_date_that_has_changed_is_no_fault(tells: str, told: dict[str, Any]) -> None:
+    reference = of(told, DATED)
+    assert all(each.date is not None for each in reference.conversations.found)
+    for now in (NOW, "01 january 2027", "30 may 2030", "22 september 2028"):
+        found = checked(reference, Chatting(right(reference), with_template(DATED.replace(NOW, now)), tells))
+        assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
+    for other, place in ((OWN, 1), (DATED.replace("<a>", "<model>"), None), (DATED.replace("is", "was"), 14)):
+        found = checked(reference, Chatting(right(reference), with_template(other), tells))
+        if tells == "number" and other != OWN:
+            assert found["verdict"] == "as trained", "dates differ by as many characters"
+            continue
+        assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
+        assert place is None or tells == "number" or f"differs at token {place} " in found["reason"]
+
+
+def test_a_date_is_skipped_whatever_its_length() -> None:
+    dated = Conversation([{"role": "user", "content": ""}], [1, 2, 3, 50, 51, 52, 4, 5, 6], date=(3, 6))
+    assert dated.differs_at([1, 2, 3, 60, 4, 5, 6]) is None
+    assert dated.differs_at([1, 2, 3, 60, 61, 62, 63, 64, 4, 5, 6]) is None
+    assert dated.differs_at([1, 2, 3, 60, 61, 62, 4, 5, 7, 6]) == (8, 8)
+    assert dated.differs_at([1, 9, 3, 60, 4, 5, 6]) == (1, 1)
+    assert dated.differs_at([1, 2]) == (2, 2)
+    assert dated.differs_at([1, 2, 3, 50, 51, 52, 4, 5]) == (8, 8)
+    plain = dated._replace(date=None)
+    assert plain.differs_at(plain.tokens) is None
+    assert plain.differs_at([*plain.tokens, 7]) == (9, 9)
+    assert plain.differs_at([1, 2, 3, 50, 51]) == (5, 5)
+    assert (plain.is_as_long(9), plain.is_as_long(8), dated.is_as_long(12)) == (True, False, True)
+
+
+def test_tools_that_an_engine_writes_anew_are_no_fault(told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    found = checked(reference, Chatting(right(reference), with_template(REWRITTEN), "ids"))
+    assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
+    assert "4 chats have the tokens of the recorded template; tools are rendered otherwise" in found["reason"]
+
+
+def refusing_tools(body: dict[str, Any], reply: Chatting) -> int | bytes:
+    return 400 if body.get("tools") else reply(body)
+
+
+def test_chats_that_are_refused_are_counted(told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    reply = Chatting(right(reference), with_template(OWN), "ids")
+    found = checked(reference, lambda body: refusing_tools(body, reply))
+    assert found["verdict"] == "as trained"
+    assert "4 chats have the tokens of the recorded template; 1 of the chats were not compared" in found["reason"]
+
+
+HOSTILE: tuple[bytes, ...] = (
+    b"[]",
+    b"null",
+    b'"text"',
+    b"<html>",
+    b'{"prompt_token_ids": NaN, "usage": NaN}',
+    b'{"prompt_token_ids": [1e999], "usage": {"prompt_tokens": NaN}}',
+    b'{"prompt_token_ids": [true], "usage": {"prompt_tokens": true}}',
+    b'{"prompt_token_ids": ["1"], "usage": {"prompt_tokens": "33"}, "tokens": {"0": 1}, "prompt": 5}',
+    b'{"prompt_token_ids": [-1], "usage": {"prompt_tokens": -33}, "tokens": [[1]], "prompt": ["a"]}',
+    b'{"prompt_token_ids": [' + b"9" * 4000 + b'], "usage": {"prompt_tokens": ' + b"9" * 4000 + b'}, "tokens": [1.5]}',
+    b'{"prompt_token_ids": {}, "usage": [], "tokens": null, "prompt": null}',
+    b"[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
+def test_answers_that_are_no_tokens_show_nothing(answer: bytes, told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    ids = right(reference)
+    found = checked(reference, lambda body: ids(body) if isinstance(body.get("prompt"), list) else answer)
+    assert (found["verdict"], found["fault"]) == ("as trained", None)
+    assert "the chat template was not compared: " in found["reason"]
+
+
+def test_a_text_of_the_servers_is_short_and_moves_no_cursor(told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    ids = right(reference)
+    text = "\x1b[2J;\u202e\ud800" + "x" * 100_000
+
+    def reply(body: dict[str, Any]) -> int | bytes:
+        if "messages" in body:
+            return json.dumps({"prompt_token_ids": [2**60] * 50_000}).encode()
+        return json.dumps({"prompt": text}).encode() if "tokens" in body else ids(body)
+
+    found = checked(reference, reply)
+    assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE)
+    assert found["template"].isprintable()
+    assert len(found["template"]) < 500
+
+
+def test_the_report_and_older_references(told: dict[str, Any], tmp_path: Path) -> None:
+    """An older reference has no conversations, and a server is asked for none."""
+    reference = of(told, OWN)
+    for content, expected in ((told, "differs"), ({k: v for k, v in told.items() if k != "chats"}, "as trained")):
+        path = tmp_path / "reference.json"
+        path.write_text(json.dumps(content))
+        with openai_server(Chatting(right(reference), with_template(SYSTEM), "ids"), NAMES) as server:
+            report = verify_adapter(references=[path], endpoint=server.url, served_name="shop")
+            chats = [body for body in server.bodies if "messages" in body]
+        (engine,) = report.engines
+        assert (engine.verdict, bool(chats), engine.template is not None) == (
+            expected,
+            expected == "differs",
+            expected == "differs",
+        )
+    assert read_reference(path).conversations.found == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "user", "content": None}]),
+        ("messages", 5),
+        ("tokens", []),
+        ("tokens", [1, True]),
+        ("tokens", [10**9]),
+        ("tokens", [1] * 5000),
+        ("tools", "text"),
+        ("date", [1]),
+        ("date", [5, 2]),
+        ("date", [0, 10**6]),
+        ("date", [0.5, 2]),
+    ],
+)
+def test_conversations_that_cannot_be_are_refused(key: str, value: Any, told: dict[str, Any], tmp_path: Path) -> None:
+    broken = copy.deepcopy(told)
+    broken["chats"]["conversations"][0][key] = value
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(CheckpointError, match="not a reference that can be used"):
+        read_reference(path)
+
+
+@pytest.mark.parametrize(("template", "expected"), [(OWN, ("as trained", None)), (SYSTEM, ("differs", TEMPLATE))])
+def test_verify_with_pytorch_compares_the_template_of_an_endpoint(
+    template: str, expected: tuple[str, str | None], base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(adapter, tmp_path / "shop")
+    (own / "chat_template.jinja").write_text(OWN)
+    reply = Chatting(Served(base, {"base": None, "shop": own}), with_template(template), "ids")
+    with openai_server(reply, NAMES) as server:
+        asked: dict[str, Any] = {"model": base, "endpoint": server.url, "served_name": "shop", "base_name": "base"}
+        (found,) = verify_adapter(own, **asked, new_tokens=2).engines
+        (alone,) = verify_adapter(own, **asked, new_tokens=2, without_template=True).engines
+    assert (found.verdict, found.fault) == expected, found.reason
+    assert (alone.verdict, alone.template) == ("as trained", None)
+
+
+def test_the_checker_says_what_another_template_is(
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "reference.json"
+    path.write_text(json.dumps(told))
+    with openai_server(Chatting(right(of(told, OWN)), with_template(SYSTEM), "ids"), NAMES) as server:
+        words = [str(path), server.url, "--served-name", "shop", "--repeats", "1"]
+        assert main(words) == 1
+        assert capsys.readouterr().out.startswith(f"differs: {TEMPLATE}: prompt differs at token 1 of a chat")
+        assert main([*words, "--without-template"]) == 0
+        assert main([*words, "--quick"]) == 0
