@@ -28,11 +28,13 @@ class Read(NamedTuple):
         tokens: Name of the token at each place: an id, a text, or an object with either.
         tops: Names of the likeliest tokens at each place, and their logprobs.
         prompt: Ids of the tokens of the prompt, or their number; None if the server gives neither.
+        cached: Number of the prompt's tokens whose keys and values the server had kept; None if it does not tell.
     """
 
     tokens: list[Any]
     tops: list[list[tuple[Any, Any]]]
     prompt: Sequence[int] | int | None = None
+    cached: int | None = None
 
 
 class Dialect(NamedTuple):
@@ -73,7 +75,7 @@ class Dialect(NamedTuple):
         if self.protocol == "llama-server":
             lora = [{"id": int(model) if model.isdecimal() else 0, "scale": float(not is_base)}]
             asked = {"prompt": prompt, "n_predict": tokens, "n_probs": self.top, "lora": lora}
-            return "/completion", asked | {"temperature": 0, "cache_prompt": False}
+            return "/completion", asked | {"temperature": 0, "cache_prompt": False, **self.more}
         body = {"model": model, "max_tokens": tokens, **GREEDY, **self.more}
         body |= {NONCE: nonce} if NONCE in self.more else {}
         if self.form == "chat":
@@ -96,9 +98,11 @@ class Dialect(NamedTuple):
             return Read(found["tokens"], [[(each, each["logprob"]) for each in place] for place in found["top_tokens"]])
         if self.protocol == "llama-server":
             places = answer["completion_probabilities"]
-            return Read(places, [[(each, each["logprob"]) for each in place["top_logprobs"]] for place in places])
-        choice = answer["choices"][0]
-        prompt = answer.get("prompt_token_ids") or (answer.get("usage") or {}).get("prompt_tokens")
+            tops = [[(each, each["logprob"]) for each in place["top_logprobs"]] for place in places]
+            return Read(places, tops, cached=(answer.get("timings") or {}).get("cache_n"))
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        prompt = answer.get("prompt_token_ids") or usage.get("prompt_tokens")
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
         ids, given = choice.get("token_ids"), choice.get("logprobs") or {}
         if ids and not all(isinstance(each, int) for each in ids):
             raise TypeError("token_ids holds something else")
@@ -107,10 +111,10 @@ class Dialect(NamedTuple):
             tops = [[(each, each.get("logprob")) for each in e.get("top_logprobs") or [e]] for e in content]
             if self.more == MLX:
                 content = [max(place, key=itemgetter(1))[0] for place in tops]
-            return Read(ids or content, tops, prompt)
+            return Read(ids or content, tops, prompt, cached)
         tops = [list((place or {}).items()) for place in given.get("top_logprobs") or []]
         likeliest = [max(place, key=itemgetter(1))[0] if place else None for place in tops]
-        return Read(ids or given.get("tokens") or likeliest, tops, prompt)
+        return Read(ids or given.get("tokens") or likeliest, tops, prompt, cached)
 
 
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:

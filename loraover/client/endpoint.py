@@ -186,6 +186,19 @@ class Endpoint:
         """
         return self.exchange(path, body, timeout_s=timeout_s)[0]
 
+    def page(self, path: str) -> str:
+        """Text of a page of the server, such as "/metrics"; empty if it has none.
+
+        Args:
+            path: Path on the server.
+        """
+        with (
+            suppress(EngineError),
+            self._open(path, None, self._timeout_s, time.monotonic() + self._timeout_s) as found,
+        ):
+            return found.read(LARGEST_ANSWER).decode(errors="replace")
+        return ""
+
     def models(self) -> dict[str, str | None]:
         """Names of the models that the server lists, with that of an adapter's base model where the list has it.
 

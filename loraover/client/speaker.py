@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import count, takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
@@ -32,12 +33,14 @@ class Generated(NamedTuple):
         tops: Logprobs in nats of the likeliest tokens, by their ids.
         told: Headers of the response by their names in small letters, and the fields OF_SERVER.
         prompt: See `Read`.
+        cached: See `Read`.
     """
 
     tokens: list[int | None]
     tops: list[dict[int, float]]
     told: dict[str, str]
     prompt: Sequence[int] | int | None = None
+    cached: int | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -134,7 +137,16 @@ class Speaker:
             "without them nothing can be compared."
         )
 
-    def answer(self, model: str, prompt: Prompt, tokens: int, *, scored: int = 0, is_base: bool = False) -> Generated:
+    def answer(
+        self,
+        model: str,
+        prompt: Prompt,
+        tokens: int,
+        *,
+        scored: int = 0,
+        is_base: bool = False,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Generated:
         """The greedy answer of a model to a prompt in the form that the dialect takes.
 
         Args:
@@ -143,14 +155,17 @@ class Speaker:
             tokens: Number of tokens to generate; a server may end an answer before.
             scored: Number of the first places whose logprobs are read.
             is_base: Whether it is the base model.
+            more: Further fields of the request.
 
         Raises:
             EngineError: A refusal, or an answer of another model or in another form.
         """
-        answer, told = self._asked(self.dialect, model, prompt, tokens, is_base=is_base)
+        dialect = self.dialect._replace(more={**self.dialect.more, **more})
+        answer, told = self._asked(dialect, model, prompt, tokens, is_base=is_base)
         with self.endpoint.readable(model, answer._asdict()):
             known = [token_id(entry, self._by_text) for entry in answer.tokens]
             found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told, answer.prompt)
+            found = found._replace(cached=None if answer.cached is None else int(answer.cached))
         if scored:
             self.responses.append(Response(model, _question(prompt, tokens), told, any(answer.tops)))
         return found

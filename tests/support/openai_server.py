@@ -61,6 +61,7 @@ def openai_server(
     models: Sequence[str] | Mapping[str, str | None] = (),
     key: tuple[str, str] | None = None,
     certificate: Path | None = None,
+    pages: Mapping[str, Callable[[], str]] = {},
 ) -> Iterator[Recorded]:
     """Answers `/v1/completions`, `/v1/chat/completions` and, with models to list, `/v1/models` during a block.
 
@@ -69,11 +70,15 @@ def openai_server(
         models: Names to list, or the name of each one's base model by its own.
         key: Header that every request must have, and its value.
         certificate: PEM file of a certificate and its key, with which the server speaks TLS.
+        pages: Functions that return the text of further pages, by their paths.
     """
     parents = models if isinstance(models, Mapping) else dict.fromkeys(models)
 
     class Speaker(Handler):
         def do_GET(self) -> None:
+            if self.path in pages:
+                self._send(200, pages[self.path]().encode())
+                return
             listed = {"data": [{"id": name, "parent": parent} for name, parent in parents.items()]}
             self._send(self._refused() or (200 if parents else 404), json.dumps(listed).encode())
 

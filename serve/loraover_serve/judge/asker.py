@@ -30,6 +30,7 @@ class Asker:
         find_other: Function that returns the name of another adapter there; None if there is none.
 
     Attributes:
+        find_other: Function that returns the name of another adapter there; None if there is none.
         chats: Chats whose tokens the server tells; None if prompts are no chats.
     """
 
@@ -41,7 +42,7 @@ class Asker:
         find_other: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.models, self.speaker, self.names = models, speaker, dict(names)
-        self._find_other = find_other
+        self.find_other = find_other
         self.chats: list[ReadChat] | None = [] if speaker.dialect.form == "chat" else None
 
     @classmethod
@@ -205,7 +206,7 @@ class Asker:
     def _mixed(self) -> dict[str, Rows]:
         """Rows of each arm while the other one generates, and of the adapter beside another adapter."""
         found: dict[str, Rows] = {}
-        other = self._find_other()
+        other = self.find_other()
         self.names |= {} if other is None else {OTHER: other}
         for name, arm, companion in ((BASE, BASE, ADAPTER), (ADAPTER, ADAPTER, BASE), (OTHER, ADAPTER, OTHER)):
             if companion in self.names:

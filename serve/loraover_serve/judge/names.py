@@ -34,6 +34,9 @@ STALE = "stale adapter"
 STALE_OF_BASE = "stale cache of the base model"
 STALE_OF_EARLIER = "stale cache of an earlier version"
 STALE_OF_ADAPTER = "stale cache of the adapter"
+STALE_OF_OTHERS = "stale cache of other weights"
+STALE_CACHES = (STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_ADAPTER, STALE_OF_OTHERS)
+"""Faults of a cache of keys and values, with which a server answers right where it has kept nothing."""
 
 COARSE_CACHE = "KV cache in fp8"
 """Name of a coarse KV cache, which is not a fault: the rest of the noise has to be that of the declared format."""

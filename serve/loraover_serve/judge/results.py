@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from loraover_serve.judge.estimates import IN_FILES, root_mean
+from loraover_serve.judge.estimates import IN_FILES, Interval, root_mean
+from loraover_serve.judge.limits import Verdict
 
 
 class Off(NamedTuple):
@@ -122,3 +123,41 @@ class Replicas:
     """Headers by which the servers of the wrong answers are known, with their values; empty if absent"""
     requests: list[dict[str, str]]
     """Headers and ids of each wrong answer, as far as they are not those of all"""
+
+
+@dataclass(frozen=True)
+class WarmAnswers:
+    """Answers on keys and values that a server has kept, beside those of the same model without them."""
+
+    __pydantic_config__ = IN_FILES
+
+    arm: str
+    """The model: base, adapter, or other for another adapter"""
+    after: str
+    """Answers that the server gave before, in words"""
+    cached: int | None
+    """Number of tokens that the server found in its cache; None if it does not tell"""
+    apart: LogprobDistance
+    """Distance between the answers and those without the cache"""
+    strengths: dict[str, Interval]
+    """Strength of each recorded stale cache in the answers: 0 if they are right, 1 if it is used"""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Answers to long questions, on keys and values that a server has kept."""
+
+    __pydantic_config__ = IN_FILES
+
+    verdict: Verdict
+    """Verdict on the cache"""
+    reason: str
+    """Reason for the verdict, in words"""
+    fault: str | None
+    """The likely fault; None if there is none"""
+    hits: int | None = None
+    """Number of tokens that came from the cache; None if the server does not tell"""
+    noise: LogprobDistance | None = None
+    """Distance between the base model's answers on its own keys and values and without any: the noise"""
+    warm: list[WarmAnswers] = field(default_factory=list)
+    """Answers on kept keys and values, in the order in which they were asked for"""

@@ -19,10 +19,11 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
 from loraover.common.provenance import environment, processor
 from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.caches import long_questions
 from loraover_serve.judge.command import check, unanswered
 from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Models, Row
-from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, TEMPLATE
+from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
@@ -34,7 +35,7 @@ NEAREST = 3
 SCREENED, SHARED = 16, 3
 """Number of questions that are asked once, and the fewest of them that a reference has to have."""
 
-OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE)
+OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE, *STALE_CACHES)
 """Faults that no other adapter explains."""
 
 SEALED = "sealed"
@@ -164,9 +165,10 @@ def ask_server(
         request.report.line(f"asking {request.endpoint} for {adapters[-1].name}")
         start, endpoint = time.monotonic(), _endpoint(request)
         try:
+            long = long_questions(reference, request.named) if request.caches else None
             asker = _asker(request, endpoint, adapters[-1].name, reference)
             more = {"is_quick": request.quick, "without_template": request.without_template}
-            result = {"engine": adapters[-1].name} | _asked(request, asker, **more)
+            result = {"engine": adapters[-1].name} | _asked(request, asker, **more, long=long)
             found.append(result | {"requests": endpoint.sent})
         except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others
             found.append(_failed(adapters[-1].name, error, time.monotonic() - start, endpoint.sent))
@@ -216,9 +218,11 @@ def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int
     return {"engine": name} | unanswered(error) | {"seconds": seconds, "requests": requests}
 
 
-def _asked(request: VerifyRequest, asker: Asker, *, is_quick: bool, without_template: bool) -> dict[str, Any]:
+def _asked(
+    request: VerifyRequest, asker: Asker, *, is_quick: bool, without_template: bool, long: Reference | None = None
+) -> dict[str, Any]:
     more = {"is_quick": is_quick, "without_mixed": request.without_mixed, "without_template": without_template}
-    return check(asker, request.declared_format, request.named, repeats=request.repeats, **more)
+    return check(asker, request.declared_format, request.named, repeats=request.repeats, long=long, **more)
 
 
 def name_crossed(

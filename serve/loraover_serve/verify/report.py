@@ -12,7 +12,7 @@ from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
-from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
+from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 
 REPORT_FILE = "verify.json"
 
@@ -74,6 +74,9 @@ class EngineResult(StrictModel):
     )
     template: str | None = Field(
         default=None, description="How the server reads chats, in words; None if it was not asked for any"
+    )
+    caches: Caches | None = Field(
+        default=None, description="Answers on keys and values that the server has kept; None if not asked for"
     )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")

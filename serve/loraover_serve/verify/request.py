@@ -40,6 +40,7 @@ class VerifyRequest(EngineRequest):
         "loraover verify folded --engine llamacpp --base-gguf SmolLM2-135M-Instruct-Q8_0.gguf",
         "loraover verify shop --endpoint http://localhost:8000 --served-name shop",
         "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000",
+        "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000 --caches",
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
@@ -123,6 +124,12 @@ class VerifyRequest(EngineRequest):
     )
     quick: bool = option(
         "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
+    )
+    caches: bool = option(
+        "Also ask long questions without and with the server's cache of keys and values; needs a reference that "
+        "`record --long` wrote.",
+        default=False,
+        needs="references",
     )
     without_mixed: bool = option(
         "Leave out the requests that ask both models at once, and judge the other answers alone.", default=False

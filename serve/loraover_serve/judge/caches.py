@@ -1,0 +1,345 @@
+"""Answers on keys and values that a server has kept, beside answers without them.
+
+The long questions of a reference begin alike. Each is asked cold, so that the server reads all of it, and warm, after
+the same and other models have read it. A right server's warm answers are the cold ones but for arithmetic: how far
+apart they may be, the base model shows in a cache that nothing else was put into. Let y be what sets a warm answer
+apart from the cold one, and d what sets PyTorch's answer on another model's keys and values apart from the right one.
+The strength s of d in y is 0 on a right server, and 1 if the server uses that model's keys and values. A fault is
+found if all of the interval of s is nearer to 1, and excluded if all of it is nearer to 0.
+
+The questions share the keys and values of one beginning, and so their noise: what the base model's noise has of d
+makes the interval wider.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from loraover.client.dialects import MORE
+from loraover.common.errors import ConfigError, EngineError
+from loraover_serve.judge.asker import Asker, in_form, rows_along
+from loraover_serve.judge.case import flag, strength_along
+from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.evidence import Change, apart, by_prompt, middle_by_prompt, projected
+from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
+from loraover_serve.judge.models import Row, Rows
+from loraover_serve.judge.names import STALE_OF_OTHERS
+from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.results import Caches, LogprobDistance, Off, WarmAnswers
+from loraover_serve.judge.search import ROUNDED_WAY
+
+HITS = "vllm:prefix_cache_hits_total"
+"""Number of tokens that vLLM has found in its cache, in what it tells Prometheus."""
+
+FEW = 3
+"""Number of questions that are asked of another adapter, of which no answers are recorded."""
+
+HALF_WAY = 0.5
+"""Strength from which an answer on another model's keys and values is as far as from a right one."""
+
+ON_OWN = "after its own answers"
+
+
+class Asked(NamedTuple):
+    """Answers of a model to the long questions, asked for one after the other.
+
+    Args:
+        arm: The model.
+        after: Answers that the server gave before, in words.
+        rows: Their logprobs.
+        cached: Number of tokens that the server found in its cache; None if it does not tell.
+    """
+
+    arm: str
+    after: str
+    rows: Rows
+    cached: int | None
+
+
+def long_questions(reference: Reference, option: Callable[[str], str] = flag) -> Reference:
+    """The long questions of a reference.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if reference.caches is None:
+        raise ConfigError(
+            f"{option('caches')}: the reference of {reference.adapter_name} has no long questions, expected some; "
+            "record it again: loraover record --long."
+        )
+    return reference.caches
+
+
+def with_caches(found: Mapping[str, Any], asker: Asker, long: Reference) -> dict[str, Any]:
+    """Result of a check, with what a server answers on the keys and values that it has kept.
+
+    Args:
+        found: Fields of an engine's result in verify.json.
+        asker: The server, with the reference of that result.
+        long: Long questions of the reference.
+
+    Returns:
+        The fields with `caches`, and with the worse verdict of the two.
+    """
+    caches = ask_warm(Asker(long, asker.speaker, asker.names, asker.find_other))
+    worse = [*EXIT_CODES].index(caches.verdict) < [*EXIT_CODES].index(found["verdict"])
+    first, second = (caches.reason, found["reason"]) if worse else (found["reason"], caches.reason)
+    verdict = {"verdict": caches.verdict, "fault": caches.fault} if worse else {}
+    return {**found, **verdict, "reason": f"{first}; {second}", "caches": caches}
+
+
+def ask_warm(asker: Asker) -> Caches:
+    """Ask a server the long questions without and with its cache, and judge the answers; a refusal is inconclusive."""
+    dialect = asker.speaker.dialect
+    takes_more = dialect.protocol == "llama-server" or MORE.keys() <= dialect.more.keys()
+    if asker.is_one_model:
+        return _unclear("the server has one model under both names")
+    if not takes_more:
+        return _unclear(
+            f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can be asked "
+            "for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
+        )
+    try:
+        return judge_warm(asker.models, *_Probe(asker).answers())  # type: ignore[arg-type]
+    except EngineError as error:
+        return _unclear(str(error))
+
+
+def _unclear(why: str) -> Caches:
+    return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
+
+
+class _Probe:
+    """Requests for long answers, one at a time: a server keeps what it has finished."""
+
+    def __init__(self, asker: Asker) -> None:
+        self._asker, self._name = asker, secrets.token_hex(8)
+        self._places = [place for place in asker.places if asker.models.places[place][1] == 0]
+
+    def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
+        """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
+        cold = {arm: self._cold(arm) for arm in (ADAPTER, BASE)}
+        own = self._salted("own")
+        self._ask(BASE, own, "", self._places[:1])
+        noise = self._ask(BASE, own, ON_OWN)
+        other = self._asker.names.get(OTHER) or self._asker.find_other()
+        self._asker.names |= {} if other is None else {OTHER: other}
+        if other is not None:
+            cold[OTHER] = self._cold(OTHER, self._places[:FEW])
+        before, warm = self._metric(), []
+        warm.append(self._warm(ADAPTER, "after what the server had before"))
+        warm.append(self._warm(BASE, "after those of the adapter"))
+        if other is not None:
+            warm.append(self._warm(OTHER, "after those of the adapter and the base model", self._places[:FEW]))
+        warm.append(self._warm(ADAPTER, "after those of the base model" + (" and another adapter" if other else "")))
+        for arm, after in ((BASE, "the adapter"), (ADAPTER, "the base model")) if self._slots else ():
+            self._refill()
+            warm.append(self._warm(arm, f"after those of {after}, and other prompts in every slot"))
+        told = [each.cached for each in warm if each.cached is not None]
+        after_all = self._metric()
+        counted = None if before is None or after_all is None else max(0, int(after_all - before))
+        return cold, noise, warm, sum(told) if told else counted
+
+    def _cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
+        found = [
+            self._ask(arm, self._salted(arm, place) | {"cache_prompt": False}, "", [place])
+            for place in places or self._places
+        ]
+        told = [each.cached for each in found if each.cached is not None]
+        return Asked(
+            arm, "", {place: row for each in found for place, row in each.rows.items()}, sum(told) if told else None
+        )
+
+    def _warm(self, arm: str, after: str, places: Sequence[int] | None = None) -> Asked:
+        return self._ask(arm, {"cache_prompt": True}, after, places)
+
+    def _salted(self, *words: object) -> dict[str, Any]:
+        return {"cache_salt": "-".join(map(str, ("loraover", self._name, *words))), "cache_prompt": True}
+
+    def _ask(self, arm: str, fields: Mapping[str, Any], after: str, places: Sequence[int] | None = None) -> Asked:
+        speaker, models = self._asker.speaker, self._asker.models
+        rows: dict[int, Row] = {}
+        told: list[int] = []
+        for place in self._places if places is None else places:
+            prompt, expected = in_form(models, place, speaker.dialect), models.questions[models.places[place][0]].answer
+            assert prompt is not None
+            tokens = len(expected)
+            name = self._asker.names[arm]
+            found = speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE, more=fields)
+            rows |= rows_along(place, expected, found)
+            told += [] if found.cached is None else [found.cached]
+        if not rows:
+            raise speaker.without_logprobs(self._asker.names[arm])
+        return Asked(arm, after, rows, sum(told) if told else None)
+
+    def _refill(self) -> None:
+        """Give each of llama-server's slots another prompt, so that it moves the earlier one to its host's memory."""
+        for index in range(self._slots + 1):
+            prompt = in_form(self._asker.models, self._places[0], self._asker.speaker.dialect)
+            assert prompt is not None
+            # Another beginning: nothing of it is in the cache.
+            other = f"{index} {prompt}" if isinstance(prompt, str) else [*prompt[index + 1 : index + 65]][::-1]
+            self._asker.speaker.answer(self._asker.names[BASE], other, 1, is_base=True, more={"cache_prompt": True})
+
+    @property
+    def _slots(self) -> int:
+        """Number of llama-server's slots; 0 for another server."""
+        if self._found_slots is None:
+            self._found_slots = 0
+            with suppress(EngineError, LookupError, TypeError, ValueError):
+                self._found_slots = int(self._asker.speaker.endpoint.request("/props")["total_slots"])
+        return self._found_slots
+
+    _found_slots: int | None = None
+
+    def _metric(self) -> float | None:
+        lines = self._asker.speaker.endpoint.page("/metrics").splitlines()
+        found = [line.rsplit(maxsplit=1)[-1] for line in lines if line.startswith(HITS)]
+        with suppress(ValueError):
+            return sum(map(float, found)) if found else None
+        return None
+
+
+def judge_warm(
+    models: Reference, cold: Mapping[str, Asked], noise: Asked, warm: Sequence[Asked], hits: int | None
+) -> Caches:
+    """Judge answers on kept keys and values.
+
+    Args:
+        models: The long questions, with the right models and those on other models' keys and values.
+        cold: Answers of each arm without a cache.
+        noise: The base model's answers in a cache that nothing else was put into.
+        warm: Answers in the cache that all share, in their order.
+        hits: Number of tokens of the warm answers that were found in the cache; None if the server does not tell.
+    """
+    case = _WarmCase(models, cold, noise)
+    found = [case.judged(each) for each in (noise, *warm)]
+    shown = Caches("differs", "", None, hits, case.noise, [answers for answers, _, _ in found])
+    for answers, fault, detail in found:
+        if fault is not None:
+            reason = (
+                f"{fault}: {detail}: answers of {_named(answers.arm)} {answers.after} are off by "
+                f"{answers.apart.rms:.2g} nats from its answers without the cache, where noise is {case.noise.rms:.2g}"
+            )
+            return replace(shown, reason=reason, fault=fault)
+    ignored = sum(each.cached or 0 for each in cold.values())
+    if ignored:
+        reason = (
+            f"the server found {ignored} tokens in its cache where none were expected: it ignores cache_salt and "
+            "cache_prompt, so nothing shows its right answers"
+        )
+    elif not hits:
+        told = "does not tell" if hits is None else "found none"
+        reason = (
+            f"no prompt was seen to come from the cache (the server {told}); start vLLM with --enable-prefix-caching "
+            "and --enable-prompt-tokens-details, or let /metrics be read; start llama-server with its cache of prompts"
+        )
+    elif unclear := sorted({fault for answers, _, _ in found for fault in case.unclear(answers)}):
+        reason = (
+            f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides what it "
+            "changes; check a server with a finer number format"
+        )
+    else:
+        apart_ = max(answers.apart.rms for answers, _, _ in found)
+        reason = (
+            f"{hits} tokens came from the cache, and answers on them are off by at most {apart_:.2g} nats from those "
+            f"without it, where noise is {case.noise.rms:.2g}"
+        )
+        return replace(shown, verdict="as trained", reason=reason)
+    return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {reason}")
+
+
+def _named(arm: str) -> str:
+    return {BASE: "the base model", ADAPTER: "the adapter", OTHER: "another adapter"}[arm]
+
+
+class _WarmCase:
+    """Warm answers beside cold ones."""
+
+    def __init__(self, models: Reference, cold: Mapping[str, Asked], noise: Asked) -> None:
+        self._models, self._cold = models, {arm: each.rows for arm, each in cold.items()}
+        self._noise_rows, self._noise_off = noise.rows, self._off(noise)
+        self.noise = LogprobDistance.of(self._noise_off)
+
+    def judged(self, asked: Asked) -> tuple[WarmAnswers, str | None, str]:
+        """Warm answers, the fault that they show, and the fault in words."""
+        off = self._off(asked)
+        strengths, explained = dict[str, Interval](), list[tuple[float, str, str]]()
+        for model in self._models.variants.get(asked.arm, ()):
+            changes = [*self._changes(asked.arm, asked.rows, model.rows)]
+            found = self._strength(asked, changes, model.rows)
+            if found is not None:
+                strengths[model.fault] = found
+                if found.low > HALF_WAY:
+                    explained.append((apart(changes), model.fault, model.detail))
+        answers = WarmAnswers(asked.arm, asked.after, asked.cached, LogprobDistance.of(off), strengths)
+        if explained:
+            _, fault, detail = min(explained)
+            found = strengths[fault]
+            if abs(found.value - 1) <= ROUNDED_WAY + found.half:
+                return answers, fault, f"{detail} (strength {found})"
+            return answers, STALE_OF_OTHERS, f"of the known ones a {fault} is nearest, with the strength {found}"
+        far = () if asked.rows is self._noise_rows else self._far(off)
+        if len(far) >= FEW_AS_BASE:
+            return answers, STALE_OF_OTHERS, f"no known one explains {len(far)} of {len(by_prompt(off))} answers"
+        return answers, None, ""
+
+    @staticmethod
+    def unclear(answers: WarmAnswers) -> Iterator[str]:
+        """Yield the faults that answers neither show nor exclude."""
+        for fault, found in answers.strengths.items():
+            if found.low <= HALF_WAY <= found.high:
+                yield fault
+
+    def _strength(self, asked: Asked, changes: Sequence[Change], stale: Sequence[Row]) -> Interval | None:
+        """Strength of a fault in answers; None if it changes nothing, and so does no harm."""
+        effect = math.sqrt(fmean(each.size / each.tokens for each in changes)) if changes else 0.0
+        if effect <= FLOOR:
+            return None
+        found = strength_along(changes)
+        if asked.rows is self._noise_rows:
+            return found
+        sensitivity = self._models.sensitivity
+        certain = CERTAIN * math.sqrt(2) * (sensitivity * self.noise.rms + FLOOR) / effect
+        common = strength_along([*self._changes(BASE, self._noise_rows, stale, asked.arm)])
+        return Interval.around(found.value, min(found.half, certain) + sensitivity * abs(common.value))
+
+    def _changes(self, arm: str, rows: Rows, stale: Sequence[Row], of: str | None = None) -> Iterator[Change]:
+        """Project what sets warm rows of an arm apart from cold ones on a fault of it, or of another arm."""
+        right = self._models.base if (of or arm) == BASE else self._models.adapter
+        for place, ids, off in self._pairs(arm, rows):
+            known = [
+                (value, stale[place][i] - right.rows[place][i])
+                for i, value in zip(ids, off, strict=True)
+                if i in stale[place]
+            ]
+            if known:
+                yield projected(self._models.places[place][0], *zip(*known, strict=True))
+
+    def _pairs(self, arm: str, rows: Rows) -> Iterator[tuple[int, list[int], list[float]]]:
+        for place, row in sorted(rows.items()):
+            cold = self._cold[arm].get(place, {})
+            ids = [i for i in row if i in cold]
+            if ids:
+                yield place, ids, [row[i] - cold[i] for i in ids]
+
+    def _off(self, asked: Asked) -> list[Off]:
+        return [
+            Off(self._models.places[place][0], fmean(value * value for value in off), max(map(abs, off)))
+            for place, _, off in self._pairs(asked.arm, asked.rows)
+        ]
+
+    def _far(self, off: Sequence[Off]) -> list[int]:
+        """Questions whose warm answers are CERTAIN times as far from the cold ones as noise explains."""
+        there = by_prompt(self._noise_off)
+        limit = {
+            q: CERTAIN * (self._models.sensitivity * max(there.get(q, 0.0), self.noise.rms) + FLOOR)
+            for q in by_prompt(off)
+        }
+        return [prompt for prompt, mine in middle_by_prompt(off).items() if mine > limit[prompt] - FLOOR]

@@ -1,0 +1,149 @@
+"""Answers on kept keys and values: servers that keep them wrongly are named, and right ones pass."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import ConfigError, EngineError
+from loraover_serve import verify_adapter
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.caches import ask_warm, long_questions
+from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_OTHERS
+from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.results import Caches
+from loraover_serve.verify.recorder import write_checker
+
+from support.caching_server import BY_NAME, BY_TOKENS, BY_WEIGHTS, CachingServer, Key, LlamaServer
+from support.long_questions import LongCase
+from support.openai_server import openai_server
+from support.verified import FAULTS, plant
+
+NAMES = {"base": None, "shop": "base"}
+NOISE = 0.003  # nats
+
+
+def served(case: LongCase, key: Key = BY_WEIGHTS, **more: Any) -> CachingServer:
+    return CachingServer(case.base, {"base": None, "shop": case.adapter}, key, **more)
+
+
+def asked(reply: Any, reference: Reference, names: Any = NAMES, **pages: Callable[[], str]) -> Caches:
+    with openai_server(reply, names, pages={f"/{name}": page for name, page in pages.items()}) as server:
+        asker = Asker.of(reference, Endpoint(server.url), "shop")
+        return ask_warm(Asker(long_questions(reference), asker.speaker, asker.names, asker.find_other))
+
+
+@pytest.mark.parametrize("noise", [0.0, NOISE])
+@pytest.mark.parametrize("block", [16, 128])
+def test_a_server_that_keeps_by_weights_passes(noise: float, block: int, long_case: LongCase) -> None:
+    found = asked(served(long_case, block=block, noise=noise), long_case.reference)
+    assert (found.verdict, found.fault) == ("as trained", None), found.reason
+    assert found.hits
+    assert (found.noise is not None and found.noise.rms > NOISE / 2) == bool(noise)
+
+
+@pytest.mark.parametrize("noise", [0.0, NOISE])
+def test_one_that_keeps_by_tokens_is_named(noise: float, long_case: LongCase) -> None:
+    """The base model continues what the adapter has read, which came first."""
+    found = asked(served(long_case, BY_TOKENS, noise=noise), long_case.reference)
+    assert (found.verdict, found.fault) == ("differs", STALE_OF_ADAPTER), found.reason
+
+
+@pytest.mark.parametrize(
+    ("before", "fault", "noise"),
+    [
+        *(("earlier", STALE_OF_EARLIER, noise) for noise in (0.0, NOISE)),
+        *(("base", STALE_OF_BASE, noise) for noise in (0.0, NOISE)),
+        ("another", STALE_OF_OTHERS, 0.0),
+    ],
+)
+def test_what_was_kept_before_a_reload_is_named(
+    before: str, fault: str, noise: float, long_case: LongCase, tmp_path: Path
+) -> None:
+    """The name's keys and values of the time before the reload: an earlier check has sent the same prompts."""
+    server = served(long_case, BY_NAME, noise=noise)
+    planted = {"another": "permutation dropped", "base": "not loaded"}
+    folder = plant(FAULTS[planted[before]], long_case.adapter, tmp_path / before) if before in planted else None
+    server.load("shop", folder or long_case.earlier)
+    asked(server, long_case.reference)
+    server.load("shop", long_case.adapter)
+    found = asked(server, long_case.reference)
+    assert (found.verdict, found.fault) == ("differs", fault), found.reason
+
+
+def test_a_reload_passes_where_other_weights_have_another_key(long_case: LongCase) -> None:
+    server = served(long_case)
+    server.load("shop", long_case.earlier)
+    asked(server, long_case.reference)
+    server.load("shop", long_case.adapter)
+    assert asked(server, long_case.reference).verdict == "as trained"
+
+
+def test_another_adapter_is_asked_in_turn(long_case: LongCase) -> None:
+    adapters = {"base": None, "shop": long_case.adapter, "other": long_case.earlier}
+    names = {"base": None, "shop": "base", "other": "base"}
+    right = asked(CachingServer(long_case.base, adapters), long_case.reference, names)
+    assert right.verdict == "as trained", right.reason
+    assert [each.arm for each in right.warm] == ["base", "adapter", "base", "other", "adapter"]
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_prompts_come_back_from_the_hosts_memory_of_llama_server(is_right: bool, long_case: LongCase) -> None:
+    server = LlamaServer(long_case.base, long_case.adapter, is_right=is_right)
+    found = asked(server, long_case.reference, (), props=lambda: json.dumps({"total_slots": 1}))
+    expected = ("as trained", None) if is_right else ("differs", STALE_OF_ADAPTER)
+    assert (found.verdict, found.fault) == expected, found.reason
+
+
+def test_a_server_without_a_hit_is_inconclusive(long_case: LongCase) -> None:
+    for more in ({"block": 4096}, {"tells": False}):
+        found = asked(served(long_case, **more), long_case.reference)
+        assert (found.verdict, found.fault) == ("inconclusive", None)
+        assert "no prompt was seen to come from the cache" in found.reason
+        assert "--enable-prompt-tokens-details" in found.reason
+    silent = served(long_case, tells=False)
+    assert asked(silent, long_case.reference, metrics=silent.metrics).verdict == "as trained"
+
+
+def test_a_server_without_cold_answers_is_inconclusive(long_case: LongCase) -> None:
+    found = asked(served(long_case, fields=()), long_case.reference)
+    assert (found.verdict, found.fault) == ("inconclusive", None)
+    assert "it ignores cache_salt and cache_prompt" in found.reason
+    right = served(long_case)
+    strict = asked(lambda body: 400 if "user" in body else right(body), long_case.reference)
+    assert strict.verdict == "inconclusive"
+    assert "expected cache_salt (vLLM) or cache_prompt (llama-server)" in strict.reason
+
+
+def test_verify_has_the_worse_verdict(
+    long_case: LongCase, reference: Reference, recorded: Path, tmp_path: Path
+) -> None:
+    with openai_server(served(long_case, BY_TOKENS), NAMES) as server:
+        asked_for: dict[str, Any] = {"endpoint": server.url, "served_name": ["shop"], "caches": True}
+        report = verify_adapter(references=[long_case.recorded], output=tmp_path / "out", **asked_for)
+        (found,) = report.engines
+        assert (found.verdict, found.fault) == ("differs", STALE_OF_ADAPTER)
+        assert found.strength is not None
+        assert abs(found.strength.value - 1) < 0.01
+        (written,) = json.loads((tmp_path / "out" / "verify.json").read_text())["engines"]
+        assert written["caches"]["fault"] == STALE_OF_ADAPTER
+        with pytest.raises(EngineError, match=r"no long questions, expected some; record it again: loraover record"):
+            verify_adapter(references=[recorded], **asked_for)
+    with pytest.raises(ConfigError, match="caches: the reference of adapter has no long questions"):
+        long_questions(reference, lambda field: field)
+
+
+def test_the_checker_of_the_standard_library_judges_alike(long_case: LongCase, tmp_path: Path) -> None:
+    write_checker(tmp_path / "check.pyz")
+    for key, code, words in ((BY_WEIGHTS, 0, "as trained: "), (BY_TOKENS, 1, f"differs: {STALE_OF_ADAPTER}")):
+        with openai_server(served(long_case, key), NAMES) as server:
+            command = [sys.executable, "-I", "check.pyz", str(long_case.recorded), server.url, "--served-name", "shop"]
+            done = subprocess.run([*command, "--caches"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout[: len(words)]) == (code, words), done.stdout + done.stderr
