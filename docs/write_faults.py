@@ -63,7 +63,7 @@ def described(fault: KnownFault) -> Iterator[str]:
     yield f"- Releases: {releases(fault)}{device}."
     yield f"- Threads: {', '.join(map(thread, fault.threads)) or 'none was found'}."
     yield f"- What to do: {fault.cure}."
-    yield f"- Evidence: {'read, not run' if fault.shown_by is None else f'shown by `{fault.shown_by}`'}."
+    yield f"- Here: {'read, not run' if fault.shown_by is None else f'shown by `{fault.shown_by}`'}."
     if fault.command is not None:
         yield f"- Command: `{fault.command}`"
     yield ""
