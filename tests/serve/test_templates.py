@@ -21,6 +21,8 @@ from loraover_serve.judge.names import TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.templates import Conversation, most_requests
 from loraover_serve.verify.chats import pack_chats
+from loraover_serve.watch.canary import ask
+from loraover_serve.watch.config import read_config
 
 from support.openai_server import openai_server
 from support.recorded import record
@@ -309,3 +311,18 @@ def test_the_checker_says_what_another_template_is(
         assert capsys.readouterr().out.startswith(f"differs: {TEMPLATE}: prompt differs at token 1 of a chat")
         assert main([*words, "--without-template"]) == 0
         assert main([*words, "--quick"]) == 0
+
+
+def test_a_watch_sees_another_template_within_its_requests(told: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "reference.json").write_text(json.dumps(told))
+    with openai_server(Chatting(right(of(told, OWN)), with_template(SYSTEM), "apply"), NAMES) as server:
+        adapters = [
+            {"reference": "reference.json", "name": "shop", "without_template": leave} for leave in (False, True)
+        ]
+        servers = [{"name": f"s{i}", "url": server.url, "adapters": [each]} for i, each in enumerate(adapters)]
+        (tmp_path / "watch.yaml").write_text(json.dumps({"servers": servers}))
+        compared, left_out = read_config(tmp_path / "watch.yaml").targets
+        checks = [ask(target) for target in (compared, left_out)]
+    assert [(check.verdict, check.fault) for check in checks] == [("differs", TEMPLATE), ("as trained", None)]
+    assert checks[0].requests <= compared.most
+    assert compared.most - left_out.most == most_requests(of(told, OWN).conversations)
