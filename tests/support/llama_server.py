@@ -11,7 +11,7 @@ import xllamacpp
 
 parameters = xllamacpp.CommonParams()
 parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
-parameters.n_ctx, parameters.n_parallel, parameters.warmup = 1024, 4, False
+parameters.n_ctx, parameters.n_parallel, parameters.warmup = 4096, 4, False
 parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in sys.argv[3:]]
 server = xllamacpp.Server(parameters)
 sys.stdin.read()
