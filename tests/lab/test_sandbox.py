@@ -316,7 +316,8 @@ def test_a_user_who_is_not_root_is_held_as_well() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o755)
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(Path(__file__).parents[2] / "loraover", Path(folder, "loraover"), ignore=ignored)
+        for package in ("loraover", "lab/loraover_lab"):
+            shutil.copytree(Path(__file__).parents[2] / package, Path(folder, Path(package).name), ignore=ignored)
         shutil.copy(str(importlib.import_module("pyseccomp").__file__), folder)
         code = (
             f"import os, sys\nos.setgroups([]); os.setgid(4242); os.setuid(4242)\nsys.path.insert(0, {folder!r})\n"
