@@ -99,10 +99,10 @@ class Dialect(NamedTuple):
         if self.protocol == "llama-server":
             places = answer["completion_probabilities"]
             tops = [[(each, each["logprob"]) for each in place["top_logprobs"]] for place in places]
-            return Read(places, tops, cached=(answer.get("timings") or {}).get("cache_n"))
+            return Read(places, tops, cached=cached_tokens(answer, "timings", "cache_n"))
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         prompt = answer.get("prompt_token_ids") or usage.get("prompt_tokens")
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        cached = cached_tokens(usage, "prompt_tokens_details", "cached_tokens")
         ids, given = choice.get("token_ids"), choice.get("logprobs") or {}
         if ids and not all(isinstance(each, int) for each in ids):
             raise TypeError("token_ids holds something else")
@@ -184,3 +184,10 @@ DIALECTS = [
     *(Dialect("sglang", "ids", TOPS[0]), Dialect("tgi", "text", TOPS[1]), Dialect("llama-server", "ids", TOPS[0])),
 ]
 """The dialects, the most exact first."""
+
+
+def cached_tokens(answer: Any, part: str, name: str) -> int | None:
+    """Number of tokens from a cache that a part of an answer tells; None if it tells none: few servers do."""
+    told = answer.get(part) if isinstance(answer, dict) else None
+    found = told.get(name) if isinstance(told, dict) else None
+    return found if type(found) is int and found >= 0 else None

@@ -164,8 +164,8 @@ class Speaker:
         answer, told = self._asked(dialect, model, prompt, tokens, is_base=is_base)
         with self.endpoint.readable(model, answer._asdict()):
             known = [token_id(entry, self._by_text) for entry in answer.tokens]
-            found = Generated(known, [self._logprobs(pairs) for pairs in answer.tops[:scored]], told, answer.prompt)
-            found = found._replace(cached=None if answer.cached is None else int(answer.cached))
+            tops = [self._logprobs(pairs) for pairs in answer.tops[:scored]]
+            found = Generated(known, tops, told, answer.prompt, answer.cached)
         if scored:
             self.responses.append(Response(model, _question(prompt, tokens), told, any(answer.tops)))
         return found

@@ -126,7 +126,7 @@ def test_a_system_prompt_of_the_servers_own_is_another_template(tells: str, told
         assert (found["verdict"], found["fault"]) == ("as trained", None)
         return
     assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
-    alone = "answers to token ids, which no template touches, are as trained: judge them alone with --without-template"
+    alone = "answers to prompts that no template touches are as trained: judge them alone with --without-template"
     assert alone in found["reason"]
     assert "so with 3 of 5 chats" in found["reason"], "two have a system prompt"
     if "number" in tells:
@@ -164,6 +164,40 @@ def test_a_date_that_has_changed_is_no_fault(tells: str, told: dict[str, Any]) -
             continue
         assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
         assert place is None or tells == "number" or f"differs at token {place} " in found["reason"]
+
+
+def test_the_day_that_llama_server_gives_a_template_is_a_date(told: dict[str, Any]) -> None:
+    own = (
+        "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}<system>{{ date_string }}|"
+    )
+    reference = of(told, own + OWN)
+    assert all(each.date is not None for each in reference.conversations.found)
+    today = "{% set date_string = '30 Nov 2026' %}<system>{{ date_string }}|" + OWN
+    assert checked(reference, Chatting(right(reference), with_template(today), "apply"))["verdict"] == "as trained"
+
+
+def test_numbers_are_believed_no_further_than_they_reach(told: dict[str, Any]) -> None:
+    reference = of(told, OWN)
+    own, other = (Chatting(right(reference), with_template(each), "number") for each in (OWN, SYSTEM))
+    tokenized = Chatting(right(reference), with_template(OWN), "tokenize")
+
+    def without_cached(body: dict[str, Any]) -> int | bytes:
+        found = own(body)
+        if "messages" not in body or isinstance(found, int) or "max_tokens" not in body:
+            return found
+        answer = json.loads(found)
+        answer["usage"] = {
+            "prompt_tokens": answer["usage"]["prompt_tokens"] - 2,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        }
+        return json.dumps(answer).encode()
+
+    assert checked(reference, without_cached)["verdict"] == "as trained"
+    contradicted = checked(
+        reference, lambda body: other(body) if {"messages", "max_tokens"} <= body.keys() else tokenized(body)
+    )
+    assert (contradicted["verdict"], contradicted["fault"]) == ("as trained", None)
+    assert "the server counts 49 tokens of a chat where another route gives 33" in contradicted["template"]
 
 
 def test_a_date_is_skipped_whatever_its_length() -> None:
@@ -270,6 +304,8 @@ def test_the_report_and_older_references(told: dict[str, Any], tmp_path: Path) -
         ("tokens", [10**9]),
         ("tokens", [1] * 5000),
         ("tools", "text"),
+        ("date", 0),
+        ("date", []),
         ("date", [1]),
         ("date", [5, 2]),
         ("date", [0, 10**6]),

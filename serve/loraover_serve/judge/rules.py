@@ -163,7 +163,7 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
     if found.verdict == "differs":
         return found._replace(reason=f"{found.reason}; besides, {TEMPLATE}: {template.words}")
     reason = (
-        f"{TEMPLATE}: {template.words}; answers to token ids, which no template touches, are {found.verdict}: judge "
+        f"{TEMPLATE}: {template.words}; answers to prompts that no template touches are {found.verdict}: judge "
         f"them alone with {option('without_template')}; {found.reason}"
     )
     return found._replace(verdict="differs", reason=reason, fault=TEMPLATE)

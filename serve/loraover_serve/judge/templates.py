@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from loraover.client.dialects import cached_tokens
 from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.common.errors import EngineError, printable
 
@@ -115,7 +116,7 @@ class Conversations(NamedTuple):
         if content is None:
             return cls()
         found = [
-            Conversation(each["messages"], each["tokens"], each["tools"] or (), each["date"] and tuple(each["date"]))
+            Conversation(each["messages"], each["tokens"], each["tools"] or (), each["date"])
             for each in content["conversations"]
         ]
         if len(found) > MOST_CONVERSATIONS:
@@ -125,7 +126,7 @@ class Conversations(NamedTuple):
                 raise ValueError("a message has no role or no content")
             if not (0 < len(each.tokens) <= MOST_TOKENS and are_ids(each.tokens, vocabulary)):
                 raise ValueError("a conversation has tokens that cannot be")
-            first, after = each.date or (0, 0)
+            first, after = (0, 0) if each.date is None else each.date
             if not (are_ids([first, after], len(each.tokens) + 1) and first <= after) or not isinstance(
                 each.tools, list | tuple
             ):
@@ -156,14 +157,21 @@ class _Told(NamedTuple):
     Args:
         tokens: Ids of the tokens; None if the server does not give them.
         number: Number of the tokens; None if it is not given, or the tokens are.
+        cached: Number of tokens from a cache, which some servers leave out of the number.
         refusal: Reason why there is neither; empty if there is one.
         is_silent: Whether the server has not answered at all, so that no other form is tried.
     """
 
     tokens: list[int] | None = None
     number: int | None = None
+    cached: int = 0
     refusal: str = ""
     is_silent: bool = False
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of tokens that the server may mean."""
+        return () if self.number is None else (self.number, self.number + self.cached)
 
 
 def most_requests(conversations: Conversations) -> int:
@@ -197,7 +205,7 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
         else "the tokens of the recorded template"
     )
     for _, difference in differences:
-        words += f"; tools are rendered otherwise, as by engines that write them anew: {difference}"
+        words += f"; tools are rendered otherwise or left out, as by some engines: {difference}"
     refusal = next((one.refusal for one in told if one.refusal), None)
     if refusal is not None:
         words += f"; {len(told) - len(known)} of the chats were not compared: {refusal}"
@@ -208,7 +216,7 @@ def _difference(endpoint: Endpoint, conversation: Conversation, told: _Told, pie
     """Difference of a conversation from the recorded one, in words; None if there is none."""
     if told.tokens is None:
         assert told.number is not None
-        if conversation.is_as_long(told.number):
+        if any(map(conversation.is_as_long, told.numbers)):
             return None
         return (
             f"the server reads {told.number} tokens of a chat ({conversation.words}), and the adapter's template gives "
@@ -264,7 +272,17 @@ def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation])
     best, ask = found[0]
     if best.refusal:
         return [best] * len(conversations)
-    return [best, *map(ask, conversations[1:])]
+    counted = next((told for told, _ in found if told.number is not None), None)
+    if best.tokens is not None and counted is not None and len(best.tokens) not in counted.numbers:
+        refusal = (
+            f"the server counts {counted.number} tokens of a chat where another route gives {len(best.tokens)}, so "
+            "which its chats read is not known"
+        )
+        return [_Told(refusal=refusal)] * len(conversations)
+    told = [best]
+    for each in conversations[1:]:
+        told.append(told[-1] if told[-1].is_silent else ask(each))
+    return told
 
 
 def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[str, Any]) -> _Told:
@@ -278,7 +296,7 @@ def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[
         return _Told(ids)
     number = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     if type(number) is int and 0 < number < 2**ID_BITS:
-        return _Told(number=number)
+        return _Told(number=number, cached=cached_tokens(usage, "prompt_tokens_details", "cached_tokens") or 0)
     return _Told(refusal="the server tells neither the tokens of a chat nor their number")
 
 

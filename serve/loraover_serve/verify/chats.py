@@ -81,8 +81,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any]) -> 
     """A conversation with its tokens of today, and the places between which other dates have other tokens."""
     template = tokenizer.get_chat_template(tools=list(tools) or None)
 
-    def tokens(template: str) -> list[int]:
-        options = {"tools": list(tools) or None, "chat_template": template, "add_generation_prompt": True}
+    def tokens(template: str, **given: str) -> list[int]:
+        options = {"tools": list(tools) or None, "chat_template": template, "add_generation_prompt": True, **given}
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -92,7 +92,10 @@ def _rendered(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any]) -> 
     if "strftime_now" in NOW.sub("", template).replace("strftime_now is defined", ""):
         raise ValueError("a date whose place cannot be found")
     today, date = tokens(template), None
-    others = [other for other in map(tokens, map(at, DATES)) if other != today]
+    # llama-server gives templates of Llama 3 the day of today, which they else take from themselves
+    days = [{"date_string": f"{now:%d %b %Y}"} if "date_string" in template else {} for now in DATES]
+    others = [tokens(at(now), **day) for now, day in zip(DATES, days, strict=True)]
+    others = [other for other in others if other != today]
     if others:
         first = min(shared(today, other) for other in others)
         left = min(len(today), *map(len, others)) - first
