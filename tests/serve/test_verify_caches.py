@@ -110,12 +110,18 @@ def test_a_server_without_a_hit_is_inconclusive(long_case: LongCase) -> None:
         assert "--enable-prompt-tokens-details" in found.reason
     silent = served(long_case, tells=False)
     assert asked(silent, long_case.reference, metrics=silent.metrics).verdict == "as trained"
+    for line in ("NaN", "+Inf", "0 1700000000000", ""):
+        page = f'vllm:prefix_cache_hits_total{{engine="0"}} {line}\n'
+        found = asked(served(long_case, tells=False), long_case.reference, metrics=lambda page=page: page)
+        assert found.verdict == "inconclusive", line
 
 
 def test_a_server_without_cold_answers_is_inconclusive(long_case: LongCase) -> None:
     found = asked(served(long_case, fields=()), long_case.reference)
     assert (found.verdict, found.fault) == ("inconclusive", None)
-    assert "it ignores cache_salt and cache_prompt" in found.reason
+    assert "it ignores cache_salt and cache_prompt, or answers others" in found.reason
+    hidden = served(long_case, fields=(), tells=False)
+    assert "it ignores cache_salt" in asked(hidden, long_case.reference, metrics=hidden.metrics).reason
     right = served(long_case)
     strict = asked(lambda body: 400 if "user" in body else right(body), long_case.reference)
     assert strict.verdict == "inconclusive"

@@ -37,6 +37,9 @@ from loraover_serve.judge.search import ROUNDED_WAY
 HITS = "vllm:prefix_cache_hits_total"
 """Number of tokens that vLLM has found in its cache, in what it tells Prometheus."""
 
+MOST_SLOTS = 64
+"""Slots of llama-server that are filled at most; with more of them, the answers after other prompts are left out."""
+
 FEW = 3
 """Number of questions that are asked of another adapter, of which no answers are recorded."""
 
@@ -124,7 +127,11 @@ class _Probe:
 
     def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
         """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
+        first = self._metric()
         cold = {arm: self._cold(arm) for arm in (ADAPTER, BASE)}
+        found = _rise(first, self._metric())
+        if found and all(each.cached is None for each in cold.values()):
+            cold[BASE] = cold[BASE]._replace(cached=found)
         own = self._salted("own")
         self._ask(BASE, own, "", self._places[:1])
         noise = self._ask(BASE, own, ON_OWN)
@@ -142,9 +149,7 @@ class _Probe:
             self._refill()
             warm.append(self._warm(arm, f"after those of {after}, and other prompts in every slot"))
         told = [each.cached for each in warm if each.cached is not None]
-        after_all = self._metric()
-        counted = None if before is None or after_all is None else max(0, int(after_all - before))
-        return cold, noise, warm, sum(told) if told else counted
+        return cold, noise, warm, sum(told) if told else _rise(before, self._metric())
 
     def _cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
         found = [
@@ -192,18 +197,24 @@ class _Probe:
         """Number of llama-server's slots; 0 for another server."""
         if self._found_slots is None:
             self._found_slots = 0
-            with suppress(EngineError, LookupError, TypeError, ValueError):
-                self._found_slots = int(self._asker.speaker.endpoint.request("/props")["total_slots"])
+            with suppress(EngineError, LookupError, TypeError):
+                told = self._asker.speaker.endpoint.request("/props")["total_slots"]
+                self._found_slots = told if type(told) is int and 0 < told <= MOST_SLOTS else 0
         return self._found_slots
 
     _found_slots: int | None = None
 
     def _metric(self) -> float | None:
         lines = self._asker.speaker.endpoint.page("/metrics").splitlines()
-        found = [line.rsplit(maxsplit=1)[-1] for line in lines if line.startswith(HITS)]
-        with suppress(ValueError):
-            return sum(map(float, found)) if found else None
+        found = [line.rpartition("}")[2].removeprefix(HITS).split()[:1] for line in lines if line.startswith(HITS)]
+        with suppress(ValueError):  # behind the value, a line may have the time of its writing
+            total = math.fsum(float(value) for each in found for value in each)
+            return total if found and math.isfinite(total) else None
         return None
+
+
+def _rise(before: float | None, after: float | None) -> int | None:
+    return None if before is None or after is None else max(0, int(after - before))
 
 
 def judge_warm(
@@ -232,7 +243,7 @@ def judge_warm(
     if ignored:
         reason = (
             f"the server found {ignored} tokens in its cache where none were expected: it ignores cache_salt and "
-            "cache_prompt, so nothing shows its right answers"
+            "cache_prompt, or answers others, so nothing shows its right answers"
         )
     elif not hits:
         told = "does not tell" if hits is None else "found none"

@@ -84,6 +84,9 @@ class Reference(Models):
             raise ValueError("a number format has no distance")
         long = content.get("caches")
         self.caches = None if long is None else Reference({**content, **long, "caches": None})
+        variants = [] if self.caches is None else [each for arm in self.caches.variants.values() for each in arm]
+        if self.caches and any(len(each.rows) != len(self.caches.places) for each in variants):
+            raise ValueError("a stale cache does not fit the long questions")
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:
