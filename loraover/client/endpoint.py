@@ -187,16 +187,16 @@ class Endpoint:
         return self.exchange(path, body, timeout_s=timeout_s)[0]
 
     def page(self, path: str) -> str:
-        """Text of a page of the server, such as "/metrics"; empty if it has none.
+        """Text of a page of the server, such as "/metrics"; empty if it has none, or the time for all requests is over.
 
         Args:
             path: Path on the server.
         """
-        with (
-            suppress(EngineError),
-            self._open(path, None, self._timeout_s, time.monotonic() + self._timeout_s) as found,
-        ):
-            return found.read(LARGEST_ANSWER).decode(errors="replace")
+        now = time.monotonic()
+        deadline = min(now + self._timeout_s, self._ends)
+        if now < deadline:
+            with suppress(EngineError), self._open(path, None, deadline - now, deadline) as found:
+                return found.read(LARGEST_ANSWER).decode(errors="replace")
         return ""
 
     def models(self) -> dict[str, str | None]:

@@ -400,3 +400,13 @@ def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
     with pytest.raises(ConfigError, match="not the key") as caught:
         Endpoint("http://localhost", "sk-sesame")
     assert "sesame" not in str(caught.value)
+
+
+def test_a_page_takes_no_longer_than_all_requests_may() -> None:
+    with answering(b"", pause_s=3) as host:
+        start = time.monotonic()
+        assert Endpoint(f"http://{host}", ends=start + 0.3).page("/metrics") == ""
+        assert time.monotonic() - start < 2
+    late = Endpoint("http://localhost:9", ends=time.monotonic() - 1)
+    assert late.page("/metrics") == ""
+    assert late.sent == 0

@@ -158,15 +158,17 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
     """Finding of a rule with what is known of the server's chat template, which is the fault if there is no other."""
     if template is None:
         return found
-    if not template.is_other:
+    if not template.is_other and (not template.is_unclear or found.verdict != "as trained"):
         return found._replace(reason=f"{found.reason}; {template.words}")
     if found.verdict == "differs":
         return found._replace(reason=f"{found.reason}; besides, {TEMPLATE}: {template.words}")
-    reason = (
-        f"{TEMPLATE}: {template.words}; answers to prompts that no template touches are {found.verdict}: judge "
-        f"them alone with {option('without_template')}; {found.reason}"
+    alone = (
+        f"answers to prompts that no template touches are {found.verdict}: judge them alone with "
+        f"{option('without_template')}; {found.reason}"
     )
-    return found._replace(verdict="differs", reason=reason, fault=TEMPLATE)
+    if template.is_unclear:
+        return found._replace(verdict="inconclusive", reason=f"{template.words}; {alone}")
+    return found._replace(verdict="differs", reason=f"{TEMPLATE}: {template.words}; {alone}", fault=TEMPLATE)
 
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)

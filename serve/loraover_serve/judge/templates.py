@@ -5,8 +5,13 @@ of its own, answers them as trained, and gives its chat users other prompts. So 
 few recorded conversations: by a chat of one new token (vLLM's `prompt_token_ids`), by /tokenize with messages (vLLM),
 by /apply-template and /tokenize (llama-server), or else for their number alone (`usage`).
 
+Numbers show less than tokens do: gateways count with tokenizers of their own. Numbers that are others by as much in
+all chats that have a system prompt, or in all that have none, and right in the rest are another template; other
+differences of numbers are inconclusive.
+
 Tools show less than messages do: engines write them anew before they render them, vLLM with fields that nobody sent.
-So a conversation with tools that is read otherwise is reported, and is no fault if the others are read as recorded.
+So a conversation with tools that is read otherwise is reported, and is no fault if the others are read as recorded,
+unless the server reads the same chat without tools as the same tokens.
 """
 
 from __future__ import annotations
@@ -145,10 +150,12 @@ class TemplateReading(NamedTuple):
     Args:
         words: What was found, in words.
         is_other: Whether it is another template; if not, the words may say what was not compared.
+        is_unclear: Whether it may be another template.
     """
 
     words: str
     is_other: bool = False
+    is_unclear: bool = False
 
 
 class _Told(NamedTuple):
@@ -160,6 +167,7 @@ class _Told(NamedTuple):
         cached: Number of tokens from a cache, which some servers leave out of the number.
         refusal: Reason why there is neither; empty if there is one.
         is_silent: Whether the server has not answered at all, so that no other form is tried.
+        calls_nothing: Whether tools were sent with the wish that none is called, for which some servers leave them out.
     """
 
     tokens: list[int] | None = None
@@ -167,16 +175,66 @@ class _Told(NamedTuple):
     cached: int = 0
     refusal: str = ""
     is_silent: bool = False
+    calls_nothing: bool = False
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """Numbers of tokens that the server may mean."""
         return () if self.number is None else (self.number, self.number + self.cached)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether only the number of the tokens is known."""
+        return self.tokens is None
+
+
+class _Compared(NamedTuple):
+    """A conversation, and what a server tells of it."""
+
+    asked: Conversation
+    told: _Told
+
+    @property
+    def has_system(self) -> bool:
+        """Whether it begins with a system prompt."""
+        return self.asked.messages[0]["role"] == "system"
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the server may read it as recorded."""
+        if self.told.tokens is not None:
+            return self.asked.differs_at(self.told.tokens) is None
+        return any(map(self.asked.is_as_long, self.told.numbers))
+
+    @property
+    def off(self) -> int:
+        """Number of tokens that the server has more than the recorded ones; they are only counted."""
+        assert self.told.number is not None
+        return self.told.number - len(self.asked.tokens)
+
+    def words(self, endpoint: Endpoint, pieces: Mapping[int, str]) -> str:
+        """Difference from the recorded tokens, in words."""
+        if self.told.tokens is None:
+            return (
+                f"the server reads {self.told.number} tokens of a chat ({self.asked.words}), and the adapter's "
+                f"template gives {len(self.asked.tokens)}"
+            )
+        places = self.asked.differs_at(self.told.tokens)
+        assert places is not None
+        mine, right = (
+            tokens[max(0, place - BEFORE) : place + AFTER]
+            for place, tokens in zip(places, (self.told.tokens, self.asked.tokens), strict=True)
+        )
+        return (
+            f"prompt differs at token {places[0]} of a chat ({self.asked.words}): the server reads "
+            f"{_quoted(_text(endpoint, mine, pieces), endpoint)}, and the adapter's template gives "
+            f"{_quoted(''.join(pieces.get(each, f'<{each}>') for each in right), endpoint)}"
+        )
+
 
 def most_requests(conversations: Conversations) -> int:
-    """Largest number of requests of `read_template`: for each conversation two, and the forms that are tried before."""
-    return 3 * len(conversations.found) + 3 if conversations.found else 0
+    """Largest number of requests of `read_template`: for each conversation two, the other forms, and one for a text."""
+    return 2 * len(conversations.found) + 4 if conversations.found else 0
 
 
 def read_template(endpoint: Endpoint, model: str, conversations: Conversations) -> TemplateReading | None:
@@ -190,21 +248,33 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     if not conversations.found:
         return None
     told = _tell(endpoint, model, conversations.found)
-    known = [pair for pair in zip(conversations.found, told, strict=True) if not pair[1].refusal]
+    known = [_Compared(*pair) for pair in zip(conversations.found, told, strict=True) if not pair[1].refusal]
     if not known:
         return TemplateReading(f"the chat template was not compared: {told[0].refusal}")
-    found = [(each, _difference(endpoint, each, one, conversations.pieces)) for each, one in known]
-    differences = [(conversation, words) for conversation, words in found if words is not None]
-    faults = [words for conversation, words in differences if not conversation.tools]
+    others = [each for each in known if not each.is_same]
+    without_tools = [each for each in others if _leaves_tools_out(each, known)]
+    faults = [each for each in others if not each.asked.tools] or without_tools
     if faults:
-        return TemplateReading(f"{faults[0]}; so with {len(differences)} of {len(known)} chats", is_other=True)
-    is_counted = all(one.tokens is None for _, one in known)
-    words = f"{len(known) - len(differences)} chats have " + (
+        words = _likely(faults[0], known) + faults[0].words(endpoint, conversations.pieces)
+        words += f"; so with {len(others)} of {len(known)} chats"
+        if not faults[0].told.is_counted or without_tools == faults or _is_system_prompt(known):
+            return TemplateReading(words, is_other=True)
+        offs = {each.off for each in known}
+        gateway = "adds to each number" if len(offs) == 1 else "counts with a tokenizer of its own"
+        return TemplateReading(
+            f"the chat template may be another one, or a gateway {gateway}: {words}; which tokens, the server does not "
+            "tell",
+            is_unclear=True,
+        )
+    is_counted = all(each.told.is_counted for each in known)
+    words = f"{len(known) - len(others)} chats have " + (
         "as many tokens as in the recorded template; which tokens, the server does not tell"
         if is_counted
         else "the tokens of the recorded template"
     )
-    for _, difference in differences:
+    words += ", but for the date that it prints" if any(each.asked.date for each in known) else ""
+    if others:
+        difference = others[0].words(endpoint, conversations.pieces)
         words += f"; tools are rendered otherwise or left out, as by some engines: {difference}"
     refusal = next((one.refusal for one in told if one.refusal), None)
     if refusal is not None:
@@ -212,28 +282,47 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     return TemplateReading(words)
 
 
-def _difference(endpoint: Endpoint, conversation: Conversation, told: _Told, pieces: Mapping[int, str]) -> str | None:
-    """Difference of a conversation from the recorded one, in words; None if there is none."""
-    if told.tokens is None:
-        assert told.number is not None
-        if any(map(conversation.is_as_long, told.numbers)):
-            return None
-        return (
-            f"the server reads {told.number} tokens of a chat ({conversation.words}), and the adapter's template gives "
-            f"{len(conversation.tokens)}"
-        )
-    places = conversation.differs_at(told.tokens)
-    if places is None:
-        return None
-    mine, right = (
-        tokens[max(0, place - BEFORE) : place + AFTER]
-        for place, tokens in zip(places, (told.tokens, conversation.tokens), strict=True)
-    )
+def _leaves_tools_out(each: _Compared, known: Sequence[_Compared]) -> bool:
+    """Whether the server reads a conversation with tools as it reads the same one without them."""
+    if not each.asked.tools or each.told.calls_nothing:
+        return False
+    return _is_read_as(each, known, each.asked.messages)
+
+
+def _is_read_as(each: _Compared, known: Sequence[_Compared], messages: Sequence[Any]) -> bool:
+    """Whether the server tells the same of a conversation as of one with these messages and without tools."""
+    told = (each.told.tokens, each.told.number)
+    plain = (one for one in known if not one.asked.tools and one.asked.messages == messages)
+    return any(told == (one.told.tokens, one.told.number) for one in plain)
+
+
+def _is_system_prompt(known: Sequence[_Compared]) -> bool:
+    """Whether numbers differ by as much in all chats that have a system prompt, or in all that have none, and alone."""
+    plain = [each for each in known if not each.asked.tools]
+    others = [each for each in plain if not each.is_same]
+    has_system = {each.has_system for each in others}
     return (
-        f"prompt differs at token {places[0]} of a chat ({conversation.words}): the server reads "
-        f"{_quoted(_text(endpoint, mine, pieces), endpoint)}, and the adapter's template gives "
-        f"{_quoted(''.join(pieces.get(each, f'<{each}>') for each in right), endpoint)}"
+        len(has_system) == 1
+        and len({each.off for each in others}) == 1
+        and all(each.is_same for each in plain if each.has_system not in has_system)
+        and {each.has_system for each in plain} == {True, False}
+        and len(others) == sum(each.has_system in has_system for each in plain)
     )
+
+
+def _likely(each: _Compared, known: Sequence[_Compared]) -> str:
+    """The likely mistake of a template, in words before those of the difference; empty if none is known."""
+    right, read = list(each.asked.tokens), each.told.tokens or []
+    more = read[len(right) :]
+    if each.has_system and _is_read_as(each, known, each.asked.messages[1:]):
+        return "the system prompt is left out: "
+    if _leaves_tools_out(each, known):
+        return "the tools are left out: "
+    if read == [*right[:1], *right]:
+        return "the first token stands twice: "
+    if more and read == right + more and right[-len(more) :] == more:
+        return "the end of a prompt, such as the beginning of the answer, stands twice: "
+    return ""
 
 
 def _quoted(text: str, endpoint: Endpoint) -> str:
@@ -286,9 +375,12 @@ def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation])
 
 
 def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[str, Any]) -> _Told:
-    """Ask for an answer of one token. No tool is called for: some servers refuse tools otherwise."""
+    """Ask for an answer of one token. A server that refuses tools is asked to call none."""
     body = {"model": model, **_body(asked), "max_tokens": 1, **endpoint.GREEDY, **more}
-    answer = _answer(endpoint, "/v1/chat/completions", body | ({"tool_choice": "none"} if asked.tools else {}))
+    answer = _answer(endpoint, "/v1/chat/completions", body)
+    if isinstance(answer, _Told) and asked.tools and not answer.is_silent:
+        found = _by_chat(endpoint, model, asked._replace(tools=()), {**more, **_body(asked), "tool_choice": "none"})
+        return found._replace(calls_nothing=True)
     if isinstance(answer, _Told):
         return answer
     ids, usage = answer.get("prompt_token_ids"), answer.get("usage")
