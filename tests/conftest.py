@@ -66,7 +66,6 @@ TOGETHER = {
     **dict.fromkeys(("test_api.py", "test_up.py", "test_up_preflight.py"), "port 8000"),
     **dict.fromkeys(("test_compare.py", "test_learnt.py", "test_train.py"), "trained runs"),
     **dict.fromkeys(("test_traffic.py", "test_zero.py"), "ZeRO"),
-    **dict.fromkeys(("test_resume.py", "test_resume_refused.py"), "halted runs"),
 }
 """Files that share a server, a port or runs, and so a worker."""
 

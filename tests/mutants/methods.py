@@ -138,7 +138,7 @@ METHODS = (
         "calibration-is-silent-about-what-no-batch-reached",
         "    if unseen:\n",
         "    if False:\n",
-        Selection("test_measured_injection.py", "no_batch_reached"),
+        Selection("test_measured_bases.py", "no_batch_reached"),
     ),
     Mutant(
         "calibration-takes-the-encoders-mask-for-the-decoder",

@@ -380,7 +380,7 @@ REQUESTS = (
         "a causal model is scored on the token that it has just read",
         'labels = batch["labels"][:, is_causal:]',
         'labels = batch["labels"][:, : -is_causal or None]',
-        Selection("test_held_out_losses.py", "labelled_tokens"),
+        Selection("test_answers.py", "labelled_tokens"),
     ),
     Mutant(
         "a margin may be in some rows only",

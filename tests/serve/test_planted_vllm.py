@@ -1,4 +1,4 @@
-"""Every planted fault of servers and base models, in the real vLLM, has its verdict."""
+"""Every planted fault in the real vLLM has its verdict, and adapters of other families are served as trained."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from loraover.client.endpoint import Endpoint
+from loraover.common.command_line import run
+from loraover_export.cli import cli
 from loraover_serve.judge.names import INTERMITTENT, LEAKS
 from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.vllm.client import VllmServer
-from loraover_serve.vllm.server import VllmServerConfig
+from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
+from support.agreement import agreement
 from support.engine_forms import TINY
 from support.openai_server import openai_server
+from support.plain_adapter import FAMILIES, make_adapter
 from support.planted_faults import FAULTS, Ask, Fault, models, reply
+from support.tiny_hub import tiny_tokenizer
+from support.tiny_models import token_ids
 from support.verified import Case
-from support.vllm_command import leaks_in_mixed_batches
+from support.vllm_command import leaks_in_mixed_batches, vllm_command
 from support.vllm_loading import serving_loader
 
 pytestmark = pytest.mark.matrix
@@ -81,3 +88,26 @@ def test_each_planted_fault_has_its_verdict(name: str, sharp: Case, started: Sta
     allowed |= {("differs", None)} if leaks and fault.name == INTERMITTENT else set()
     assert (found.verdict, found.fault) in allowed, found.reason
     assert (found.cache_share > 0) == (fault.cache is not DynamicCache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_served_as_peft_computes_it(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    adapter, base = make_adapter(tmp_path, family), tmp_path / "base"
+    tiny_tokenizer().save_pretrained(base)
+    assert run(cli, ["vllm", str(adapter), "-o", str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    config = VllmServerConfig(
+        model=str(base),
+        adapters={"adapter": tmp_path / "out"},
+        max_lora_rank=8,
+        options=TINY,
+    )
+    prompts: list[list[int]] = token_ids(batch=8, length=12).tolist()
+    with serve_vllm(config, tmp_path / "log", executable=str(vllm_command())) as client:
+        plain, adapted = (client.complete_batch(name, prompts, max_tokens=32) for name in (str(base), "adapter"))
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    noise, effect = agreement(model, prompts, plain), agreement(model, prompts, adapted)
+    found = agreement(PeftModel.from_pretrained(model, tmp_path / "out").eval(), prompts, adapted)
+    assert found.gaps == []
+    assert effect.largest > 100 * noise.largest
+    assert found.largest <= 3 * noise.largest + 1e-5

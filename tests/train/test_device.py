@@ -1,21 +1,35 @@
-"""The device that a model is loaded to, and the memory that a container or a job leaves to this process."""
+"""Devices that a run can have: which are there, their memory, and Apple's GPUs, which have no float64."""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, distributed
+from torch.optim import AdamW
 
+from loraover import LoraOverConfig, OverParameterization, Probe
+from loraover.callbacks.diagnostics import core_numbers
+from loraover.callbacks.step_norm import factors, step_norm
 from loraover.common.errors import ConfigError
+from loraover.common.provenance import hardware, peak_bytes
 from loraover.models.device import Allowance, choose_device, found_devices, free_memory, memory_limits, total_memory
 from loraover.models.load import load_model, resolve_model
+from loraover.overparam import sharding
+from loraover.overparam.decompositions import DECOMPOSITIONS
+from loraover.overparam.importance import SCORES, GradientScore
 
+from support.apple import apple_gpu
 from support.devices import ALL_DEVICES
 from support.machine import with_devices, with_memory
-from support.tiny_models import tiny_llama
+from support.tiny_models import net_loss, tiny_llama, tiny_net, trainable
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +176,84 @@ def test_where_no_group_has_a_limit_the_machine_has(tmp_path: Path, monkeypatch:
 def test_the_memory_of_a_job_is_what_it_is_limited_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_memory(monkeypatch, memory_limits(make_root(tmp_path, SLURM, V1, {"slurm/job_1": (2**26, 2**20, 0)})))
     assert (total_memory("cpu"), free_memory("cpu")) == (2**26, 2**26 - 2**20)
+
+
+def test_a_gpu_is_named_and_its_memory_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_devices(monkeypatch, cuda=1, total=12345)
+    assert hardware().endswith(" threads, some GPU")
+    assert peak_bytes() == 12345
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child's peak begins with its parent's")
+def test_the_memory_of_a_parent_is_not_its_childs() -> None:
+    child = "from loraover.common.provenance import peak_bytes; print(peak_bytes())"
+    code = (
+        f"import subprocess, sys; x = bytearray(2**30); subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**30
+
+
+@pytest.mark.parametrize("convert", [Tensor.double, lambda tensor: tensor.to(torch.float64)], ids=["double", "to"])
+def test_the_stand_in_refuses_float64(convert: Any) -> None:
+    with apple_gpu(model := tiny_net()):
+        parameter = trainable(model)[0].detach()
+        for tensor in (parameter, parameter + 1, torch.zeros(2, device=parameter.device), torch.zeros(2).to("mps")):
+            assert tensor.device.type == "mps"
+            with pytest.raises(TypeError, match="float64"):
+                convert(tensor)
+            assert convert(tensor.cpu()).device.type == "cpu"
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(2, dtype=torch.float64, device="mps")
+        with pytest.raises(TypeError, match="float64"):
+            parameter.to("cpu", torch.float64)
+
+
+def trained(on_apple: bool, score: str, decomposition: str, schedule: str) -> dict[str, float]:
+    """What a short run says of its cores, its scores and its change."""
+    with apple_gpu(model) if (model := tiny_net()) and on_apple else nullcontext():
+        rounds = {"rounds": 1, "start": 0.5} if schedule == "dynamic" else {}
+        config = LoraOverConfig.model_validate(
+            {"decomposition": decomposition, "schedule": schedule, "score": score, "budget": {"sites": 2}} | rounds
+        )
+        probe = Probe(model, range(2), net_loss)
+        optimizer = AdamW(trainable(model), lr=1e-2, foreach=False)
+        over = OverParameterization(model, config, steps=4, probe=probe).attach(optimizer)
+        before = factors(model)
+        for step in range(4):
+            optimizer.zero_grad()
+            net_loss(model, step).backward()
+            optimizer.step()
+            if isinstance(over.schedule.score, GradientScore):
+                over.schedule.score.load(over.schedule.score.state())
+        over.finish()
+        assert len(over.injected) == 2
+        numbers = core_numbers(over) | {"step_norm": step_norm(before, factors(model))}
+        return numbers | over.schedule.rounds[0].scores
+
+
+@pytest.mark.parametrize("schedule", ["static", "dynamic"])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_is_that_of_a_cpu(score: str, schedule: str) -> None:
+    found, expected = (trained(on_apple, score, "mpo", schedule) for on_apple in (True, False))
+    assert all(map(math.isfinite, expected.values()))
+    assert found == pytest.approx(expected, rel=1e-6)  # sums of some steps in float32, which is all that there is
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_every_decomposition_trains_as_on_a_cpu(decomposition: str) -> None:
+    found, expected = (trained(on_apple, "fisher", decomposition, "dynamic") for on_apple in (True, False))
+    assert found == pytest.approx(expected, rel=1e-6)  # sums of some steps in float32, which is all that there is
+
+
+def test_rank_zeros_numbers_pass_through_an_apple_gpu_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = [math.pi, -1e-300, 0.0]
+
+    def broadcast(shared: Tensor, src: int) -> None:
+        assert shared.device.type == "mps"
+
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast", broadcast)
+    with apple_gpu(tiny_net()):
+        assert sharding.of_rank_zero(numbers, torch.device("mps")) == numbers

@@ -1,19 +1,23 @@
-"""How the processes of one run agree: two threads, each of which is a rank of the same store."""
+"""Processes of one run, and threads of one process: how they share work, wait and fail."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
 from loraover.common import ranks as room
 from loraover.common.errors import ConfigError, DataError, ProcessError
 from loraover.common.ranks import Ranks, launched
 from loraover.common.reporter import SILENT, Reporter
+from loraover.common.threads import MAX_WORKERS, Workers, one_thread, workers
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +163,62 @@ def test_processes_that_are_started_again_do_not_read_what_the_former_ones_left(
         assert len({*agreed}) == 1
         names.append(agreed[0])
     assert len({*names}) == 3
+
+
+@pytest.fixture(autouse=True)
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_thread_is_for_a_block() -> None:
+    with one_thread():
+        assert torch.get_num_threads() == 1
+        with one_thread():
+            assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 4
+
+
+def test_there_are_as_many_workers_as_pytorch_has_threads() -> None:
+    meeting = threading.Barrier(4, timeout=10)
+    with workers() as threads:
+        met = [threads.start(meeting.wait) for _ in range(4)]
+        assert sorted(future.result() for future in met) == [0, 1, 2, 3]
+        assert threads.start(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 4
+    assert MAX_WORKERS >= 4
+
+
+def test_an_exception_is_raised_in_the_caller() -> None:
+    def fail() -> None:
+        raise LookupError("site 7")
+
+    before = threading.active_count()
+    with pytest.raises(LookupError, match="site 7"), workers() as threads:
+        threads.start(fail).result()
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_block_that_is_left_early_drops_what_has_not_begun(error: type[BaseException]) -> None:
+    begun = []
+    before = threading.active_count()
+
+    def wait(i: int, ending: threading.Event) -> None:
+        begun.append(i)
+        assert ending.wait(10)
+
+    def leave(threads: Workers) -> None:
+        for i in range(100):
+            threads.start(wait, i, threads.ending)
+        while len(begun) < 4:
+            time.sleep(0.001)
+        raise error
+
+    with pytest.raises(error), workers() as threads:
+        leave(threads)
+    assert sorted(begun) == [0, 1, 2, 3]
+    assert threading.active_count() == before

@@ -1,19 +1,26 @@
-"""The seal of a trainer's checkpoint covers every file, and rotation counts what is sealed."""
+"""Seals, digests and checks of the files of checkpoints and adapters."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callbacks.seal_checkpoints import SealCheckpoints, last_whole_checkpoint, remove_incomplete, seal
+from loraover.checkpoint.base_model import model_digest
 from loraover.checkpoint.checkpoint import SEAL_FILE
-from loraover.common.errors import CheckpointError
+from loraover.checkpoint.tensor_file import HASHED_AT_ONCE, is_finite, sha256_of
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover.models.load import ModelSource, resolve_model
 
 from support.children import Child, become_nobody
+from support.tiny_hub import save_llama
 
 
 def checkpoint(folder: Path, step: int, **files: str) -> Path:
@@ -104,3 +111,73 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     remove_incomplete(tmp_path, 0)
     assert (tmp_path / "checkpoint-9").is_file()
     assert last_whole_checkpoint(tmp_path) is None
+
+
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", [*FILES, "model.safetensors"])
+def test_every_file_that_changes_answers_changes_the_digest(name: str, tmp_path: Path) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "base")))
+    before = [model_digest(source, weights=weights) for weights in (True, False)]
+    assert before == [model_digest(source, weights=weights) for weights in (True, False)]
+    with (tmp_path / "base" / name).open("ab") as file:
+        file.write(b" ")
+    after = [model_digest(source, weights=weights) for weights in (True, False)]
+    assert after[0] != before[0]
+    assert (after[1] == before[1]) == (name == "model.safetensors")
+
+
+def test_a_model_card_does_not_change_the_digest(tmp_path: Path) -> None:
+    source = resolve_model(str(save_llama(tmp_path / "base")))
+    before = model_digest(source, weights=True)
+    (tmp_path / "base" / "README.md").write_text("# base")
+    assert model_digest(source, weights=True) == before
+
+
+def test_a_model_on_the_hub_is_recognised_by_its_commit() -> None:
+    source = ModelSource("owner/model", "owner/model", "a" * 40, "hub owner/model@aaaaaaaaaaaa")
+    assert model_digest(source, weights=True) == "a" * 40
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        model_digest(ModelSource("x", str(tmp_path / "gone"), None, "folder x"), weights=True)
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("place", [0, 77, 999])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, place: int, value: float) -> None:
+    numbers = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert is_finite(numbers)
+    numbers[place] = value
+    assert not is_finite(numbers)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_two_infinities_do_not_cancel(dtype: torch.dtype) -> None:
+    assert not is_finite(torch.tensor([1.0, float("inf"), -float("inf")], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_large_numbers_are_finite_even_if_their_sum_is_not(dtype: torch.dtype) -> None:
+    assert is_finite(torch.full((1000,), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_integers_and_no_numbers_are_finite() -> None:
+    assert is_finite(torch.arange(3))
+    assert is_finite(torch.tensor([True]))
+    assert is_finite(torch.empty(0))
+
+
+def test_hashing_stops_when_it_should(tmp_path: Path) -> None:
+    content = bytes(3 * HASHED_AT_ONCE + 1)
+    (tmp_path / "file").write_bytes(content)
+    ending = Event()
+    assert sha256_of(tmp_path / "file", ending) == sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    ending.set()
+    assert sha256_of(tmp_path / "file", ending) != sha256_of(tmp_path / "file")

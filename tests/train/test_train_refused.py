@@ -1,4 +1,4 @@
-"""What `loraover train` refuses, and code that it never runs."""
+"""What `loraover train` refuses, code that it never runs, and a result that it does not publish."""
 
 from __future__ import annotations
 
