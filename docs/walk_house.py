@@ -2,9 +2,10 @@
 
     python docs/walk_house.py export fold runs/demo/adapter -o folded --check-error
 
-The command runs, and each call from one module of ours to another is one step, counted once. A step goes into a *file*
-for the first time, or *returns* to a file that was read before from another place; it *climbs* where the room that is
-called lies above the one that calls.
+The command runs, and each call from one module of ours to another is one step, counted once. Calls that an import
+makes, such as those that declare the fields of a request, are no steps. A step goes into a *file* for the first time,
+or *returns* to a file that was read before from another place; it *climbs* where the room that is called lies above
+the one that calls.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class Steps:
         caller, above = None, frame.f_back
         while above is not None and (caller := self.module(above.f_code.co_filename)) is None:
             above = above.f_back
-        if caller not in (None, called) and above is not None and above.f_code.co_name != "<module>":
-            self.found.setdefault((str(caller), called))
+        if caller in (None, called) or (str(caller), called) in self.found:
+            return
+        while above is not None and not (above.f_code.co_name == "<module>" and self.module(above.f_code.co_filename)):
+            above = above.f_back
+        if above is None:  # no module of ours is being imported
+            self.found[str(caller), called] = None
 
 
 def count(steps: Iterable[Step], layers: Mapping[str, list[list[str]]]) -> Walk:

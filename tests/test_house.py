@@ -120,19 +120,23 @@ def test_a_walk_counts_files_climbs_and_returns(walks: Any) -> None:
 def test_steps_between_modules_of_ours_are_heard_through_others(walks: Any, modules: list[Any], tmp_path: Path) -> None:
     steps = walks.Steps(tmp_path, {"made": "made"})
     sys.path.insert(0, str(tmp_path))
-    try:
-        from made.upper.far import used  # type: ignore[import-not-found]
-    finally:
-        sys.path.remove(str(tmp_path))
-    (tmp_path / "made/upper/again.py").write_text("def go(used):\n    return list(map(lambda _: used(), [1, 2]))\n")
+    from made.upper.far import used  # type: ignore[import-not-found]
+
+    text = "def go(used):\n    return list(map(lambda _: used(), [1, 2]))\n"
+    (tmp_path / "made/upper/again.py").write_text(text)
+    (tmp_path / "made/upper/early.py").write_text(
+        "from made.lower.near import used\n\n\nclass Declared:\n    field = used()\n"
+    )
     code = compile((tmp_path / "made/upper/again.py").read_text(), str(tmp_path / "made/upper/again.py"), "exec")
     names: dict[str, Any] = {}
     exec(code, names)  # noqa: S102
     sys.setprofile(steps.heard)
     try:
+        importlib.import_module("made.upper.early")  # whose calls are no steps
         names["go"](used)
     finally:
         sys.setprofile(None)
+        sys.path.remove(str(tmp_path))
         for name in [each for each in sys.modules if each.partition(".")[0] == "made"]:
             del sys.modules[name]
     assert list(steps.found) == [("made.upper.again", "made.lower.near")]

@@ -15,7 +15,7 @@ from loraover.reporting.svg import Axis, Figure, short
 from loraover_export.fold import report as fold_report
 from loraover_export.fold.report import FoldCertificate
 from loraover_serve.judge.names import SCALED
-from loraover_serve.verify import html as verify_html
+from loraover_serve.verify import show as verify_show
 from loraover_serve.verify.report import VerifyReport
 
 TEMPLATE = """{% extends "page.html.j2" %}
@@ -65,7 +65,7 @@ def page_of(
     drawn = (
         [_losses(run, metrics)],
         fold_report.to_page(fold, "make demo").figures,
-        verify_html.to_page(check).figures,
+        verify_show.to_page(check).figures,
     )
     return make_page(
         TEMPLATE,

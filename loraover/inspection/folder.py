@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loraover.checkpoint.adapter_config import AdapterConfig
 from loraover.checkpoint.checkpoint import SEAL_FILE, open_checkpoint, read_checkpoint
-from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE
+from loraover.checkpoint.files import CONFIG_FILE, META_FILE, TENSORS_FILE, TRAINER_FOLDER
 from loraover.checkpoint.metadata import Meta
 from loraover.checkpoint.peft_adapter import read_adapter_dir, site_name
 from loraover.checkpoint.tensor_file import open_tensors
@@ -33,7 +33,7 @@ from loraover.inspection.report import (
 )
 from loraover.training.recipe import load_recipe
 from loraover.training.run.failure import FAILURE_FILE, read_failure
-from loraover.training.run.folder import PRODUCTS, RECIPE_FILE, TRAINER_FOLDER
+from loraover.training.run.folder import PRODUCTS, RECIPE_FILE
 from loraover.training.run.log import logged_losses, step_of
 from loraover.training.run_result import RUN_FILE, read_run
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
+from loraover.checkpoint.files import TRAINER_FOLDER
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, hardware, today
 from loraover.common.reporter import SILENT, Reporter
@@ -32,7 +33,6 @@ from loraover.training.recipe import Recipe
 from loraover.training.rows.data import Examples, read_examples
 from loraover.training.rows.lengths import FEW, SPLITS
 from loraover.training.rows.template import with_template
-from loraover.training.run.folder import TRAINER_FOLDER
 from loraover.training.run_result import Lengths
 from loraover.training.trainers import TRAINERS, trainer_name
 from loraover.training.trial import try_steps

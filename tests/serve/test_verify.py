@@ -25,9 +25,9 @@ from loraover_serve.judge.names import ENDS_EARLY
 from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.faults import permuted
-from loraover_serve.verify.html import to_page, verdict_of
 from loraover_serve.verify.pytorch import KEPT
 from loraover_serve.verify.report import EngineResult
+from loraover_serve.verify.show import to_page, verdict_of
 
 from support.make_checkpoint import Made
 from support.plain_adapter import tiny_decoder

@@ -30,9 +30,9 @@ from loraover_lab.study.show import to_page as study_page
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
 from loraover_serve.parity.page import to_page as parity_page
-from loraover_serve.verify.html import to_page as verify_page
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.show import to_page as verify_page
 from loraover_serve.watch.canary import Canary
 from loraover_serve.watch.config import AdapterSettings, ServerSettings, WatchConfig, Watched, WatchTarget
 from loraover_serve.watch.history import Check, History

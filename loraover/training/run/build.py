@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.step_norm import Factors, factors
+from loraover.checkpoint.files import TRAINER_FOLDER
 from loraover.common.errors import ConfigError
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
@@ -30,7 +31,7 @@ from loraover.training.push import check_login, pushed_base
 from loraover.training.recipe import Recipe
 from loraover.training.rows.data import Examples, count_classes, read_examples
 from loraover.training.rows.template import own_template, with_template
-from loraover.training.run.folder import TRAINER_FOLDER, keep_digests, write_recipe
+from loraover.training.run.folder import keep_digests, write_recipe
 from loraover.training.run.log import METRICS_FILE
 from loraover.training.run.trainer import TrainingProgress, leaves_out_repeated, make_sets, make_trainer
 from loraover.training.run_result import StartedFrom

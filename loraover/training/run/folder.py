@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from loraover.checkpoint.files import TRAINER_FOLDER
 from loraover.common.atomic_output import check_free, publish_text
 from loraover.common.errors import ConfigError, DataError, OutputError
 from loraover.common.file_lock import hold_lock, is_locked
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 RECIPE_FILE, HELD_OUT_FILE = "recipe.yaml", "held_out.json"
 DATA_FILE = "data.json"
-TRAINER_FOLDER = "trainer"
 LOCK_FILE = f"{TRAINER_FOLDER}/lock"
 PRODUCTS = ("adapter", "model")
 CHOSEN = ("bf16", "learning_rate", "warmup_steps", "max_length")

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from loraover.callbacks.seal_checkpoints import last_whole_checkpoint, remove_incomplete
 from loraover.callbacks.step_norm import factors, step_norm
 from loraover.checkpoint.carried_files import record_beside
+from loraover.checkpoint.files import TRAINER_FOLDER
 from loraover.checkpoint.training_state import write_checkpoint
 from loraover.common.atomic_output import publish_directory, publish_text, unwritable
 from loraover.common.errors import ConfigError, DivergedError, FoldError
@@ -44,7 +45,6 @@ from loraover.training.run.failure import FAILURE_FILE, explained, record_failur
 from loraover.training.run.folder import (
     LOCK_FILE,
     RECIPE_FILE,
-    TRAINER_FOLDER,
     claim,
     has_begun,
     is_finished,

@@ -192,7 +192,7 @@ class LogitEngine(Engine):
         """
 
     def logprobs(self, arm: str, models: Models) -> Rows:
-        found = enumerate(self.logits(arm, (question.tokens for question in models.questions)))
+        found = enumerate(self.logits(arm, [question.tokens for question in models.questions]))
         rows = (kept_rows(models, index, logits, self.name) for index, logits in found)
         return {place: row for mine in rows for place, row in mine.items()}
 

@@ -17,14 +17,13 @@ from loraover.callbacks.seal_checkpoints import checkpoints
 from loraover.checkpoint.base_model import resolve_base
 from loraover.checkpoint.base_modules import target_module
 from loraover.checkpoint.carried_files import tokenizer_of
-from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE, TRAINER_FOLDER
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
 from loraover.checkpoint.source import read_source
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError, UnscoredError
 from loraover.common.request import as_written
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover.training.run.folder import TRAINER_FOLDER
 from loraover_export.known_faults import faults_of
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.engines import ENDPOINT, engine_class
@@ -40,9 +39,8 @@ from loraover_serve.judge.rules import judge
 from loraover_serve.judge.templates import Conversations
 from loraover_serve.verify.chats import conversations
 from loraover_serve.verify.faults import RightAdapter
-from loraover_serve.verify.found import KEPT_PREFIX, Found, copy_logs
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
-from loraover_serve.verify.report import EngineResult
+from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, Found, copy_logs
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import read_lora
 from loraover_serve.vllm.server import signals_as_interrupts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
-from loraover.common.provenance import environment, processor
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import long_questions
 from loraover_serve.judge.command import check, unanswered
@@ -25,7 +23,6 @@ from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
-from loraover_serve.verify.found import Found
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64
@@ -98,21 +95,6 @@ class Search:
             if row is not None:
                 squares.append(fmean(off * off for off in reference.adapter.off(place, row)))
         return math.sqrt(fmean(squares)) if len(squares) >= SHARED else None
-
-
-def by_references(request: VerifyRequest) -> Found:
-    """Verify a running server by references."""
-    known, found = ask_server(request, neighbours(request.references))
-    facts = known[0] | {
-        "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
-        "sensitivity": max(one["sensitivity"] for one in known),
-        "reference": "the reference",
-        "prompt_source": "those of the reference",
-        "versions": environment(),
-        "hardware": f"{processor()}, {platform.platform()}",
-    }
-    failures = [EngineError(str(result["reason"])) for result in found if result["verdict"] == "failed"]
-    return Found(facts, found, failures)
 
 
 def ask_server(

@@ -276,7 +276,7 @@ def make_models(
         )
 
         def run(arm: str, within: Within = nullcontext) -> Expected:
-            found = enumerate(engine.logits(arm, (question.tokens for question in questions), within=within))
+            found = enumerate(engine.logits(arm, [question.tokens for question in questions], within=within))
             rows = (last_rows(i, questions[i].window, logits, in_file=base.is_streamed) for i, logits in found)
             return Expected({place: row for mine in rows for place, row in mine.items()})
 

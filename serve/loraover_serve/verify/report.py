@@ -1,12 +1,17 @@
-"""The report of a verification, as `verify.json` has it."""
+"""The report of a verification, as `verify.json` has it, what it is made from, and engines' logs beside it."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from loraover.common.atomic_output import publish_file
+from loraover.common.errors import LoraOverError
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
@@ -15,6 +20,8 @@ from loraover_serve.judge.limits import EXIT_CODES, Verdict
 from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 
 REPORT_FILE = "verify.json"
+KEPT_PREFIX = "loraover-verify-kept-"
+"""Beginning of the names of temporary folders that outlive a verification."""
 
 
 class EngineResult(StrictModel):
@@ -139,3 +146,25 @@ class VerifyReport(StrictModel):
     def exit_code(self) -> int:
         """0 as trained, 1 differs, 3 inconclusive, 2 failed."""
         return EXIT_CODES[self.verdict]
+
+
+class Found(NamedTuple):
+    """Findings of a verification.
+
+    Args:
+        facts: The fields of a report that say what was compared, and with what.
+        results: Result of each engine, or of each adapter on a server.
+        failures: Error of each of them that failed.
+        logs: Engines' logs.
+    """
+
+    facts: Mapping[str, Any]
+    results: Sequence[Any]
+    failures: Sequence[LoraOverError] = ()
+    logs: Sequence[Path] = ()
+
+
+def copy_logs(logs: Sequence[Path], folder: Path) -> None:
+    """Copy engines' logs to a folder."""
+    for log in logs:
+        publish_file(folder / log.name, partial(shutil.copyfile, log))

@@ -1,30 +1,35 @@
-"""Verifications and recordings for people, on a terminal."""
+"""Verifications and recordings for people: on a terminal, and a verification as one HTML page without network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from loraover.reporting.html_page import in_sentences
-from loraover.reporting.palette import terminal_color
+from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
+from loraover.reporting.html_page import Origin, Page, Verdict, in_sentences, make_page
+from loraover.reporting.palette import terminal_color, tone_of
 from loraover.reporting.reporter import print_line
-from loraover_serve.verify.html import distances_table
-from loraover_serve.verify.report import VerifyReport
+from loraover.reporting.svg import Axis, Figure, Shape, short
+from loraover.reporting.table import Column, Table, percent
+from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.judge.results import LogprobDistance, Suspect
+from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import RecordRequest, VerifyRequest
 
 if TYPE_CHECKING:
     from loraover_serve.verify.recorder import RecordReport
 
+HTML_FILE = "verify.html"
+TEMPLATE = "verify.html.j2"
+SHOWN = 6  # suspects in a figure; the table has all
+LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
+
 
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
-    """Print one table for all engines, each verdict in a line with its reason below, and the output.
-
-    Args:
-        report: The report.
-        request: Request that the report answers.
-        console: Where to print.
-    """
+    """Print one table for all engines, each verdict in a line with its reason below, and the output."""
     console.print(distances_table(report.engines, report.reference))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
@@ -38,13 +43,7 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
 
 def show_recording(report: RecordReport, request: RecordRequest, console: Console) -> None:
-    """Print what was recorded, and what it can decide.
-
-    Args:
-        report: The report.
-        request: Request that the report answers.
-        console: Where to print.
-    """
+    """Print what was recorded, and what it can decide."""
     print_line(
         console,
         f"{report.questions} questions with {report.positions} positions, {report.variants} faults, "
@@ -59,3 +58,137 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
         text, color = "too few questions for a verdict with twice the noise; give more with --prompts", "yellow"
     print_line(console, f"on a server in bfloat16, the strength of the adapter is {error}: {text}", color)
     print_line(console, f"wrote {report.path}")
+
+
+def to_page(report: VerifyReport) -> Page:
+    """Make the report's page."""
+    results = _worst_first(report.engines)
+    suspected = [result for result in results if result.suspects]
+    distances = _distances([result for result in results if result.adapter is not None])
+    suspects = [_suspects(result) for result in suspected]
+    return make_page(
+        files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
+        title=f"Verification: {report.verdict}",
+        heading="Does the engine answer as the adapter was trained?",
+        verdict=verdict_of(report),
+        facts={
+            "engine": ", ".join(f"{result.engine} {result.version or ''}".strip() for result in report.engines),
+            "adapter": report.adapter,
+            "base model": report.base_model,
+        },
+        origin=Origin(report.command, report.date, report.hardware, report.versions),
+        figures=[*distances, *suspects],
+        report=report,
+        results=results,
+        distances=distances,
+        suspects=suspects,
+        table=distances_table(results, report.reference),
+        tables=[(result.engine, _suspects_table(result)) for result in suspected],
+    )
+
+
+def verdict_of(report: VerifyReport) -> Verdict:
+    """Return the verdict on all engines in plain words: a line for each, the worst first."""
+    lines = [f"{result.engine}: {result.plainly}" for result in _worst_first(report.engines)]
+    return Verdict(tone_of(report.verdict), report.verdict, "\n".join(lines))
+
+
+def _worst_first(results: Iterable[EngineResult]) -> list[EngineResult]:
+    order = list(EXIT_CODES)
+    return sorted(results, key=lambda result: order.index(result.verdict))
+
+
+def _axis(label: str, values: Sequence[float]) -> Axis:
+    return Axis.around(label, [max(value, LOWEST) for value in values], is_log=True)
+
+
+def _distances(results: Sequence[EngineResult]) -> list[Figure]:
+    """Draw each engine's distances beside what noise explains and what the adapter changes; empty if none answered."""
+    rows, drawn = [], [LOWEST]
+    for result in results:
+        off = None if result.adapter is None else result.adapter.rms
+        noise, mixed = (None if each is None else each.rms for each in (result.base, result.mixed))
+        shown: list[tuple[float | None, str, Shape]] = [
+            (noise, "noise", "diamond"),
+            (mixed, "other", "triangle"),
+            (off, "subject", "circle"),
+            (result.effect, "effect", "bar"),
+        ]
+        points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
+        allowed = result.allowed or 0.0
+        note = f"{short(off)}, allowed {short(result.allowed)}"
+        if result.greedy is not None and result.greedy.equal < 1:
+            note += f", {100 * result.greedy.equal:.0f} % same text"
+        label = ", ".join(filter(None, (f"{result.engine}: {result.verdict}", result.fault)))
+        rows.append(FigureRow(label, note, points, bands=[Band(LOWEST / 10, allowed)]))
+        drawn += [*(point.value for point in points), max(allowed, LOWEST)]
+    if not rows:
+        return []
+    keys: list[Key] = [
+        ("adapter", "subject", "circle"),
+        ("noise: base model", "noise", "diamond"),
+        ("mixed batches, from those of one model", "other", "triangle"),
+        ("noise explains", "good", None),
+        ("the adapter's effect", "effect", "bar"),
+    ]
+    axis = _axis("RMS distance of logprobs, nats", drawn)
+    return [rows_figure("distances", "Distance of each engine from PyTorch", rows, axis, keys=keys)]
+
+
+def _suspects(result: EngineResult) -> Figure:
+    """Draw how far an engine's answers are from PyTorch's with each of the nearest faults."""
+    shown = result.suspects[:SHOWN]
+    rows = [
+        FigureRow(s.detail, short(s.rms), [Point(max(s.rms, LOWEST), "bad" if s.explains else "other")]) for s in shown
+    ]
+    allowed = result.allowed or 0.0
+    axis = _axis("RMS distance of logprobs, nats", [*(s.rms for s in shown), allowed])
+    keys: list[Key] = [
+        ("fault that explains the answers", "bad", "circle"),
+        ("other faults", "other", "circle"),
+        ("noise explains", "good", None),
+    ]
+    title = f"Suspected faults: {result.engine}"
+    return rows_figure(f"faults-{result.engine}", title, rows, axis, keys=keys, band=Band(LOWEST / 10, allowed))
+
+
+def distances_table(results: Sequence[EngineResult], reference: str) -> Table[EngineResult]:
+    """Return a table of all engines, with their distances from the reference."""
+
+    def rms(found: LogprobDistance | None) -> str:
+        return short(found.rms if found else None)
+
+    def strength(r: EngineResult) -> str:
+        return "-" if r.strength is None else f"{r.strength.value:.3f} [{r.strength.low:.3f}, {r.strength.high:.3f}]"
+
+    return Table(
+        [
+            Column("verdict", lambda r: r.verdict, "verdict"),
+            Column("engine", lambda r: r.engine, "name"),
+            Column("strength", strength),
+            Column("noise", lambda r: rms(r.base)),
+            Column("as", lambda r: r.number_format or "-", "word", is_wide=True),
+            Column("adapter", lambda r: rms(r.adapter)),
+            Column("allowed", lambda r: short(r.allowed), is_wide=True),
+            Column("effect", lambda r: short(r.effect)),
+            Column("same\ntext", lambda r: "-" if r.greedy is None else percent(r.greedy.equal)),
+            Column("largest gap", lambda r: short(r.greedy.gap if r.greedy else None), is_wide=True),
+            Column("mixed batch", lambda r: short(r.mixed.rms if r.mixed else None), is_wide=True),
+            Column("compared", lambda r: r.compared or "-", "word", is_wide=True),
+            Column("seconds", lambda r: f"{r.seconds:.0f}", is_wide=True),
+        ],
+        results,
+        f"RMS distance of logprobs from {reference}, in nats",
+    )
+
+
+def _suspects_table(result: EngineResult) -> Table[Suspect]:
+    return Table(
+        [
+            Column("explains", lambda s: "yes" if s.explains else "no", "word"),
+            Column("fault", lambda s: s.fault, "name"),
+            Column("what it computes", lambda s: s.detail, "name"),
+            Column("distance", lambda s: short(s.rms)),
+        ],
+        result.suspects,
+    )
