@@ -213,6 +213,14 @@ class Endpoint:
         except (UnfitRequestError, AbsentError, NotJsonError, LookupError, TypeError, AttributeError):
             return {}  # mlx_lm.server answers with nothing where Hugging Face's cache has no folder
 
+    def root(self, model: str) -> str | None:
+        """Path of a model that the server lists, as vLLM does; None if it lists none."""
+        with suppress(EngineError, LookupError, TypeError, AttributeError):
+            listed = self.request("/v1/models")["data"]
+            found = next((each.get("root") for each in listed if each["id"] == model), None)
+            return None if found is None else printable(str(found))
+        return None
+
     @contextmanager
     def readable(self, model: str, answer: Any, *, is_named: bool = True) -> Iterator[None]:
         """Raise an EngineError if another model answered, or if the answer lacks something that the block reads.

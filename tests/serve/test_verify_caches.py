@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from loraover_serve.judge.caches import ask_warm, long_questions
 from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_OTHERS
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
+from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.verify.recorder import write_checker
 
 from support.caching_server import BY_NAME, BY_TOKENS, BY_WEIGHTS, CachingServer, Key, LlamaServer
@@ -85,6 +88,78 @@ def test_a_reload_passes_where_other_weights_have_another_key(long_case: LongCas
     asked(server, long_case.reference)
     server.load("shop", long_case.adapter)
     assert asked(server, long_case.reference).verdict == "as trained"
+
+
+@contextmanager
+def loading(
+    case: LongCase, key: Key, now: Path | None = None, **more: Any
+) -> Iterator[tuple[str, Callable[[Path], str]]]:
+    """A server that serves the earlier version, and the command that loads another one."""
+    server, live = served(case, key, **more), [now or case.earlier]
+    server.load("shop", live[0])
+
+    def reply(body: dict[str, Any]) -> Any:
+        if "load" not in body:
+            return server(body)
+        live[0] = Path(body["load"])
+        server.load("shop", live[0])
+        return b"{}"
+
+    def models() -> str:
+        place = "live" if key is BY_NAME else str(live[0])
+        return json.dumps({"data": [{"id": "base"}, {"id": "shop", "parent": "base", "root": place}]})
+
+    with openai_server(reply, pages={"/v1/models": models}) as running:
+        post = "import sys, urllib.request as u; u.urlopen(sys.argv[1], sys.argv[2].encode()).read()"
+
+        def command(folder: Path) -> str:
+            words = [sys.executable, "-c", post, f"{running.url}/load", json.dumps({"load": str(folder)})]
+            return f"{shlex.join(words)} && echo loaded"
+
+        yield running.url, command
+
+
+def reloaded(case: LongCase, key: Key, now: Path | None = None) -> Caches:
+    with loading(case, key, now) as (url, command):
+        asker = Asker.of(case.reference, Endpoint(url), "shop")
+        asker = Asker(case.caches, asker.speaker, asker.names, asker.find_other)
+        return ask_warm(asker, UserCommand(command(case.adapter), "--reload"))
+
+
+def test_a_reload_in_place_is_named_and_one_to_a_new_path_passes(long_case: LongCase) -> None:
+    in_place = reloaded(long_case, BY_NAME)
+    assert (in_place.verdict, in_place.fault) == ("differs", STALE_OF_EARLIER), in_place.reason
+    assert "the server names the same path live after the command" in in_place.reason
+    moved = reloaded(long_case, BY_WEIGHTS)
+    assert (moved.verdict, moved.fault) == ("as trained", None), moved.reason
+    assert f"the server names the new path {long_case.adapter} after the command" in moved.reason
+    assert moved.reload is not None
+    assert moved.reload.apart.rms > 0.01
+    assert moved.reload.roots == (str(long_case.earlier), str(long_case.adapter))
+
+
+def test_a_reload_of_the_same_weights_shows_nothing(long_case: LongCase) -> None:
+    found = reloaded(long_case, BY_NAME, long_case.adapter)
+    assert (found.verdict, found.fault) == ("inconclusive", None)
+    assert "nothing stale could be seen; serve its earlier version before" in found.reason
+
+
+def test_verify_runs_the_command_of_a_reload(long_case: LongCase, recorded: Path, tmp_path: Path) -> None:
+    write_checker(tmp_path / "check.pyz")
+    with loading(long_case, BY_NAME) as (url, command):
+        asked_for: dict[str, Any] = {"endpoint": url, "served_name": ["shop"]}
+        words = [sys.executable, "-I", "check.pyz", str(long_case.recorded), url, "--served-name", "shop", "--json"]
+        words += ["--reload", command(long_case.adapter), "--quick"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        found = json.loads(done.stdout)
+        assert (done.returncode, found["fault"]) == (1, STALE_OF_EARLIER), done.stdout + done.stderr
+        assert found["caches"]["reload"]["command"] == command(long_case.adapter)
+        with pytest.raises(EngineError, match=r"reload: the command ended with exit code 3, expected 0; it wrote: no"):
+            verify_adapter(references=[long_case.recorded], reload="echo no; exit 3", **asked_for)
+        with pytest.raises(EngineError, match="reload: the reference of adapter has no long questions"):
+            verify_adapter(references=[recorded], reload="touch never", **asked_for)
+        with pytest.raises(ConfigError, match="reload loads one adapter; give one references"):
+            verify_adapter(references=[recorded, long_case.recorded], reload="true", endpoint=url)
 
 
 def test_another_adapter_is_asked_in_turn(long_case: LongCase) -> None:

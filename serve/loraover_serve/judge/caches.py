@@ -9,6 +9,9 @@ found if all of the interval of s is nearer to 1, and excluded if all of it is n
 
 The questions share the keys and values of one beginning, and so their noise: what the base model's noise has of d
 makes the interval wider.
+
+Before a reload that is to be checked, the server reads the questions for the adapter as it was. Where the adapter's
+answers are the same after it, nothing stale could be seen, and nothing is decided.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from loraover.client.dialects import MORE
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.judge.asker import Asker, in_form, rows_along
 from loraover_serve.judge.case import flag, strength_along
-from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.estimates import Interval, log_ratio
 from loraover_serve.judge.evidence import Change, apart, by_prompt, middle_by_prompt, projected
-from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
+from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
 from loraover_serve.judge.models import Row, Rows
 from loraover_serve.judge.names import STALE_OF_OTHERS
 from loraover_serve.judge.reference import Reference
-from loraover_serve.judge.results import Caches, LogprobDistance, Off, WarmAnswers
+from loraover_serve.judge.results import Caches, LogprobDistance, Off, Reload, WarmAnswers
 from loraover_serve.judge.search import ROUNDED_WAY
+from loraover_serve.judge.user_command import CommandError, UserCommand
 
 HITS = "vllm:prefix_cache_hits_total"
 """Number of tokens that vLLM has found in its cache, in what it tells Prometheus."""
@@ -65,51 +69,88 @@ class Asked(NamedTuple):
     cached: int | None
 
 
-def long_questions(reference: Reference, option: Callable[[str], str] = flag) -> Reference:
+class Reloaded(NamedTuple):
+    """Reload of the adapter, before which the server has read the long questions.
+
+    Args:
+        command: The user's command.
+        seconds: Seconds that it took.
+        roots: Path of the adapter that the server names before and after it; None if it names none.
+        before: Answers of the adapter as it was.
+        is_kept: Whether the server still had what it had read for the base model; None if it does not tell.
+    """
+
+    command: str
+    seconds: float
+    roots: tuple[str | None, str | None]
+    before: Asked
+    is_kept: bool | None
+
+
+def long_questions(reference: Reference, option: Callable[[str], str] = flag, field: str = "caches") -> Reference:
     """The long questions of a reference.
+
+    Args:
+        reference: The reference.
+        option: Name of an option as its user writes it.
+        field: Name of the option that needs them.
 
     Raises:
         ConfigError: It has none.
     """
     if reference.caches is None:
         raise ConfigError(
-            f"{option('caches')}: the reference of {reference.adapter_name} has no long questions, expected some; "
+            f"{option(field)}: the reference of {reference.adapter_name} has no long questions, expected some; "
             "record it again: loraover record --long."
         )
     return reference.caches
 
 
-def with_caches(found: Mapping[str, Any], asker: Asker, long: Reference) -> dict[str, Any]:
+def with_caches(found: Mapping[str, Any], caches: Caches) -> dict[str, Any]:
     """Result of a check, with what a server answers on the keys and values that it has kept.
 
     Args:
         found: Fields of an engine's result in verify.json.
-        asker: The server, with the reference of that result.
-        long: Long questions of the reference.
+        caches: The answers on kept keys and values.
 
     Returns:
-        The fields with `caches`, and with the worse verdict of the two.
+        The fields with `caches`, and with the worse verdict of the two. Where both differ, the cache may be what sets
+        the other answers apart as well, and has the name.
     """
-    caches = ask_warm(Asker(long, asker.speaker, asker.names, asker.find_other))
-    worse = [*EXIT_CODES].index(caches.verdict) < [*EXIT_CODES].index(found["verdict"])
-    first, second = (caches.reason, found["reason"]) if worse else (found["reason"], caches.reason)
-    verdict = {"verdict": caches.verdict, "fault": caches.fault} if worse else {}
+    both = [*EXIT_CODES].index(caches.verdict), [*EXIT_CODES].index(found["verdict"])
+    is_first = both[0] < both[1] or both == (0, 0)
+    first, second = (caches.reason, found["reason"]) if is_first else (found["reason"], caches.reason)
+    verdict = {"verdict": caches.verdict, "fault": caches.fault} if is_first else {}
     return {**found, **verdict, "reason": f"{first}; {second}", "caches": caches}
 
 
-def ask_warm(asker: Asker) -> Caches:
-    """Ask a server the long questions without and with its cache, and judge the answers; a refusal is inconclusive."""
+def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
+    """Ask a server the long questions without and with its cache, and judge the answers; a refusal is inconclusive.
+
+    Args:
+        asker: The server, with the long questions.
+        reload: Command that makes the server load the adapter anew, after it has answered with its earlier version.
+
+    Raises:
+        CommandError: The command failed.
+    """
     dialect = asker.speaker.dialect
     takes_more = dialect.protocol == "llama-server" or MORE.keys() <= dialect.more.keys()
-    if asker.is_one_model:
-        return _unclear("the server has one model under both names")
-    if not takes_more:
-        return _unclear(
-            f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can be asked "
-            "for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
-        )
     try:
-        return judge_warm(asker.models, *_Probe(asker).answers())  # type: ignore[arg-type]
+        if asker.is_one_model or not takes_more:
+            if reload is not None:
+                reload.run()
+            return _unclear(
+                "the server has one model under both names"
+                if asker.is_one_model
+                else f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can "
+                "be asked for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
+            )
+        probe = _Probe(asker)
+        reloaded = None if reload is None else probe.reload(reload)
+        return judge_warm(asker.models, *probe.answers(), reloaded)  # type: ignore[arg-type]
+    except CommandError:
+        raise
     except EngineError as error:
         return _unclear(str(error))
 
@@ -125,9 +166,24 @@ class _Probe:
         self._asker, self._name = asker, secrets.token_hex(8)
         self._places = [place for place in asker.places if asker.models.places[place][1] == 0]
 
+    def reload(self, command: UserCommand) -> Reloaded:
+        """Let the server read the long questions, and then load the adapter anew."""
+        endpoint, name = self._asker.speaker.endpoint, self._asker.names[ADAPTER]
+        self._warm(BASE, "")
+        before, root = self._warm(ADAPTER, ""), endpoint.root(name)
+        seconds = command.run()
+        roots = root, endpoint.root(name)
+        first = self._metric()
+        again = self._ask(BASE, {"cache_prompt": True}, "", self._places[:1]).cached
+        kept = _rise(first, self._metric()) if again is None else again
+        return Reloaded(command.words, seconds, roots, before, None if kept is None else kept > 0)
+
     def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
         """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
+        start = self._metric()
+        warm = [self._warm(ADAPTER, "after what the server had before")]  # whose keys and values cold answers may evict
         first = self._metric()
+        early = _rise(start, first)
         cold = {arm: self._cold(arm) for arm in (ADAPTER, BASE)}
         found = _rise(first, self._metric())
         if found and all(each.cached is None for each in cold.values()):
@@ -139,8 +195,7 @@ class _Probe:
         self._asker.names |= {} if other is None else {OTHER: other}
         if other is not None:
             cold[OTHER] = self._cold(OTHER, self._places[:FEW])
-        before, warm = self._metric(), []
-        warm.append(self._warm(ADAPTER, "after what the server had before"))
+        before = self._metric()
         warm.append(self._warm(BASE, "after those of the adapter"))
         if other is not None:
             warm.append(self._warm(OTHER, "after those of the adapter and the base model", self._places[:FEW]))
@@ -149,7 +204,8 @@ class _Probe:
             self._refill()
             warm.append(self._warm(arm, f"after those of {after}, and other prompts in every slot"))
         told = [each.cached for each in warm if each.cached is not None]
-        return cold, noise, warm, sum(told) if told else _rise(before, self._metric())
+        late = _rise(before, self._metric())
+        return cold, noise, warm, sum(told) if told else None if early is None or late is None else early + late
 
     def _cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
         found = [
@@ -218,7 +274,12 @@ def _rise(before: float | None, after: float | None) -> int | None:
 
 
 def judge_warm(
-    models: Reference, cold: Mapping[str, Asked], noise: Asked, warm: Sequence[Asked], hits: int | None
+    models: Reference,
+    cold: Mapping[str, Asked],
+    noise: Asked,
+    warm: Sequence[Asked],
+    hits: int | None,
+    reloaded: Reloaded | None = None,
 ) -> Caches:
     """Judge answers on kept keys and values.
 
@@ -228,17 +289,23 @@ def judge_warm(
         noise: The base model's answers in a cache that nothing else was put into.
         warm: Answers in the cache that all share, in their order.
         hits: Number of tokens of the warm answers that were found in the cache; None if the server does not tell.
+        reloaded: Reload before all of them; None if there was none.
     """
     case = _WarmCase(models, cold, noise)
     found = [case.judged(each) for each in (noise, *warm)]
     shown = Caches("differs", "", None, hits, case.noise, [answers for answers, _, _ in found])
+    after = ""
+    if reloaded is not None:
+        apart_ = LogprobDistance.of(case.off(reloaded.before))
+        shown = replace(shown, reload=Reload(reloaded.command, reloaded.seconds, reloaded.roots, apart_))
+        after = _after(reloaded)
     for answers, fault, detail in found:
         if fault is not None:
             reason = (
                 f"{fault}: {detail}: answers of {_named(answers.arm)} {answers.after} are off by "
                 f"{answers.apart.rms:.2g} nats from its answers without the cache, where noise is {case.noise.rms:.2g}"
             )
-            return replace(shown, reason=reason, fault=fault)
+            return replace(shown, reason=reason + after, fault=fault)
     ignored = sum(each.cached or 0 for each in cold.values())
     if ignored:
         reason = (
@@ -251,19 +318,35 @@ def judge_warm(
             f"no prompt was seen to come from the cache (the server {told}); start vLLM with --enable-prefix-caching "
             "and --enable-prompt-tokens-details, or let /metrics be read; start llama-server with its cache of prompts"
         )
+    elif reloaded is not None and not case.is_changed(reloaded.before):
+        reason = (
+            f"the adapter's answers before the command are those after it (off by {apart_.rms:.2g} nats, where noise "
+            f"is {case.noise.rms:.2g}), so that nothing stale could be seen; serve its earlier version before{after}"
+        )
     elif unclear := sorted({fault for answers, _, _ in found for fault in case.unclear(answers)}):
         reason = (
             f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides what it "
             "changes; check a server with a finer number format"
         )
     else:
-        apart_ = max(answers.apart.rms for answers, _, _ in found)
+        most = max(answers.apart.rms for answers, _, _ in found)
         reason = (
-            f"{hits} tokens came from the cache, and answers on them are off by at most {apart_:.2g} nats from those "
-            f"without it, where noise is {case.noise.rms:.2g}"
+            f"{hits} tokens came from the cache, and answers on them are off by at most {most:.2g} nats from those "
+            f"without it, where noise is {case.noise.rms:.2g}{after}"
         )
         return replace(shown, verdict="as trained", reason=reason)
     return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {reason}")
+
+
+def _after(reloaded: Reloaded) -> str:
+    """Circumstances of a reload, in words that follow others."""
+    before, root = reloaded.roots
+    words = ""
+    if root is not None:
+        words += f"; the server names the {'same' if root == before else 'new'} path {root} after the command"
+    if reloaded.is_kept is False:
+        words += ", and had kept nothing of the base model's from before it"
+    return words
 
 
 def _named(arm: str) -> str:
@@ -275,12 +358,12 @@ class _WarmCase:
 
     def __init__(self, models: Reference, cold: Mapping[str, Asked], noise: Asked) -> None:
         self._models, self._cold = models, {arm: each.rows for arm, each in cold.items()}
-        self._noise_rows, self._noise_off = noise.rows, self._off(noise)
+        self._noise_rows, self._noise_off = noise.rows, self.off(noise)
         self.noise = LogprobDistance.of(self._noise_off)
 
     def judged(self, asked: Asked) -> tuple[WarmAnswers, str | None, str]:
         """Warm answers, the fault that they show, and the fault in words."""
-        off = self._off(asked)
+        off = self.off(asked)
         strengths, explained = dict[str, Interval](), list[tuple[float, str, str]]()
         for model in self._models.variants.get(asked.arm, ()):
             changes = [*self._changes(asked.arm, asked.rows, model.rows)]
@@ -307,6 +390,13 @@ class _WarmCase:
         for fault, found in answers.strengths.items():
             if found.low <= HALF_WAY <= found.high:
                 yield fault
+
+    def is_changed(self, asked: Asked) -> bool:
+        """Whether answers are further from the cold ones than noise explains."""
+        off, there, usual = self.off(asked), by_prompt(self._noise_off), self.noise.rms
+        noise = {q: self._models.sensitivity * max(there.get(q, 0.0), usual) + FLOOR for q in by_prompt(off)}
+        excess = log_ratio([mine + FLOOR for mine in by_prompt(off).values()], [*noise.values()])
+        return len(self._far(off)) >= FEW_AS_BASE or excess.low > math.log(EXCESS)
 
     def _strength(self, asked: Asked, changes: Sequence[Change], stale: Sequence[Row]) -> Interval | None:
         """Strength of a fault in answers; None if it changes nothing, and so does no harm."""
@@ -340,7 +430,8 @@ class _WarmCase:
             if ids:
                 yield place, ids, [row[i] - cold[i] for i in ids]
 
-    def _off(self, asked: Asked) -> list[Off]:
+    def off(self, asked: Asked) -> list[Off]:
+        """Differences of answers from the cold ones."""
         return [
             Off(self._models.places[place][0], fmean(value * value for value in off), max(map(abs, off)))
             for place, _, off in self._pairs(asked.arm, asked.rows)

@@ -22,12 +22,13 @@ from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import LoraOverError, UnscoredError
 from loraover_serve.judge.asker import QUICK, Asker
-from loraover_serve.judge.caches import long_questions, with_caches
+from loraover_serve.judge.caches import ask_warm, long_questions, with_caches
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.rules import judge
+from loraover_serve.judge.user_command import UserCommand
 
 
 def check(
@@ -40,6 +41,7 @@ def check(
     without_mixed: bool = False,
     without_template: bool = False,
     long: Reference | None = None,
+    reload: UserCommand | None = None,
 ) -> dict[str, Any]:
     """Ask a server everything, and judge its answers.
 
@@ -51,19 +53,22 @@ def check(
         is_quick: Whether to ask only for a few answers of the adapter.
         without_mixed: Whether no requests for both models are sent together.
         without_template: Whether no chats are sent that show the server's chat template.
-        long: Long questions, which are asked without and with the server's cache; None asks none.
+        long: Long questions, which are asked first, without and with the server's cache; None asks none.
+        reload: Command that loads the adapter anew, after the server has read them; None if there is none.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
 
     Raises:
-        EngineError: A server that refuses, or whose answers cannot be read.
+        EngineError: A server that refuses, or whose answers cannot be read, or a command that failed.
     """
-    start = time.monotonic()
+    start, caches = time.monotonic(), None
+    if long is not None:
+        caches = ask_warm(Asker(long, asker.speaker, asker.names, asker.find_other), reload)
     more = {"without_mixed": without_mixed, "without_template": without_template}
     answers = asker.quick_answers() if is_quick else asker.answers(repeats, **more)
     found = judge(Evidence(asker.models, answers), served_format, option, is_quick=is_quick)
-    found = found if long is None else with_caches(found, asker, long)
+    found = found if caches is None else with_caches(found, caches)
     return found | {"seconds": time.monotonic() - start}
 
 
@@ -96,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
+    parser.add_argument("--reload", metavar="COMMAND", help="shell command that loads the adapter; implies --caches")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -110,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ends=time.monotonic() + asked.check_timeout,
         )
         reference = read_reference(asked.reference)
-        long = long_questions(reference) if asked.caches else None
+        needs = "caches" if asked.reload is None else "reload"
+        long = long_questions(reference, field=needs) if asked.caches or asked.reload is not None else None
         asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
         found = check(
             asker,
@@ -120,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             without_mixed=asked.without_mixed,
             without_template=asked.without_template,
             long=long,
+            reload=None if asked.reload is None else UserCommand(asked.reload, flag("reload"), endpoint.hidden),
         )
     except LoraOverError as error:
         found = unanswered(error)

@@ -144,6 +144,22 @@ class WarmAnswers:
 
 
 @dataclass(frozen=True)
+class Reload:
+    """Command by which a server loaded a new version of the adapter, after it had read the long questions."""
+
+    __pydantic_config__ = IN_FILES
+
+    command: str
+    """The command"""
+    seconds: float
+    """Seconds that it took"""
+    roots: tuple[str | None, str | None]
+    """Path of the adapter that the server named before the command and after it; None if it named none"""
+    apart: LogprobDistance
+    """Distance between the adapter's answers before the command and its answers without the cache after it"""
+
+
+@dataclass(frozen=True)
 class Caches:
     """Answers to long questions, on keys and values that a server has kept."""
 
@@ -161,3 +177,5 @@ class Caches:
     """Distance between the base model's answers on its own keys and values and without any: the noise"""
     warm: list[WarmAnswers] = field(default_factory=list)
     """Answers on kept keys and values, in the order in which they were asked for"""
+    reload: Reload | None = None
+    """Command before which the questions were asked; None if none was given"""

@@ -23,6 +23,7 @@ from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64
@@ -147,10 +148,14 @@ def ask_server(
         request.report.line(f"asking {request.endpoint} for {adapters[-1].name}")
         start, endpoint = time.monotonic(), _endpoint(request)
         try:
-            long = long_questions(reference, request.named) if request.caches else None
+            needs = "caches" if request.reload is None else "reload"
+            is_long = request.caches or request.reload is not None
+            more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
+            more["long"] = long_questions(reference, request.named, needs) if is_long else None
             asker = _asker(request, endpoint, adapters[-1].name, reference)
-            more = {"is_quick": request.quick, "without_template": request.without_template}
-            result = {"engine": adapters[-1].name} | _asked(request, asker, **more, long=long)
+            if request.reload is not None:
+                more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
+            result = {"engine": adapters[-1].name} | _asked(request, asker, **more)
             found.append(result | {"requests": endpoint.sent})
         except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others
             found.append(_failed(adapters[-1].name, error, time.monotonic() - start, endpoint.sent))
@@ -200,11 +205,9 @@ def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int
     return {"engine": name} | unanswered(error) | {"seconds": seconds, "requests": requests}
 
 
-def _asked(
-    request: VerifyRequest, asker: Asker, *, is_quick: bool, without_template: bool, long: Reference | None = None
-) -> dict[str, Any]:
-    more = {"is_quick": is_quick, "without_mixed": request.without_mixed, "without_template": without_template}
-    return check(asker, request.declared_format, request.named, repeats=request.repeats, long=long, **more)
+def _asked(request: VerifyRequest, asker: Asker, **more: Any) -> dict[str, Any]:
+    asked = {"repeats": request.repeats, "without_mixed": request.without_mixed, **more}
+    return check(asker, request.declared_format, request.named, **asked)
 
 
 def name_crossed(

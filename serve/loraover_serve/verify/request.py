@@ -41,6 +41,8 @@ class VerifyRequest(EngineRequest):
         "loraover verify shop --endpoint http://localhost:8000 --served-name shop",
         "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000",
         "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000 --caches",
+        "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000 --reload "
+        "'sh load.sh'",
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
@@ -131,6 +133,12 @@ class VerifyRequest(EngineRequest):
         default=False,
         needs="references",
     )
+    reload: str | None = option(
+        "Shell command that makes the server load the adapter in the place of an earlier version, which has to be "
+        "served before. Includes --caches, and asks before the command as well.",
+        default=None,
+        needs="references",
+    )
     without_mixed: bool = option(
         "Leave out the requests that ask both models at once, and judge the other answers alone.", default=False
     )
@@ -200,6 +208,8 @@ class VerifyRequest(EngineRequest):
             yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for the adapter."
         if self.published is not None and (len(self.references) != 1 or self.references[0].is_dir()):
             yield f"{self.named('published')} seals one file; give one {references}."
+        if self.reload is not None and (len(self.references) != 1 or self.references[0].is_dir()):
+            yield f"{self.named('reload')} loads one adapter; give one {references}."
         if self.references and self.engines:
             yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
         yield from super().faults()
