@@ -16,8 +16,10 @@ from loraover.common.errors import ConfigError
 from loraover_serve.judge.models import Model
 from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER
 from loraover_serve.judge.reference import UNIT, Reference, read_reference
-from loraover_serve.verify.long import PREFIX, TAILS
+from loraover_serve.verify import recorder
+from loraover_serve.verify.long import PREFIX, TAILS, long_seconds
 
+from support.lines import Lines
 from support.long_questions import LongCase
 from support.recorded import ANSWER, record
 from support.verified import save_adapter
@@ -73,8 +75,43 @@ def test_a_context_that_is_too_short_is_refused(base: Path, adapter: Path, tmp_p
         record(base, adapter, tmp_path, long=True)
 
 
+def test_long_questions_are_recorded_by_default_where_they_take_seconds(
+    long_case: LongCase, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recorded(model: Path, mine: Path, **more: Any) -> tuple[bool, str]:
+        path = record(model, mine, tmp_path, force=True, report=(lines := Lines()), **more)
+        return read_reference(path).caches is not None, "\n".join(lines.lines)
+
+    has_long, told = recorded(long_case.base, long_case.adapter)
+    assert has_long
+    assert "on keys and values of one another: " in told
+    has_long, told = recorded(long_case.base, long_case.adapter, long=False)
+    assert not has_long
+    assert "long questions" not in told, "nobody wants to hear of them"
+    has_long, told = recorded(base, adapter)
+    assert not has_long
+    assert "leaving out long questions: long: the long questions have " in told
+    monkeypatch.setattr(recorder, "MOST_S", 0.0)
+    has_long, told = recorded(long_case.base, long_case.adapter)
+    assert not has_long
+    assert "leaving out long questions, since they would take " in told
+
+
+def test_the_time_of_long_questions_grows_with_calls_and_tokens() -> None:
+    def seconds(short: int, versions: int = 1, shared: int = 536) -> float:
+        asked = [[0] * (shared + 12)] * TAILS, (), shared
+        return long_seconds(asked, ANSWER, versions, [[0] * 12] * short, 10.0)
+
+    assert seconds(1000) == 10, "both load the base model"
+    assert seconds(8) > seconds(16) > 10
+    assert seconds(8, versions=2) > seconds(8)
+    assert seconds(8, shared=5360) == pytest.approx(10 * (2 * 5360 + 8 * 16 * 5) / (8 * 16 * 5))
+
+
 def test_an_earlier_version_has_other_weights(long_case: LongCase, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"earlier: .* has the weights of .*, expected those of an earlier version"):
         record(long_case.base, long_case.adapter, tmp_path, long=True, earlier=long_case.adapter)
-    with pytest.raises(ConfigError, match="long"):
-        record(long_case.base, long_case.adapter, tmp_path, earlier=save_adapter(tmp_path / "old", long_case.base))
+    old = save_adapter(tmp_path / "old", long_case.base)
+    for long in (None, False):
+        with pytest.raises(ConfigError, match="earlier needs long, which is"):
+            record(long_case.base, long_case.adapter, tmp_path, earlier=old, long=long)

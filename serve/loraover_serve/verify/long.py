@@ -30,6 +30,8 @@ from loraover_serve.verify.request import RecordRequest
 
 PREFIX = 4 * 128 + 8
 """Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
+MOST_S = 60.0
+"""Seconds that PyTorch may take for long questions that nobody asked for."""
 SPARE = 8  # tokens more, since a text that goes on may have others at its end
 TAILS = 8  # questions
 
@@ -84,6 +86,28 @@ def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, line
         )
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
     return prompts, messages, min(len(list(same)), min(map(len, prompts)) - 1)
+
+
+def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Sequence[int]], took_s: float) -> float:
+    """Seconds that `record_long` is expected to take, by those of `make_models`.
+
+    Both load the base model once. Their other times grow with the calls of a model, and with the tokens of all calls;
+    the larger ratio counts.
+
+    Args:
+        asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
+        new_tokens: Number of tokens of an answer.
+        versions: Number of versions of the adapter.
+        prompts: Prompts of `make_models`.
+        took_s: Seconds that it took.
+    """
+    long: Sequence[Sequence[int]] = asked[0]
+    shared: int = asked[2]
+    readers, tails = 1 + versions, [len(prompt) - shared + new_tokens for prompt in long]
+    runs, others = 2 + readers, 4  # each model on its own keys and values and on others; base and adapter, also rounded
+    calls = (readers + len(long) * (new_tokens + runs)) / (len(prompts) * (new_tokens + others))
+    read: int = sum(len(prompt) + new_tokens for prompt in prompts)
+    return took_s * max(1.0, calls, (readers * shared + sum(tails) * (1 + runs)) / (read * (1 + others)))
 
 
 @torch.inference_mode()
@@ -170,9 +194,19 @@ def _continued(model: Any, cache: Any, tokens: Sequence[int], kept: int) -> Any:
 
 
 def _read(model: Any, tokens: Sequence[int]) -> Any:
-    """Keys and values that a model has after tokens."""
+    """Keys and values that a model has after tokens.
+
+    Raises:
+        ConfigError: A model that has none.
+    """
     ids = torch.tensor([list(tokens)], device=model.device)
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    found = getattr(model(input_ids=ids, use_cache=True, logits_to_keep=1), "past_key_values", None)
+    if found is None:
+        raise ConfigError(
+            f"long: {type(model).__name__} keeps no keys and values in PyTorch, expected a model with attention; "
+            "record without long questions."
+        )
+    return found
 
 
 def _greedy(model: Any, cache: Any, tokens: Sequence[int], number: int) -> tuple[int, ...]:

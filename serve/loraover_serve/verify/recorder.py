@@ -9,6 +9,7 @@ import math
 import secrets
 import shutil
 import tempfile
+import time
 import zipapp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
+from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_device
@@ -44,7 +46,7 @@ from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.chats import pack_chats
-from loraover_serve.verify.long import check_earlier, long_prompts, packed_long, record_long
+from loraover_serve.verify.long import MOST_S, check_earlier, long_prompts, long_seconds, packed_long, record_long
 from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
 from loraover_serve.verify.request import RecordRequest
@@ -71,6 +73,9 @@ class RecordReport(StrictModel):
     positions: int = Field(description="Number of tokens of answers at which logprobs are recorded")
     variants: int = Field(description="Number of models with a fault that are recorded")
     stale: list[str] = Field(default=[], description="Stale caches that are recorded on long questions")
+    chats: int = Field(default=0, description="Number of chats that are recorded in the adapter's template")
+    has_date: bool = Field(default=False, description="Whether the template prints a date, which may be another one")
+    seconds: float = Field(default=0.0, description="Time that the recording took, in seconds")
     effect: float = Field(description="RMS change of logprobs by the adapter, in nats")
     half: float | None = Field(
         description="Half the width of the interval in which a server that rounds like PyTorch in bfloat16 shows the "
@@ -110,6 +115,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         ExportError: An adapter that serving cannot apply as it is.
         OutputError: A file that cannot be written.
     """
+    start = time.monotonic()
     for file in request.files.values():
         check_file_writable(file)
     adapter = read_source(request.adapter)
@@ -129,6 +135,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     publish_file(request.destination, lambda draft: draft.write_bytes(raw), replace=request.force)
     if request.checker is not None:
         publish_file(request.checker, write_checker, replace=request.force)
+    chats = content.get("chats", {"conversations": ()})["conversations"]
     return RecordReport(
         path=request.destination,
         size_bytes=len(raw),
@@ -136,6 +143,9 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         positions=len(content["positions"]),
         variants=len(content["variants"]),
         stale=[each["fault"] for each in content.get("caches", {"variants": ()})["variants"]],
+        chats=len(chats),
+        has_date=any(each["date"] for each in chats),
+        seconds=time.monotonic() - start,
         effect=content["effect"],
         half=content["power"]["half"],
         decides=content["power"]["decides"],
@@ -161,14 +171,14 @@ def record(
     """Contents of the reference; see docs/formats.md."""
     device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
     tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
-    lines = QUESTIONS_FILE.read_text(encoding="utf-8").splitlines()
-    long = long_prompts(request, base, tokenizer, lines) if request.long else None
+    long = _long_questions(request, base, tokenizer)
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
-    subject = make_subject(adapter, base)
+    subject, start = make_subject(adapter, base), time.monotonic()
     models = make_models(adapter, base, *asked, subject=subject, messages=messages, answers_only=True)
+    took_s = time.monotonic() - start
     say(f"running both models in {', '.join(FORMATS)}")
     formats = {name: measure_rounding(models, as_served(name, dtype)) for name in FORMATS}
     power = choose_number(len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts))
@@ -180,10 +190,8 @@ def record(
     changes = [fault.packed(places, models) for fault in chain(faults, many_faults(models))]
     caches: dict[str, Any] = {}
     if long is not None:
-        say(f"running both models on {len(long[0])} long questions, and on keys and values of one another")
-        recorded = record_long(request, adapter, base, earlier, long, device)
-        pack_question, pack_texts = partial(_question, tokenizer), partial(texts_of, tokenizer)
-        caches["caches"] = packed_long(recorded, pack_question, pack_texts, KEPT)
+        long_s = long_seconds(long, request.new_tokens, 1 if earlier is None else 2, prompts, took_s)
+        caches = _with_long(request, adapter, base, earlier, long, device, tokenizer, long_s)
     return (
         {
             "schema_version": SCHEMA_VERSION,
@@ -207,6 +215,52 @@ def record(
         | caches
         | pack_chats(tokenizer, models.vocabulary)
     )
+
+
+def _long_questions(request: RecordRequest, base: ModelSource, tokenizer: Any) -> Any:
+    """Long questions, as `long_prompts` returns them; None if they are left out."""
+    if request.long is False:
+        return None
+    try:
+        return long_prompts(request, base, tokenizer, QUESTIONS_FILE.read_text(encoding="utf-8").splitlines())
+    except ConfigError as error:
+        if request.long:
+            raise
+        request.report.line(f"leaving out long questions: {error}")
+        return None
+
+
+def _with_long(
+    request: RecordRequest,
+    adapter: AdapterDir,
+    base: ModelSource,
+    earlier: AdapterDir | None,
+    asked: Any,
+    device: str,
+    tokenizer: Any,
+    seconds: float,
+) -> dict[str, Any]:
+    """The section `caches` by its name; empty if long questions that nobody asked for would take too long."""
+    say, named = request.report.line, request.named("long")
+    if request.long is None and (base.is_streamed or seconds > MOST_S):
+        why = (
+            "the base model is read from its files each time"
+            if base.is_streamed
+            else f"they would take {seconds:.0f} s"
+        )
+        say(f"leaving out long questions, since {why}; {named} records them")
+        return {}
+    say(
+        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: {seconds:.0f} s"
+    )
+    try:
+        recorded = record_long(request, adapter, base, earlier, asked, device)
+    except ConfigError as error:
+        if request.long:
+            raise
+        say(f"leaving out long questions: {error}")
+        return {}
+    return {"caches": packed_long(recorded, partial(_question, tokenizer), partial(texts_of, tokenizer), KEPT)}
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:

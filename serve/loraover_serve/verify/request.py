@@ -273,9 +273,10 @@ class RecordRequest(Request):
         default=None,
         needs="sealed",
     )
-    long: bool = option(
-        "Also record long questions with one beginning, by which `verify --caches` finds stale keys and values.",
-        default=False,
+    long: bool | None = option(
+        "Whether to record long questions with one beginning, by which `verify --caches` finds stale keys and values.",
+        default=None,
+        default_text="where PyTorch takes less than a minute for them",
     )
     earlier: AnyPath | None = option(
         "Folder of an earlier version of the adapter, whose keys and values a server may have kept.",
@@ -301,6 +302,8 @@ class RecordRequest(Request):
                 yield f"{path} exists; choose another {self.named(name)}, or give {self.named('force')}."
         if len({path.resolve() for path in self.files.values()}) < len(self.files):
             yield f"{' and '.join(map(self.named, self.files))} name one file; choose one for each."
+        if self.earlier is not None and not self.long:
+            yield f"{self.named('earlier')} needs {self.named('long')}, which is left out."
         if self.sealed is not None:
             folders = self.adapter.resolve(), self.destination.resolve().parent
             if self.sealed_prompts == self.prompts:

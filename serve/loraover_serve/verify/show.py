@@ -47,10 +47,13 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
     print_line(
         console,
         f"{report.questions} questions with {report.positions} positions, {report.variants} faults, "
-        f"{report.size_bytes / 1000:.0f} kB",
+        f"{report.size_bytes / 1000:.0f} kB, in {report.seconds:.0f} s",
     )
     if report.stale:
         print_line(console, f"long questions with a {', a '.join(report.stale)}")
+    if report.chats:
+        date = ", which prints a date; servers may print another one" if report.has_date else ""
+        print_line(console, f"{report.chats} chats in the adapter's template{date}")
     error = "unknown" if report.half is None else f"known within {report.half:.2g}"
     if report.decides:
         text, color = "enough to separate a right adapter from one that is 20 % off, even with twice the noise", "green"
