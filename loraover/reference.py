@@ -156,13 +156,13 @@ def unfolded(
         CheckpointError: The adapter was trained on another base model: a module is missing or has other dimensions, or
             the initialisation of A and B had changed the base weights.
     """
-    handles = []
     saved: dict[str, nn.Parameter] = {}
     experts = find_expert_weights(base)
     adapter = read_on_base(adapter, experts)
     adapter.check_keeps_base()
     weights = _weights(base, adapter, experts)
-    try:
+    with ExitStack() as undo:
+        undo.callback(put_parameters, base, saved)
         with ExitStack() as files:
             exact = files.enter_context(adapter.open())
             others = None if sampled is None else files.enter_context(sampled.others.open())
@@ -181,15 +181,11 @@ def unfolded(
                     dtype=delta_dtype,
                     widened=widened,
                 )
-                handles.append(target_module(base, adapter, path).register_forward_hook(hook))
+                undo.callback(target_module(base, adapter, path).register_forward_hook(hook).remove)
             for name, added in _deltas(experts, weights, exact):
-                saved |= _add(base, name, added)
+                saved.update(_add(base, name, added))
             saved.update(load_others(base, exact))
         yield base
-    finally:
-        for handle in handles:
-            handle.remove()
-        put_parameters(base, saved)
 
 
 def check_fits(base: Any, adapter: AdapterDir) -> None:

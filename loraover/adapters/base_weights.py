@@ -259,13 +259,7 @@ class BaseWeights:
         return sorted(alike, key=lambda path: self.modules[path] is not embedding)
 
     def weight(self, path: str) -> Tensor:
-        """Read the weight of a module, as it is stored but shaped like `shapes`.
-
-        Raises:
-            BaseFileError: A file is damaged, or holds NaN or infinity.
-            ConfigError: There are no safetensors files, or they hold no weight of the module, or one of another shape.
-            ExportError: The model is quantised.
-        """
+        """Read the weight of a module, as it is stored but shaped like `shapes`."""
         key = self._key(path)
         if key is None:
             raise ConfigError(

@@ -22,17 +22,7 @@ METRICS = ("_metrics", "_stored_metrics")
 
 
 def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> list[Any]:
-    """Draw batches of training data without changing the data loader's state or the random state.
-
-    Args:
-        dataloader: The Trainer's data loader, whose data set and collator are used.
-        count: Number of batches; fewer if the data set is too small.
-        seed: Seed by which rows are drawn.
-        device: Device to put the batches on.
-
-    Raises:
-        ConfigError: The data set is a stream that cannot be read twice.
-    """
+    """Draw up to `count` batches of training data without changing the data loader's state or the random state."""
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
     dataset = dataloader.dataset
     with seeded(seed, []):  # a dataset may draw crops, a collator masks

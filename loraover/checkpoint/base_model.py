@@ -148,10 +148,7 @@ def base_facts(name: str | None, source: ModelSource | None) -> dict[str, str]:
 
 
 def largest_logit_difference(one: ModelSource, other: ModelSource) -> float:
-    """Return the largest absolute difference of two models' logits, in float32, over some short word problems.
-
-    Random tokens are used instead if the first model has no tokenizer.
-    """
+    """Return the largest difference of two models' logits over word problems, or random tokens without a tokenizer."""
     import torch
 
     try:

@@ -174,13 +174,7 @@ class Checkpoint(AdapterDir):
 
 @final
 class ExactCheckpoint(ExactAdapter):
-    """The open files of a checkpoint; a matrix that has cores is their contraction.
-
-    Args:
-        checkpoint: The checkpoint.
-        plain: The adapter's open file.
-        cores: The open file of the cores.
-    """
+    """The open files of a checkpoint; a matrix that has cores is their contraction."""
 
     def __init__(self, checkpoint: Checkpoint, plain: TensorFile, cores: TensorFile):
         super().__init__(checkpoint, plain)
@@ -302,23 +296,11 @@ LARGEST_LOSS = 2.0**-104
 
 
 def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
-    """Return an upper bound of |C_1| ... |C_K|, the contraction of the cores' absolute values.
+    """Return upper bounds (G, m, n), in float64, of |C_1| ... |C_K|, the contraction of the cores' absolute values.
 
-    It is the contraction in the cores' dtype, raised by what that contraction may have rounded away:
-
-        |C_1| ... |C_K|  <=  (1 + gamma_k(u)) (computed + lost)
-
-    Cores in float32 that could overflow, or lose more than would be noticed, are contracted in float64.
-    `docs/error-bounds.md` derives it.
-
-    Args:
-        decomposition: Decomposition of the cores.
-        cores: Cores (G, p_k, q_k), float32 or float64.
-        m: Rows of the matrices.
-        n: Columns of the matrices.
-
-    Returns:
-        Bounds (G, m, n), float64.
+    It is the contraction in the cores' dtype, raised by what that contraction may have rounded away: (1 + gamma_k(u))
+    (computed + lost), see `docs/error-bounds.md`. Cores in float32 that could overflow, or lose more than would be
+    noticed, are contracted in float64.
     """
     sizes = [core.abs() for core in cores]
     terms = decomposition.contraction_terms(m, n)
@@ -336,14 +318,10 @@ def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: 
 
 
 def lost_to_underflow(terms: int, cores: Sequence[Tensor]) -> float:
-    """Return a bound of what an element of a float32 contraction can lose below the normal range.
+    """Return a bound of what an element of a float32 contraction of k terms can lose below the normal range.
 
     Each of K cores lies on at most N = (k / (K - 1))^(K - 1) paths to an element, and each product on a path loses at
     most the smallest normal number, times the numbers that follow it on the path.
-
-    Args:
-        terms: Terms k of the contraction.
-        cores: Cores of the matrices.
     """
     products = max(len(cores) - 1, 1)
     exponent = 1 + log2(len(cores)) + products * log2(terms / products) - 126

@@ -17,15 +17,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def orthogonality_error(size: int, dtype: torch.dtype) -> float:
-    """Return how far an element of Q^T Q may be from the identity's, for a computed orthogonal factor Q.
+    """Return how far an element of Q^T Q may be from the identity's, for an orthogonal factor Q computed in `dtype`.
 
-    Each of the `size` reflections of a Householder QR rounds some `size` times: the columns of Q err by
-    gamma_{c size^2}, and by c size u if roundings are independent (Higham and Mary 2019, doi:10.1137/18M1226312). Ten
-    standard deviations of it leave room for an eigensolver; Q^T Q errs by twice as much.
-
-    Args:
-        size: Number of rows and columns.
-        dtype: Type in which Q was computed.
+    Each of the `size` reflections of a Householder QR rounds some `size` times: the columns of Q err by gamma_{c
+    size^2}, and by c size u if roundings are independent (Higham and Mary 2019, doi:10.1137/18M1226312). Ten standard
+    deviations of it leave room for an eigensolver; Q^T Q errs by twice as much.
     """
     return 20 * size * unit_roundoff(dtype)
 

@@ -134,11 +134,7 @@ def find_expert_weights(model: nn.Module) -> dict[str, ExpertWeight]:
 def find_stacks(
     targets: Sequence[str], pairs: Mapping[str, tuple[int, int]], rank: Callable[[str], int], where: Path
 ) -> list[ExpertStack]:
-    """Find the stacked pairs of an adapter.
-
-    Raises:
-        CheckpointError: Pairs that the field does not explain, or whose size is no multiple of the rank.
-    """
+    """Find the stacked pairs of an adapter; a CheckpointError names pairs that its configuration does not explain."""
     wrappers: dict[str, list[str]] = {}
     for path in pairs:
         wrappers.setdefault(without_base_layers(path), []).append(path)
@@ -176,17 +172,9 @@ def targeted_parameter(target: str, module: str) -> str | None:
 def is_flipped(
     stack: ExpertStack, weight: ExpertWeight, found: tuple[int, int], version: str | None, where: Path
 ) -> bool:
-    """Decide whether a stack holds the pairs of the transposed matrices.
+    """Decide whether a stack holds the pairs of the transposed matrices, from the sizes in the file.
 
-    Args:
-        stack: The stack.
-        weight: The parameter of the base model.
-        found: Number of rows of B and number of columns of A in the file.
-        version: Version of PEFT that the adapter records; None if it records none.
-        where: The file, for messages.
-
-    Raises:
-        CheckpointError: Pairs of another model, or square matrices in an adapter that records no version of PEFT.
+    Those of square matrices are told by the version of PEFT that the adapter records.
     """
     if stack.experts != weight.experts or found not in (weight.shape, weight.shape[::-1]):
         raise CheckpointError(

@@ -284,9 +284,6 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
     """Read what `read_facts` finds by building the model, for a decoder of `FAMILIES` that is not quantised.
 
     A module without a matrix is of the kind "other", and modules without parameters are not listed.
-
-    Raises:
-        ConfigError: Another model, no usable configuration, or headers that cannot be read.
     """
     if config_file is None:
         raise ConfigError(f"model: {source.origin} has no {CONFIG}; name a model that transformers saved.")

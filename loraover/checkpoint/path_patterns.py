@@ -67,15 +67,9 @@ class SlowPatternError(CheckpointError):
 def match_path(form: str, entry: str, path: str) -> Mapping[str, str | None] | None:
     """Return the named groups of the match of a path as PEFT finds it; None if it does not match.
 
-    Args:
-        form: Pattern that PEFT makes of the entry: `ENDING`, `PART`, `LAYER` or `ALL`.
-        entry: Regular expression of the configuration.
-        path: Path of a module.
-
-    Raises:
-        re.error: It is not a regular expression there; `OverflowError` or `RecursionError` for some.
-        SlowPatternError: It takes more than `LIMIT_S` of processor time.
-        ProcessError: Somebody has ended the process that matches.
+    Raises:     re.error, OverflowError, RecursionError: The entry is not a regular expression in that form.
+    SlowPatternError: It takes more than `LIMIT_S` of processor time.     ProcessError: Somebody has ended the process
+    that matches.
     """
     pattern, is_all = form.replace("{}", entry), form == ALL
     compiled = _compiled(pattern)

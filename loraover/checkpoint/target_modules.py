@@ -198,16 +198,7 @@ def unnamed_modules(config: Path, adapted: Collection[str], model_type: str | No
 
 
 def names_any(config: Path, modules: Collection[str], model_type: str) -> bool:
-    """Return whether a configuration names any module or parameter of a base model; PEFT loads no other adapter.
-
-    Args:
-        config: Path of `adapter_config.json`.
-        modules: Paths of all modules of the base model.
-        model_type: Its type, such as "llama".
-
-    Raises:
-        CheckpointError: A regular expression that Python cannot read.
-    """
+    """Return whether a configuration names any module or parameter of a base model; PEFT loads no other adapter."""
     targets = read_json(config, Targets).resolved(model_type, modules)
     return bool(targets.target_parameters) or bool(_chosen(config, targets, modules, is_named=True))
 
@@ -282,11 +273,6 @@ def lost_parameters(config: Path, saved: Collection[str], parameters: Iterable[s
     """Return which parameters of modules in `modules_to_save` a file lacks, in words; None if it lacks none.
 
     The field may name modules that the base model does not have, as PEFT's default for classifiers does.
-
-    Args:
-        config: Path of `adapter_config.json`.
-        saved: Names of the parameters that the file holds in full.
-        parameters: Names of all parameters of the base model.
     """
     targets = read_json(config, Targets)
     lost = [name for name in parameters if name not in saved and targets.saves(name)]

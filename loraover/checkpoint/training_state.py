@@ -21,7 +21,6 @@ from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.version import __version__
 from loraover.overparam.block_bases import SIDES
-from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.importance import GradientScore
 from loraover.overparam.optimizers import PLAIN
 from loraover.overparam.parameterization import OverParameterization
@@ -43,9 +42,7 @@ def write_checkpoint(
         adapter: PEFT's name of the adapter that was saved.
 
     Raises:
-        CheckpointError: The folder holds no adapter in safetensors; or no matrix of the adapter has cores, and no
-            dynamic schedule can give it some later; or A and B are trained in several dtypes, or by an optimizer
-            that keeps neither tensors nor numbers.
+        CheckpointError: No adapter in safetensors or no matrix with cores, several dtypes, or an unknown optimizer.
         ConfigError: A matrix was changed outside the optimizer step.
         OutputError: The files cannot be written.
 
@@ -74,13 +71,7 @@ def write_checkpoint(
     """
     over.check_unchanged()
     stored = read_adapter_dir(Path(directory))
-    tensors, records, dtypes = _recorded(over, adapter)
-    if len(dtypes) > 1:
-        raise CheckpointError(f"{directory}: the cores have several dtypes ({dtypes}); train A and B in one dtype.")
-    if not dtypes and over.config.schedule != "dynamic":
-        raise CheckpointError(f"{directory}: adapter {adapter!r} has no over-parameterised site to save.")
-    if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
-        tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
+    tensors, records, dtypes = _recorded(over, adapter, directory)
     publish_file(stored.path / CORES_FILE, lambda draft: save_tensors(tensors, draft))
     meta = Meta(
         base_model=stored.config.base_model_name_or_path,
@@ -99,8 +90,10 @@ def write_checkpoint(
     publish_text(stored.path / META_FILE, meta.sealed().model_dump_json(indent=1))
 
 
-def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
-    """Collect the tensors of the cores and their optimizer state, the records of sites, and the cores' dtypes."""
+def _recorded(
+    over: OverParameterization, adapter: str, directory: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], list[SiteRecord], set[torch.dtype]]:
+    """Collect the tensors of the cores, their optimizer state and the scores, the records of sites, and the dtype."""
     tensors: dict[str, Tensor] = {}
     records: list[SiteRecord] = []
     dtypes: set[torch.dtype] = set()
@@ -131,14 +124,20 @@ def _recorded(over: OverParameterization, adapter: str) -> tuple[dict[str, Tenso
                             "cannot hold; use an optimizer that keeps tensors and numbers, such as AdamW."
                         )
             records.append(record.model_copy(update={"state": plain}))
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{directory}: the cores have several dtypes ({dtypes}); train A and B in one dtype.")
+    if not dtypes and over.config.schedule != "dynamic":
+        raise CheckpointError(f"{directory}: adapter {adapter!r} has no over-parameterised site to save.")
+    if isinstance(over.schedule.score, GradientScore) and over.schedule.observed is not None:
+        tensors |= {SCORE_PREFIX + key: value for key, value in over.schedule.score.state().items()}
     return tensors, records, dtypes
 
 
 def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
     """Continue training from a checkpoint: put its cores, their optimizer state and its schedule into `over`.
 
-    A and B keep the dtype that the model holds them in. PEFT loads a 16-bit adapter as float32; with
-    `autocast_adapter_dtype=False` it keeps the file's dtype, in which the run repeats the same steps.
+    The model's matrices become the contraction of the cores, in the dtype that the model holds them in. PEFT loads a
+    16-bit adapter as float32, or, to repeat the same steps, in its own dtype with `autocast_adapter_dtype=False`.
 
     Args:
         over: Over-parameterisation without cores (`inject=False`) of a model that holds the checkpoint's adapter.
@@ -146,11 +145,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 
     Raises:
         ConfigError: Several adapters are trained.
-        CheckpointError: The model's sites, the configuration or the number of steps differ from the checkpoint's, or
-            the model's matrices contradict the cores.
-
-    Mutates:
-        The model's matrices become the contraction of the cores.
+        CheckpointError: The run or its model differs from the checkpoint's, or its matrices contradict the cores.
 
     Example:
         ```python
@@ -185,8 +180,8 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
                 coarser = max(held.dtype, dtypes[site.name], key=unit_roundoff)
                 checkpoint.check_stored(held.to(coarser), cores, site)
             over.inject_as({site.name: site.owner for site in sites}, step=step)
-        for name, (group, i) in over.injected.items():
-            _load_site(checkpoint, file, checkpoint.sites[name], over, group, i)
+        for name in over.injected:
+            _load_site(checkpoint, file, checkpoint.sites[name], over)
         if isinstance(over.schedule.score, GradientScore):
             kept = file.keys_below(SCORE_PREFIX)
             over.schedule.score.load({key.removeprefix(SCORE_PREFIX): file.read(key) for key in kept})
@@ -223,10 +218,9 @@ def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: S
         )
 
 
-def _load_site(
-    checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, over: OverParameterization, group: CoreGroup, i: int
-) -> None:
-    """Put the cores of a site, their optimizer state and the moments that its bases follow into a group."""
+def _load_site(checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, over: OverParameterization) -> None:
+    """Put the cores of a site, their optimizer state and the moments that its bases follow into its group."""
+    group, i = over.injected[record.name]
     for k, core in enumerate(checkpoint.read_cores(file, record)):
         group.core(k, i).copy_(core[0])
         prefix = record.core_key(k) + "."

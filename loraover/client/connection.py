@@ -70,17 +70,10 @@ class Connections:
     def send(
         self, path: str, content: bytes | None, headers: Mapping[str, str], silence_s: float, deadline: float = math.inf
     ) -> Iterator[http.client.HTTPResponse]:
-        """Send a request, and yield its response while it arrives, whatever its status.
+        """Send a POST of `content`, or a GET, and yield its response while it arrives, whatever its status.
 
-        Args:
-            path: Path below the server's address.
-            content: Contents of a POST; None sends a GET.
-            headers: Headers.
-            silence_s: Longest silence in seconds.
-            deadline: Time on `time.monotonic`'s clock at which the connection ends, however slowly the server sends.
-
-        Raises:
-            OSError, http.client.HTTPException: No answer.
+        It ends after `silence_s` without a byte, and at `deadline` on `time.monotonic`'s clock, however slowly the
+        server sends.
         """
         connection, target, more = self._connection(self._path + path, silence_s)
         sockets: list[socket.socket] = []

@@ -193,14 +193,7 @@ class Speaker:
 
 
 class ServerNames(NamedTuple):
-    """A server, and the names of models there.
-
-    Args:
-        speaker: The server.
-        base: Name of the base model.
-        adapter: Name of the adapter.
-        listed: Names that the server lists, with that of an adapter's base model where the list has it.
-    """
+    """A server, and the names of models there."""
 
     speaker: Speaker
     base: str

@@ -74,22 +74,11 @@ class Ranks:
         return self.gathered(make() if self.is_first else None)[0]
 
     def meet(self) -> None:
-        """Wait until every process has called this.
-
-        Raises:
-            LoraOverError: Another process has failed, with the error of that process; or one does not answer.
-        """
+        """Wait until every process has called this; fail with the error of another, or if one does not answer."""
         self.gathered(None)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Return the values of all processes, by rank, in each of them.
-
-        Args:
-            value: This process's value, which JSON can hold.
-
-        Raises:
-            LoraOverError: As `meet` does.
-        """
+        """Return the values of all processes, which JSON can hold, by rank, in each of them; fail as `meet` does."""
         if self._store is None:
             return [value]
         self._meetings += 1
@@ -107,12 +96,7 @@ class Ranks:
         return found
 
     def start_group(self, backend: str, timeout_s: float) -> None:
-        """Start torch.distributed's process group, if there is none yet, with keys that no earlier start has left.
-
-        Args:
-            backend: Name of its backend, such as gloo.
-            timeout_s: Seconds after which one of its exchanges fails.
-        """
+        """Start torch.distributed's process group, if there is none yet, with keys that no earlier start has left."""
         from torch import distributed
 
         if self._store is not None and not distributed.is_initialized():
@@ -161,11 +145,7 @@ class Ranks:
             self._is_together = False
 
     def agreed(self, error: BaseException) -> BaseException:
-        """Return the error by which all processes end: that of the first one which says why it has failed.
-
-        Args:
-            error: What has ended this process's part of a block of `together`.
-        """
+        """Return the error by which all processes end: that of the first one which says why its block has failed."""
         if self._store is None or not isinstance(error, Exception | KeyboardInterrupt):
             return error
         if self._ended_by is not error:

@@ -83,13 +83,8 @@ def has_others(row: Mapping[str, Any]) -> bool:
 def placed(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a row whose messages consist of parts, among them a place for each of its images.
 
-    Args:
-        row: The row. In a text of the user, `PLACE` is the place of an image; if there is none in any message, all
-            images come first in the first message of the user, where TRL puts them too.
-        where: Place of the row, for messages.
-
-    Raises:
-        DataError: There are images and no messages of a user, or other places than images.
+    `PLACE` in a user's text is the place of an image; if no message has one, all images come first in the first message
+    of the user, where TRL puts them too.
     """
     found = {name: [*map(_in_parts, row[name])] for name in CHATS if isinstance(row.get(name), list)}
     images, asked = row.get(PICTURES[0], ()), next(iter(found.values()), [])

@@ -171,8 +171,7 @@ def load_rows(
         skip_bad_rows: Whether to leave out rows that cannot be learned, and to count them.
 
     Raises:
-        DataError: The source holds no examples, or rows that are not JSON or lack a field; the message lists the first
-            ten with their numbers.
+        DataError: No examples, or rows that cannot be learned; the message lists the first ten with their numbers.
     """
     rows: list[Row] = []
     numbers: list[int] = []
@@ -188,14 +187,7 @@ def load_rows(
             if not _is_kept(row, keep, where):
                 filtered.add(number)
                 continue
-            if form.pictures:
-                row = with_pictures(row, raw.folder, where)
-            if form.text != "text" and isinstance(row, dict) and form.text in row:  # trainers call it `text`
-                if "text" in row:
-                    raise DataError(
-                        f"{where}: has a column 'text' besides {form.text!r}, which training.dataset_text_field names."
-                    )
-                row = {"text" if name == form.text else name: value for name, value in row.items()}
+            row = _with_text(with_pictures(row, raw.folder, where) if form.pictures else row, form.text, where)
             found = [*read_row(row, format, form, where)]
             for column in unread(row, format, form, where):
                 others[column].add(number)
@@ -205,15 +197,17 @@ def load_rows(
         bad.refuse(source)
     if not rows:
         raise DataError(f"{source}: holds no examples" + (" that data.keep lets through." if keep else "."))
-    return Rows(
-        rows[:limit],
-        raw.origin,
-        raw.revision,
-        numbers[:limit],
-        filtered,
-        {name: found for name, found in others.items() if name not in keep},
-        bad.rows,
-    )
+    columns = {name: found for name, found in others.items() if name not in keep}
+    return Rows(rows[:limit], raw.origin, raw.revision, numbers[:limit], filtered, columns, bad.rows)
+
+
+def _with_text(row: Any, column: str, where: str) -> Any:
+    """Return a row whose column of texts is called `text`, as trainers call it."""
+    if column == "text" or not isinstance(row, dict) or column not in row:
+        return row
+    if "text" in row:
+        raise DataError(f"{where}: has a column 'text' besides {column!r}, which training.dataset_text_field names.")
+    return {"text" if name == column else name: value for name, value in row.items()}
 
 
 @dataclass(frozen=True)

@@ -131,12 +131,7 @@ def free_memory(device: str) -> int | None:
 
 
 class Allowance(NamedTuple):
-    """Memory that a control group may use.
-
-    Args:
-        total: Its limit, in bytes.
-        free: What is left of it if the pages of files that were not read again are given back, in bytes.
-    """
+    """Bytes that a control group may use: its limit, and what is left if pages of read files are given back."""
 
     total: int
     free: int
@@ -145,10 +140,8 @@ class Allowance(NamedTuple):
 def memory_limits(root: Path = Path("/")) -> list[Allowance]:
     """Return the allowance of this process's control group and of each above it, as far as they have a limit.
 
-    A container sees its own group as the uppermost one, at the place of the machine's. In version 1, it may be named
-    by a path that exists outside of the container only.
-
-    Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux 6.12.
+    A container sees its own group as the uppermost one, at the place of the machine's. In version 1, it may be named by
+    a path that exists outside of the container only (Linux 6.12, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

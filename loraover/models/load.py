@@ -166,8 +166,7 @@ def load_model(
         quantization: Form of the linear layers: nf4 or int8 of bitsandbytes, torchao-int8, or None.
 
     Raises:
-        ConfigError: The files do not hold such a model, there is no such device, or a package that quantises is not
-            installed.
+        ConfigError: No such model or device, or a package that quantises is not installed.
     """
     import torch
     import transformers
@@ -203,15 +202,20 @@ def load_model(
             read_when_used(model, place, folder)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
-    if quantization == "nf4":
-        from bitsandbytes.nn import Linear4bit
+    return (_unpacked(model) if quantization == "nf4" else model).eval()
 
-        # When a model is evaluated on a CPU with AVX-512 for bfloat16, bitsandbytes 0.50 packs weights of 4 bits. Their
-        # product has no gradient, and a layer stays packed when training begins, so nothing below it would be trained.
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-    return model.eval()
+
+def _unpacked(model: Any) -> Any:
+    """Keep bitsandbytes 0.50 from packing weights of 4 bits, as it does where a CPU with AVX-512 evaluates a model.
+
+    Their product has no gradient, and a layer stays packed when training begins, so nothing below it would be trained.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _quantised(form: str, dtype: str) -> Any:

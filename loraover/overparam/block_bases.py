@@ -159,14 +159,7 @@ class SideBases(ABC):
         return cores[k].reshape(len(cores[k]), blocks.number, blocks.size, blocks.size), blocks
 
     def started(self, cores: Sequence[Tensor], measured: Sequence[Bases], m: int, n: int) -> tuple[Tensor, ...]:
-        """Cores in measured bases; a basis of columns that neighbours share is kept once.
-
-        Args:
-            cores: Cores of G sites, in identity bases.
-            measured: The bases of each site.
-            m: Rows of the matrices.
-            n: Columns of the matrices.
-        """
+        """Cores in measured bases; a basis of columns that neighbours share is kept once."""
         turns: dict[Side, tuple[Tensor, Tensor]] = {}
         for side in SIDES:
             if self.blocks(side, m, n) is None or side not in measured[0]:
@@ -182,14 +175,7 @@ class SideBases(ABC):
     def turned(
         self, cores: Sequence[Tensor], turns: Mapping[Side, tuple[Tensor, Tensor]], m: int, n: int
     ) -> tuple[Tensor, ...]:
-        """Cores of the same matrices in other bases.
-
-        Args:
-            cores: Core k (G, p_k, q_k).
-            turns: The new basis (H, count, size, size) of some sides, and the blocks old^T new.
-            m: Rows of the matrices.
-            n: Columns of the matrices.
-        """
+        """Cores of the same matrices in other bases: `turns` has the new basis of a side, and the blocks old^T new."""
         result = list(cores)
         centre = cores[self.centre(m, n)]
         for side, (basis, change) in turns.items():
@@ -202,13 +188,7 @@ class SideBases(ABC):
         return tuple(result)
 
     def departure(self, cores: Sequence[Tensor], m: int, n: int) -> float:
-        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity.
-
-        Args:
-            cores: Cores of G matrices, float64.
-            m: Rows of the matrices.
-            n: Columns of the matrices.
-        """
+        """Largest element of V^T V - I of the bases V, and of what lies in their padding beside the identity."""
         found = [0.0]
         for side in SIDES:
             given = self.of(cores, side, m, n)
@@ -224,12 +204,7 @@ class SideBases(ABC):
 def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool = False) -> Tensor:
     """X V for a block-diagonal V on the columns, or V^T X on the rows; with `inverse`, X V^T or V X.
 
-    Args:
-        x: (G, m, n).
-        basis: The blocks of V, (H, count, size, size), where H divides G: G / H neighbours share a basis.
-        blocks: How the side is divided.
-        side: Which side of X to turn.
-        inverse: Multiply by the transpose.
+    V is (H, count, size, size), and H divides the G of X (G, m, n): G / H neighbours share a basis.
     """
     if side == "rows":
         return turn(x.mT, basis, blocks, "columns", inverse=inverse).mT
@@ -239,15 +214,7 @@ def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool 
 
 
 def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
-    """Eigenvectors of symmetric blocks, in columns, the largest eigenvalue first, each with a positive largest element.
-
-    Args:
-        moment: (..., count, size, size), positive semi-definite; its padding is not read.
-        blocks: Division of the side, which says what is padding.
-
-    Returns:
-        The same shape and type, orthogonal.
-    """
+    """Eigenvectors of symmetric blocks in columns, largest eigenvalue first, each with a positive largest element."""
     settled, _ = _settled(moment, blocks, padding=-1.0)
     on = settled.cpu() if settled.device.type == "mps" else settled
     vectors: Tensor = torch.linalg.eigh(on).eigenvectors.flip(-1)
@@ -258,15 +225,8 @@ def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
 def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """Take a step of QR iteration from a basis whose columns are first sorted by their estimated eigenvalues.
 
-    Args:
-        moment: (..., count, size, size), positive semi-definite.
-        basis: The same shape, orthogonal.
-        blocks: Division of the side, which says what is padding.
-
-    Returns:
-        The next basis, and the permutation matrices that ordered the present one.
-
-    Source: Vyas et al. 2024 (SOAP), arXiv:2409.11321, algorithm 4.
+    Returns the next basis, and the permutation matrices that ordered the present one (SOAP, Vyas et al. 2024,
+    arXiv:2409.11321, algorithm 4).
     """
     settled, padding = _settled(moment, blocks, padding=1.0)
     estimates = (basis * (settled @ basis)).sum(-2)

@@ -83,11 +83,7 @@ class CoreGroup:
         return CoreGroup(self.sites, self.decomposition, stacks, self.step)
 
     def divided(self, parts: Sequence[Sequence[int]]) -> list[CoreGroup]:
-        """The same cores and their state in several groups.
-
-        Args:
-            parts: Indices of sites, each in one part.
-        """
+        """The same cores and their state in several groups."""
         groups = []
         for part in parts:
             owners = [self._owners(k, part) for k in range(len(self.stacks))]
@@ -210,14 +206,7 @@ class CoreGroup:
         return torch.stack([site.held for site in self.sites])
 
     def gather(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
-        """Take each site's gradient dL/dM, and clear it.
-
-        Args:
-            gradients: Gradients dL/dM (m, n), not sharded, by site name; sites without one are absent.
-
-        Returns:
-            The gradients (G, m, n) in the cores' dtype, zero where a site has none; None if no site has one.
-        """
+        """Take each site's gradient dL/dM, and clear it; zero where a site has none, and None if no site has one."""
         for site in self.sites:
             site.clear_gradient()
         self._present = [site.name in gradients for site in self.sites]

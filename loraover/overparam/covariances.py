@@ -65,9 +65,6 @@ class _Pass:
     """The forward or backward pass that is running, and the padding of its batch.
 
     A decoder reads its own tokens, and in its cross-attention those of the encoder, whose output it is given.
-
-    Args:
-        model: The model, whose encoder is told apart from its decoder if it has both.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,8 +120,7 @@ def measured_bases(
     for site in everything.values():
         pairs.setdefault((site.module, site.adapter), {})[site.matrix] = site
 
-    def feature_blocks(site: Site) -> Blocks:
-        """Blocks of the side of a matrix that is not the rank."""
+    def feature_blocks(site: Site) -> Blocks:  # of the side of a matrix that is not the rank
         side: Side = "columns" if site.matrix == "A" else "rows"
         m, n = site.shape
         bases = decomposition.of_site(site.name).bases
@@ -135,9 +131,8 @@ def measured_bases(
     for site in chosen:
         pair = pairs[site.module, site.adapter].items()
         moments[site.module] = _Moments({name: feature_blocks(one) for name, one in pair})
-    layers = lora_layers(probe.model)
+    layers, has_loss = lora_layers(probe.model), False
     try:
-        has_loss = False
         with _observed(probe.model, {layers[module]: found for module, found in moments.items()}) as running:
             for batch in probe.batches:
                 running.begin(batch)
@@ -151,14 +146,7 @@ def measured_bases(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        block = max(1, largest // 2)
-        kept, smaller = (sum(found.mebibytes(at_most) for found in moments.values()) for at_most in (MAX_BLOCK, block))
-        raise ConfigError(
-            "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step "
-            f"does, and {kept:.1f} MiB for the moments of {len(moments)} layers, or {smaller:.1f} MiB with block: "
-            f"{block}. Use smaller batches, gradient checkpointing, a smaller block, or long: gradient, which measures "
-            "during training."
-        ) from error
+        raise _too_large(moments, max(1, largest // 2)) from error
     finally:
         probe.model.zero_grad()
     if not has_loss:
@@ -176,6 +164,15 @@ def measured_bases(
             "if the optimizer's state cannot be turned."
         )
     return bases
+
+
+def _too_large(moments: Mapping[str, _Moments], block: int) -> ConfigError:
+    kept, smaller = (sum(found.mebibytes(at_most) for found in moments.values()) for at_most in (MAX_BLOCK, block))
+    return ConfigError(
+        "calibration ran out of memory: it needs a forward and a backward pass of one batch, as a training step does, "
+        f"and {kept:.1f} MiB for the moments of {len(moments)} layers, or {smaller:.1f} MiB with block: {block}. Use "
+        "smaller batches, gradient checkpointing, a smaller block, or long: gradient, which measures during training."
+    )
 
 
 def shared_columns(bases: Mapping[str, Bases]) -> dict[str, str]:

@@ -29,9 +29,6 @@ class BasisFollower:
     block, its basis becomes the eigenvectors of the moment. Later refreshes sort the present columns by their estimated
     eigenvalues, and the optimizer's squares with them, and take one step of QR iteration, in which columns keep their
     sign. Each turn leaves M and the exact part of the optimizer's state as they are.
-
-    Args:
-        group: Group whose decomposition has bases.
     """
 
     def __init__(self, group: CoreGroup) -> None:
@@ -171,12 +168,7 @@ class BasisFollower:
 
 
 class Followers(dict[CoreGroup, BasisFollower]):
-    """The followers of a run, by the group that each follows; empty unless the decomposition has bases.
-
-    Args:
-        decomposition: Decomposition of the run.
-        names: Names of the model's sites, in an order that a resumed run has too.
-    """
+    """The followers of a run, by the group that each follows; empty unless the decomposition has bases."""
 
     def __init__(self, decomposition: Decomposition, names: Iterable[str]) -> None:
         super().__init__()
@@ -194,12 +186,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
             self[group] = BasisFollower(group)
 
     def divide(self, group: CoreGroup, parts: Mapping[CoreGroup, Sequence[int]]) -> None:
-        """Follow the parts of a group in its place.
-
-        Args:
-            group: Group that has been divided.
-            parts: Indices of the sites that each part has of it.
-        """
+        """Follow the parts of a group in its place."""
         if group in self:
             follower = self.pop(group)
             self.update({part: follower.divided(part, indices) for part, indices in parts.items()})

@@ -19,12 +19,6 @@ def fingerprints(matrices: Tensor) -> Tensor:
     The sum of bits_i * w_i modulo 2^64, with fixed odd weights w_i. A change of a single element always changes it,
     since an odd weight can be divided by. Other changes, such as two swapped elements or two flipped signs, go
     unnoticed with a probability of about 2^-32 over the draw of the weights.
-
-    Args:
-        matrices: (G, ...), of a floating-point type of 2, 4 or 8 bytes.
-
-    Returns:
-        (G,), int64.
     """
     bits = matrices.flatten(1).contiguous().view(_INTEGER[matrices.element_size()])
     return (bits * _weights(bits.shape[1], matrices.device)).sum(1)
@@ -57,14 +51,7 @@ class LateAnswer:
 
     @torch.no_grad()
     def ask(self, differs: Sequence[Tensor]) -> list[list[bool]] | None:
-        """Ask about these flags.
-
-        Args:
-            differs: Bool tensors on any devices.
-
-        Returns:
-            The flags of these tensors, or of those of the question before, if one of them is set; otherwise None.
-        """
+        """Return these flags, or those of the question before, if one of them is set; otherwise None."""
         here = [flags for flags in differs if flags.device.type == "cpu"]
         if len(here) == len(differs):
             return _values(differs) if here and bool(torch.cat(here).any()) else None

@@ -20,12 +20,7 @@ SMOOTHING = 0.85  # beta_1 and beta_2 in AdaLoRA's experiments
 
 
 class Score(ABC):
-    """Estimate of how much each site profits from cores; the highest scores are chosen.
-
-    Args:
-        sites: All candidates, by name.
-        seed: Seed of random scores.
-    """
+    """Estimate of how much each site profits from cores; the highest scores are chosen."""
 
     needs_probe: ClassVar[bool] = False
 

@@ -26,10 +26,6 @@ class OptimizerView:
     Between `enter` and `leave`, the optimizer holds the cores in copies (twins) of the parameter groups of their
     matrices. At other times its parameter groups and its state are those of an ordinary LoRA, and each group of cores
     keeps the state of its cores.
-
-    Args:
-        optimizer: Optimizer that holds the matrices, and whose step is an ordinary PyTorch step.
-        config: Configuration that gives the learning rate and the weight decay of auxiliary cores.
     """
 
     def __init__(self, optimizer: Optimizer, config: LoraOverConfig) -> None:
@@ -76,14 +72,9 @@ class OptimizerView:
         group.join()
 
     def arranged(self, groups: Sequence[CoreGroup], followers: Followers) -> list[CoreGroup]:
-        """Divide the groups by the parameter groups of their matrices; the optimizer will see what this returns.
+        """Divide the groups, and their followers, by the parameter groups of their matrices, for the optimizer to see.
 
-        Args:
-            groups: All cores.
-            followers: Followers of the groups' gradients, which are divided with the groups.
-
-        Mutates:
-            The optimizer's state of parameters that it leaves alone from now on is dropped.
+        The optimizer's state of parameters that it leaves alone from now on is dropped.
         """
         self._layout = self._present_layout()
         host = self._hosts()

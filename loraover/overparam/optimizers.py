@@ -127,10 +127,6 @@ def converted(moments: Mapping[str, Tensor], convert: Callable[[Tensor, bool], T
 
     A centred RMSprop divides by the root of square_avg - grad_avg^2, which would become negative if both were converted
     by themselves. What is converted in the place of its squares is that variance.
-
-    Args:
-        moments: Moments by the optimizer's own keys.
-        convert: Function of a moment, and of whether it is one of squares.
     """
     given = dict(moments)
     is_centred = {"square_avg", "grad_avg"} <= given.keys()
@@ -146,10 +142,6 @@ class StepGuard:
     """A function that is called whenever `optimizer.step` raises, until `remove`.
 
     Learning-rate schedulers and Accelerate wrap `step`, too, before or after; the guard keeps what they find in it.
-
-    Args:
-        optimizer: Optimizer whose attribute `step` is wrapped.
-        undo: Function to call before the exception is raised again.
     """
 
     def __init__(self, optimizer: Optimizer, undo: Callable[[], None]) -> None:
@@ -182,11 +174,7 @@ class StepGuard:
 
 
 class CopyGuard:
-    """A refusal of `copy` and `pickle` of an optimizer, until `remove`: its copy would have no hooks.
-
-    Args:
-        optimizer: Optimizer whose hooks train cores.
-    """
+    """A refusal of `copy` and `pickle` of an optimizer, until `remove`: its copy would have no hooks."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._attributes = vars(optimizer)

@@ -43,11 +43,7 @@ class Piece:
         return flat.narrow(0, self.offset, len(self.values))
 
     def spread(self, part: Tensor) -> Tensor:
-        """Return a matrix (m, n) with the part in its place and zeros elsewhere; summed over processes, it is complete.
-
-        Args:
-            part: The part, as `of` returns it.
-        """
+        """Return a matrix (m, n) with the part in its place and zeros elsewhere; summed over processes, it is whole."""
         whole = part.new_zeros(self.shape)
         whole.view(-1)[self.start : self.start + len(part)] = part
         return whole

@@ -328,11 +328,7 @@ def _refuse_unsupported(module: str, layer: Any) -> None:
 
 
 def match_sites(names: Sequence[str], patterns: Iterable[str]) -> list[str]:
-    """Return the names that match at least one shell-style pattern, in their given order.
-
-    Raises:
-        ConfigError: A pattern matches nothing; the message suggests similar names.
-    """
+    """Return the names that match a shell-style pattern, in their given order; a ConfigError if one matches nothing."""
     chosen: set[str] = set()
     for pattern in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]

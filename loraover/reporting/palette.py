@@ -15,13 +15,7 @@ Tone = Literal["good", "bad", "open"]
 
 @dataclass(frozen=True)
 class Color:
-    """Colour of a palette.
-
-    Args:
-        light: Shade on a light page, as "#rrggbb".
-        dark: Shade on a dark page.
-        meaning: What it stands for, in every report.
-    """
+    """Colour of a palette: its shades on light and dark pages, as "#rrggbb", and what it stands for in every report."""
 
     light: str
     dark: str

@@ -88,12 +88,7 @@ def fitted(text: str, width: float, size: float = SIZE) -> str:
 
 
 def stacked(name: str, figures: Sequence[Figure]) -> Figure:
-    """Return one figure with others in it, each under its title.
-
-    Args:
-        name: Name of the figure's file, without the ending.
-        figures: The figures, from the top.
-    """
+    """Return one figure with others in it, from the top, each under its title."""
     width = max(figure.width for figure in figures)
     drawing = Drawing(width, sum(figure.height + TITLE for figure in figures))
     top = 0.0

@@ -74,12 +74,7 @@ MODEL_FILES = (
 
 @dataclass(frozen=True)
 class Entry:
-    """File at an address elsewhere.
-
-    Args:
-        size: Number of bytes.
-        mark: Text that changes when the file does, such as its ETag.
-    """
+    """A file elsewhere: its number of bytes, and a mark that changes when it does, such as an ETag."""
 
     size: int
     mark: str
@@ -137,12 +132,6 @@ class WebStore(Store):
     """A folder of a web server, which is read over https, and over http from this machine only.
 
     A server may redirect to itself and to no other host: a user named this one.
-
-    Args:
-        address: The folder's address.
-
-    Raises:
-        SourceError: The address has no encryption.
     """
 
     def __init__(self, address: Address) -> None:
@@ -237,14 +226,7 @@ class WebStore(Store):
 
 @final
 class RemoteStore(Store):
-    """A folder that fsspec opens, with the credentials of the environment.
-
-    Args:
-        address: The folder's address.
-
-    Raises:
-        SourceError: The scheme is unknown, or its package is missing.
-    """
+    """A folder that fsspec opens, with the credentials of the environment."""
 
     def __init__(self, address: Address) -> None:
         self._address = address

@@ -189,13 +189,7 @@ def optimizer_class(asked: TrainingArguments, model: nn.Module | None = None) ->
     """Return the class of transformers' optimizer, and its options with all of `optim_args`.
 
     Transformers reads the names that it knows, for some optimizers none, and drops the others. The class gets them.
-
-    Args:
-        asked: The trainer's settings.
-        model: The model to train, for optimizers that choose among its modules.
-
-    Raises:
-        ConfigError: An option that the class does not have, or a value that transformers refuses.
+    Some optimizers choose among the modules of a model.
     """
     from transformers import Trainer
 
@@ -216,7 +210,8 @@ def optimizer_class(asked: TrainingArguments, model: nn.Module | None = None) ->
 
     def is_read(name: str) -> bool:
         try:
-            return any(made(values) != (kind, options) for values in (_without(given, name), {**given, name: "?"}))
+            others = {key: value for key, value in given.items() if key != name}
+            return any(made(values) != (kind, options) for values in (others, {**given, name: "?"}))
         except (ValueError, AttributeError):  # of a value that is read
             return True
 
@@ -228,10 +223,6 @@ def optimizer_class(asked: TrainingArguments, model: nn.Module | None = None) ->
                 f"training.optim_args: {unknown[0]!r} is none of {', '.join(known)}, the options of {kind.__name__}."
             )
     return kind, options | unread
-
-
-def _without(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key != name}
 
 
 def count_trained(model: Any, method: TrainingMethod) -> int:

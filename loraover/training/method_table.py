@@ -88,15 +88,7 @@ else:
 
 
 def make_method(recipe: BaseRecipe, *, is_seq2seq: bool) -> TrainingMethod:
-    """Return the method of a recipe; `TrainingMethod` itself for plain LoRA, LoRA-Over and full fine-tuning.
-
-    Args:
-        recipe: The recipe.
-        is_seq2seq: Whether its base model is an encoder-decoder.
-
-    Raises:
-        ConfigError: The method does not train encoder-decoders, or needs a package that is not installed.
-    """
+    """Return the method of a recipe; `TrainingMethod` itself for plain LoRA, LoRA-Over and full fine-tuning."""
     kind = METHODS.get(recipe.method, TrainingMethod)
     if is_seq2seq and not kind.trains_seq2seq:
         trained = ", ".join(name for name, method in METHODS.items() if method.trains_seq2seq)

@@ -54,10 +54,7 @@ def train_on_ray(
         output: The run's folder, on a disk that all machines share.
         address: Address of the cluster, or "local" for one on this machine.
         workers: Number of workers.
-        resume: As for `train`.
-        report: Receiver of progress, which it gets from rank 0.
-        command: Command line for the model card.
-        record: Whether to record the adapter's reference.
+        resume, report, command, record: As for `train`.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster has too few CPUs or GPUs; and what `train` raises.
@@ -76,13 +73,8 @@ def train_on_ray(
         report.line(f"run of {workers} worker(s) on Ray, each with one {kind}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent.absolute()) as scratch:
-            work = {
-                "recipe": recipe.model_dump(mode="json"),
-                "output": str(output),
-                "options": {"command": command, "record": record},
-                "folder": str(Path.cwd()),
-                "scratch": scratch,
-            }
+            work = {"recipe": recipe.model_dump(mode="json"), "output": str(output), "scratch": scratch}
+            work |= {"options": {"command": command, "record": record}, "folder": str(Path.cwd())}
             trainer = TorchTrainer(
                 _take_part,
                 train_loop_config=work,
@@ -93,9 +85,8 @@ def train_on_ray(
                 try:
                     trainer.fit()
                 except TrainingFailedError as error:
-                    raise ProcessError(
-                        f"Ray's workers have failed {RESTARTS + 1} times, at last with: {error}"
-                    ) from error
+                    failed = f"Ray's workers have failed {RESTARTS + 1} times, at last with: {error}"
+                    raise ProcessError(failed) from error
             if (refused := Path(scratch) / REFUSED).exists():
                 says = json.loads(refused.read_text())
                 kinds = {one.__name__: one for one in LoraOverError.__subclasses__()}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -143,15 +142,12 @@ def make_plan(
     Args:
         recipe: The recipe.
         report: Receiver of the values that the recipe leaves open.
-        tries: Whether to measure time and memory in a few steps with random weights, see `try_steps`; they need the
-            model's tokenizer, and a trainer of prompts and completions where the data are on the hub.
+        tries: Whether to measure time and memory in a few steps with random weights where it can, see `try_steps`.
         gpus: Number of GPUs that the plan is for, with a process on each; None: one, or this machine.
         gpu_memory: Memory of each of them in GB; None: that of a GPU here.
 
     Raises:
-        ConfigError: A recipe that `train` would refuse before it loads weights; or neither the hub nor its cache
-            answers.
-        DataError: Local data that cannot be read.
+        ConfigError, DataError: What `train` would refuse before it loads weights, or a hub that does not answer.
     """
     check_names(recipe)
     source = resolve_model(recipe.model, recipe.model_revision)
@@ -161,34 +157,30 @@ def make_plan(
     if planned is not None and recipe.distributed.processes is None:
         recipe = recipe.changed("distributed", processes=planned.count)
     make_arguments(recipe, name, Path(TRAINER_FOLDER), starts=False)
-    tokenizer: Any = None
+    tokenizer, read = None, None
     with suppress(ConfigError):  # a model may have none beside its configuration
         tokenizer = load_tokenizer(source)
-    if tokenizer is not None:
-        tokenizer = with_template(recipe, tokenizer)
+    tokenizer = tokenizer and with_template(recipe, tokenizer)
     if any(map(is_hub_name, data.sources)):
         report.line(f"{', '.join(data.sources)}: not read, since a plan downloads no data; the run checks rows")
-        read = None
     else:
         read = read_examples(recipe, name, source, tokenizer, report, measures=not is_hub_name(data.test or ""))
     settled = settle(recipe, name, source, tokenizer, read, report, planned)
     recipe = settled.recipe
     steps, seen, tokens = _count(settled, read)
     can_try = settled.tokens or (read is None and tokenizer is not None and PAIRS[0] in TRAINERS[name].columns)
-    is_here = planned is None and recipe.distributed.engine == "ddp"
-    needs = try_steps(recipe, source, report) if tries and can_try and is_here else None
+    tries = tries and planned is None and recipe.distributed.engine == "ddp"
+    needs = try_steps(recipe, source, report) if tries and can_try else None
     estimate = estimate_memory(recipe, source, steps)
     memory = total_memory(choose_device().type) if planned is None else planned.memory
     fits = None if memory is None else estimate.in_all <= ROOM * memory
-    if estimate.activations is None and fits:
-        fits = None
     return TrainingPlan(
         model=source.origin,
         method=recipe.method,
         **dict(estimate),
         gpus=None if planned is None else planned.count,
         memory=memory,
-        fits=fits,
+        fits=None if estimate.activations is None and fits else fits,
         remedies=[] if fits is not False else what_would_fit(recipe, source, steps, ROOM * (memory or 0), planned),
         steps=steps,
         examples=seen,

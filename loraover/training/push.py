@@ -66,12 +66,7 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
 def upload(recipe: Recipe, adapter: Path, report: Reporter, base: ModelSource | None, card: str) -> None:
     """Upload a run's plain LoRA, and its cores if the recipe asks for them, to the repository of its recipe.
 
-    Args:
-        recipe: The recipe, which names a repository.
-        adapter: Folder of the trained adapter.
-        report: Receiver of progress.
-        base: Model that the adapter names in place of a stand-in; None: the one that it was trained on.
-        card: Text of the README.md of an adapter that names another model.
+    With a `base`, the adapter names it in place of the stand-in that it was trained on, and `card` is its README.md.
     """
     repository, is_private = str(recipe.push_to_hub), (recipe.training.model_extra or {}).get("hub_private_repo")
     with ExitStack() as copies:
@@ -202,13 +197,7 @@ def proofs(adapter: Path) -> list[Path]:
 def attach(args: Any, adapter: Path, report: Reporter) -> None:
     """Attach the fold certificate and the reference of an adapter, where there are any, to the trackers of its run.
 
-    Args:
-        args: Settings of the run's trainer.
-        adapter: The adapter's folder. One that has cores is folded for its certificate.
-        report: Receiver of what was attached.
-
-    Raises:
-        FoldError: A matrix of the plain LoRA failed its check.
+    An adapter that has cores is folded for its certificate.
     """
     trackers = [name for name in args.report_to if name in TRACKERS]
     if not trackers:

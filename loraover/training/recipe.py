@@ -187,7 +187,13 @@ def load_recipe(recipe: Recipe | str | Path | None, overrides: Mapping[str, Any]
         if given.get(key) is not None and isinstance(values.get("training"), dict):
             values["training"].pop(other, None)
     for key, value in given.items():
-        _override(values, key, value)
+        *parents, last = key.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: {parent} holds a value, not keys.")
+        inner[last] = value
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -258,15 +264,6 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), parse_yaml(value)
     except ValueError as error:
         raise ConfigError(f"{text!r}: the value is not YAML.") from error
-
-
-def _override(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key}: {parent} holds a value, not keys.")
-    values[last] = value
 
 
 def _faults(error: ValidationError) -> list[str]:

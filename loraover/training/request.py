@@ -14,7 +14,11 @@ from loraover.sources.hub import keeps_private, pushes
 
 def values_by_key(description: str, flag: str = "--set", **more: Any) -> Any:
     """Declare a field of values by key, such as `settings`: values of recipe keys, by dotted key."""
-    form: dict[str, Any] = {"metavar": "KEY=VALUE", "converts": _by_key, "writes": _as_texts}
+
+    def as_texts(values: Mapping[str, Any]) -> list[str]:
+        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+    form: dict[str, Any] = {"metavar": "KEY=VALUE", "converts": _by_key, "writes": as_texts}
     return option(description, default=None, flag=flag, **form, **more)
 
 
@@ -30,10 +34,6 @@ def _by_key(given: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
     from loraover.training.recipe import parse_override
 
     return dict(map(parse_override, given))
-
-
-def _as_texts(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 KEYS = {

@@ -248,12 +248,9 @@ def _started(
 
 
 def _fitted(delta: Any, target: Factors, certificates: list[Any]) -> _Module:
-    """Return the best approximation of a delta by A and B of the target's rank and scaling.
+    """Return the best approximation of a delta by A and B of the rank and scaling of `target`, which PEFT has drawn.
 
-    Args:
-        delta: The module's delta.
-        target: A and B as PEFT has drawn them.
-        certificates: Certificates of the steps in which the delta was computed.
+    The certificates are those of the steps in which the delta was computed.
     """
     noise = factor_noise(delta.b, delta.a)
     noise += sum(one.arithmetic_bound + one.storage_error for one in certificates)

@@ -36,11 +36,7 @@ class TrainerKind(NamedTuple):
         return 2 if any("chosen" in columns for columns in self.columns) else 1
 
     def load(self) -> tuple[Any, Any]:
-        """Import the classes of the trainer and of its settings.
-
-        Raises:
-            ConfigError: The installed library has no such trainer, or only in a module that is not stable.
-        """
+        """Import the classes of the trainer and of its settings."""
         module = importlib.import_module(self.library)
         try:
             return getattr(module, self.trainer), getattr(module, self.config)

@@ -45,23 +45,14 @@ Clock = Callable[[], float]
 
 
 class RunNeeds(NamedTuple):
-    """Needs of a run on this machine.
-
-    Args:
-        step_seconds: Seconds of an optimizer step.
-        peak_bytes: Largest memory: PyTorch's on a CUDA device, else the process's.
-    """
+    """Needs of a run on this machine; the peak is PyTorch's on a CUDA device, else the process's."""
 
     step_seconds: float
     peak_bytes: float
 
 
 class StepClock(Reporter):
-    """Reporter that notes when each training step ends.
-
-    Args:
-        clock: Clock to read, in seconds.
-    """
+    """Reporter that notes when each training step ends, by a clock in seconds."""
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
         self._clock = clock

@@ -71,14 +71,7 @@ class Task(ABC):
     packages: tuple[str, ...] = ()
 
     def check(self, request: EvaluationRequest) -> None:
-        """Check the request before anything is loaded.
-
-        Args:
-            request: The user's request.
-
-        Raises:
-            ConfigError: An option is missing or cannot be used, or is one that would do nothing in this task.
-        """
+        """Check before anything is loaded that no option is missing, unusable or without effect in this task."""
         if request.judge_url is not None:
             asked, task = request.named("judge_url"), request.named("task", "mtbench")
             raise ConfigError(f"{asked} is for {task}; no answer of this task is rated.")
@@ -109,16 +102,10 @@ class Task(ABC):
         """
 
     def rate(self, answered: list[Example], questions: Questions, request: EvaluationRequest) -> TaskScores:
-        """Score answers that were kept; only tasks that another service scores do this.
+        """Score answers that were kept, in the order of the questions; only tasks that another service scores do this.
 
-        Args:
-            answered: The answers, in the order of the questions.
-            questions: Questions that `read` returned.
-            request: The user's request.
-
-        Raises:
-            DataError: The answers belong to other questions, or to another task.
-            EngineError: The service scores none of them.
+        Raises:     DataError: The answers belong to other questions, or to another task.     EngineError: The service
+        scores none of them.
         """
         raise DataError("the file holds answers without scores, which this task never writes; name a new file.")
 
@@ -148,18 +135,7 @@ def read_questions(
     subset: str | None = None,
     limit: int | None,
 ) -> Questions:
-    """Read and check the first rows of a data source.
-
-    Args:
-        source: File, folder or hub name.
-        read: Function from a row, and a text that names the row, to a question.
-        split: Split to read, where the source has several.
-        subset: Configuration on the hub.
-        limit: Number of rows; None: all.
-
-    Raises:
-        DataError: See `Task.read`.
-    """
+    """Read and check the first `limit` rows of a data source; `read` makes a question from a row and the row's name."""
     raw = read_raw(source, split=split, subset=subset)
     rows: list[Row] = []
     for number, row in raw.rows:

@@ -52,14 +52,7 @@ PATH = "/v1/completions"
 
 
 class HarnessClient(TemplateLM):
-    """Model that is asked through our client, in token ids, which no server can cut or complete.
-
-    Args:
-        endpoint: The server.
-        name: The model's name there.
-        tokenizer: Tokenizer of the base model.
-        batch_size: Requests at the same time.
-    """
+    """Model that is asked through our client, in token ids, which no server can cut or complete."""
 
     def __init__(self, endpoint: Endpoint, name: str, tokenizer: Any, batch_size: int) -> None:
         super().__init__()

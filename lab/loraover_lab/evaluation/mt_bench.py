@@ -44,12 +44,7 @@ _LOOSE_RATING = re.compile(r"rating\W*\[(\d+(?:\.\d+)?)\]", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Rating:
-    """A grader's reply.
-
-    Args:
-        rating: Rating from 1 to 10; None: the reply has none.
-        text: The reply, or why there is none.
-    """
+    """A grader's reply: its rating from 1 to 10, or none, and its text, or why there is none."""
 
     rating: float | None
     text: str
@@ -57,26 +52,13 @@ class Rating:
 
 @dataclass(frozen=True)
 class Grader:
-    """A model that rates answers.
-
-    Args:
-        endpoint: The server.
-        name: The model's name there.
-    """
+    """A model that rates answers."""
 
     endpoint: Endpoint
     name: str
 
     def rate(self, system_prompt: str, prompt: str) -> Rating:
-        """Ask until there is a rating, `TRIES` times at most.
-
-        Args:
-            system_prompt: FastChat's system prompt.
-            prompt: FastChat's prompt with question and answer.
-
-        Raises:
-            EngineError: The server refuses every request, for example because of a wrong key.
-        """
+        """Ask until there is a rating, `TRIES` times at most; an EngineError if the server refuses every request."""
         from loraover.client.endpoint import UnansweredError, UnfitRequestError  # http, which no help needs
 
         messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": prompt}]

@@ -62,10 +62,7 @@ class Evaluation(StrictModel):
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share.
-
-    Source: Wilson 1927, Journal of the American Statistical Association 22.
-    """
+    """95 % interval of a share (Wilson 1927, Journal of the American Statistical Association 22)."""
     interval = binomtest(right, total).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

@@ -99,12 +99,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramOutcome:
-    """How a program ended.
-
-    Args:
-        passed: Whether it ran to its last line. The program itself is the witness, see `run_program`.
-        reason: "passed", "timed out", its exception, or how it died.
-    """
+    """Whether a program ran to its last line, and the reason: "passed", "timed out" or its exception."""
 
     passed: bool
     reason: str

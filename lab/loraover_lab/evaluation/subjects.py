@@ -77,14 +77,7 @@ class InMemory(Answerer):
 
 @dataclass(frozen=True)
 class EndpointAnswerer(Answerer):
-    """A model or adapter behind an OpenAI-compatible endpoint.
-
-    Args:
-        endpoint: The server.
-        name: The model's name there.
-        tokenizer: Tokenizer of the base model.
-        batch_size: Requests at the same time.
-    """
+    """A model or adapter behind an OpenAI-compatible endpoint."""
 
     endpoint: Endpoint
     name: str
@@ -109,18 +102,10 @@ class EndpointAnswerer(Answerer):
 
 
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:
-    """Load the base model, with an adapter if there is one.
+    """Load the base model, with the PEFT adapter of a folder if there is one.
 
-    Args:
-        source: The base model.
-        tokenizer: Its tokenizer, or the one of the adapter.
-        adapter: Folder of a PEFT adapter; None: the base model alone.
-        dtype: Data type of the weights: fp32, bf16 or fp16.
-        batch_size: Questions at the same time.
-
-    Raises:
-        ConfigError: No such model.
-        CheckpointError: The folder holds no adapter, or one for another model, or one with NaN or infinity.
+    Raises:     ConfigError: No such model.     CheckpointError: The folder holds no adapter, or one for another model,
+    or one with NaN or infinity.
     """
     import torch
 

@@ -67,13 +67,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Client:
-    """A simulated client.
-
-    Args:
-        rows: Indices of its rows in the training data.
-        rate: Probability with which a step draws each of them.
-        optimizer: Opacus's optimizer with the client's moments.
-    """
+    """A simulated client: indices of its rows, the rate at which a step draws each, and Opacus's optimizer."""
 
     rows: Tensor
     rate: float

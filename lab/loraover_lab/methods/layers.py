@@ -69,11 +69,7 @@ def get_pair(layer: LoraLayer) -> Pair:
 
 
 class OriginalWeights:
-    """Copies of the adapted base weights, kept in the CPU's memory while a method changes them.
-
-    Args:
-        layers: Adapted layers, by path.
-    """
+    """Copies of the adapted base weights, kept in the CPU's memory while a method changes them."""
 
     def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
         self.layers = layers
@@ -86,10 +82,7 @@ class OriginalWeights:
 
 
 def set_pairs(layers: Mapping[str, LoraLayer], pairs: Mapping[str, Pair]) -> None:
-    """Replace A and B of every layer by others, whose rank may be larger.
-
-    The layer's scaling stays as it is.
-    """
+    """Replace A and B of every layer by others, whose rank may be larger; the layer's scaling stays as it is."""
     for path, layer in layers.items():
         b, a = pairs[path]
         for module, value in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
@@ -123,11 +116,6 @@ def truncate(b: Tensor, a: Tensor, rank: int) -> tuple[Pair, float]:
 
     The singular values come from the factors, without forming the product (Eckart and Young 1936). Where B A has a
     smaller rank, the rest of the factors is zero.
-
-    Args:
-        b: Shape (m, k), float64.
-        a: Shape (k, n), float64.
-        rank: Rank of the result.
     """
     left, upper = torch.linalg.qr(b)
     right, lower = torch.linalg.qr(a.mT)

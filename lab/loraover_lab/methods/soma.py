@@ -135,13 +135,7 @@ def wide(weight: Tensor) -> Tensor:
 
 
 def split(weight: Tensor, r: int, scaling: float) -> Pair:
-    """Return B_0 and A_0 in float64, whose product times the scaling is the part of the r smallest singular values.
-
-    Args:
-        weight: Base weight, of shape (out_features, in_features).
-        r: Rank.
-        scaling: LoRA's scaling.
-    """
+    """Return B_0 and A_0 in float64, whose product times the scaling is the part of the r smallest singular values."""
     u, values, vt = torch.linalg.svd(wide(weight), full_matrices=False)
     root = (values[-r:] / scaling).sqrt()
     return Pair(u[:, -r:] * root, root[:, None] * vt[-r:])

@@ -103,15 +103,7 @@ def make_layout(settings: TensorGuideSettings, path: str, r: int, in_features: i
 
 
 def contract(cores: Sequence[Tensor], inputs: Tensor) -> Tensor:
-    """Apply the tensor trains of G modules to their inputs.
-
-    Args:
-        cores: Core k of shape (G, R_k, n_k, m_k, R_{k+1}).
-        inputs: Shape (G, n_1, ..., n_d).
-
-    Returns:
-        Shape (G, m_1 ... m_d), in the cores' dtype.
-    """
+    """Apply the tensor trains of G modules, core k (G, R_k, n_k, m_k, R_{k+1}), to inputs (G, n_1, ..., n_d)."""
     group = len(inputs)
     if len(cores) > 2:  # joined first, so that no tensor as large as y is moved twice
         *cores, left, right = cores

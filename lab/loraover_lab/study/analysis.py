@@ -58,11 +58,7 @@ class RateSensitivity(StrictModel):
 
 @dataclass(frozen=True)
 class Halves:
-    """Halves of the held-out examples: the even ones choose the rates, the odd ones give the test losses.
-
-    Args:
-        count: Number of held-out examples.
-    """
+    """Halves of the held-out examples: the even ones choose the rates, the odd ones give the test losses."""
 
     count: int
 
@@ -82,15 +78,11 @@ def mean_loss(losses: Losses, tokens: Losses) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """Variances of a mean difference that come from the seeds and from the examples, which every seed answers.
+    """Variances V of a mean difference that come from the seeds and from the examples, which every seed answers.
 
     Half the width of an interval is sqrt(sum_i t_i^2 V_i), where t_i is Student's quantile with the degrees of freedom
     of V_i (Banerjee 1960, Sankhya 22, 357). It is Student's interval if one variance is zero, and otherwise covers a
     little more often than its level says. The noise of single answers is in both variances, so it counts twice.
-
-    Args:
-        variances: V of seeds and of examples.
-        freedom: Their degrees of freedom.
     """
 
     variances: tuple[float, float]
@@ -128,15 +120,10 @@ _SMALLEST_P = 1e-30
 
 
 def difference(method: Losses, baseline: Losses, tokens: Losses) -> Difference:
-    """Compare a method with the baseline, paired by seed and example.
+    """Compare a method with the baseline, paired by seed and example: nats (seeds, examples), at least 2 of each.
 
     Seeds and examples are both drawn from more than there are, so the variance of the mean is the sum of two: that of
     the seeds' means, and that of the examples' means as of a ratio of nats to tokens.
-
-    Args:
-        method: Nats of the method, shape (seeds, examples); at least 2 of each.
-        baseline: Nats of the baseline, of the same shape.
-        tokens: Tokens of each completion, shape (examples,).
     """
     gaps = method - baseline
     seeds, examples = gaps.shape
@@ -163,12 +150,7 @@ def percent_variances(method: Losses, baseline: Losses, tokens: Losses) -> tuple
 
 
 def sensitivity(by_rate: Mapping[float, float], seed_losses: Mapping[float, Sequence[float]]) -> RateSensitivity:
-    """Describe how a method's loss depends on its rate.
-
-    Args:
-        by_rate: Mean validation loss at each rate; one that is not finite is worse than any other.
-        seed_losses: Validation loss of each seed, at rates without a failed run.
-    """
+    """Describe how a method's mean validation loss depends on its rate; a loss that is not finite is the worst."""
     rates = sorted(by_rate)
     losses = [by_rate[rate] if math.isfinite(by_rate[rate]) else math.inf for rate in rates]
     best = int(np.argmin(losses))

@@ -66,10 +66,6 @@ def plan_study(request: StudyRequest) -> StudyPlan:
 
     Each method on each task is planned as `loraover train --plan` does it, with a trial of a few steps where this
     machine bears one.
-
-    Raises:
-        ConfigError: The request is not a study, or a run of it would be refused.
-        DataError: The data cannot be read.
     """
     command, request = request.command(), request.whole()
     if request.power is not None:

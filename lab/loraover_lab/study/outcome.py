@@ -89,18 +89,11 @@ class RunOutcome(StrictModel):
 
 
 def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
-    """Train in a new process, or continue a run that was stopped.
+    """Train in a new process, or continue a run that was stopped; a finished run's outcome is read from its folder.
 
-    Args:
-        recipe: The recipe of the run.
-        folder: The run's folder; a finished run is not trained again, and its outcome is read from there.
-        threads: Number of threads of the process.
-
-    Raises:
-        ConfigError: The run was begun with another recipe.
-        DataError: The held-out data cannot be read, or hold several turns of one conversation.
-        OutputError: The folder cannot be made.
-        LoraOverError: The run failed for another reason than its rate or its size.
+    Raises:     ConfigError: The run was begun with another recipe.     DataError: The held-out data cannot be read, or
+    hold several turns of one conversation.     OutputError: The folder cannot be made.     LoraOverError: The run
+    failed for another reason than its rate or its size.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,11 +150,7 @@ def another_recipe(folder: Path) -> ConfigError:
 
 
 def _train(recipe: Recipe, folder: Path, threads: int, lock: int) -> str:
-    """Run `loraover train`, which leaves its result or its failure in the folder.
-
-    Returns:
-        The last line that it printed, for a message if it left neither.
-    """
+    """Run `loraover train`, which leaves its result or its failure in the folder; return the last line it printed."""
     asked = _asked(folder)
     publish_text(asked, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "loraover.cli", "train", str(asked), "-o", str(folder)]
@@ -270,15 +259,9 @@ class KeptRun(RunOutcome):
 
 
 def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, RunOutcome]:
-    """Read the outcomes of all runs that are finished.
+    """Read the outcomes of all runs that are finished, in the study's folder or in those to reuse.
 
-    Args:
-        grid: The runs.
-        folder: The study's folder.
-        reuse: Folders of other studies, whose runs with the same recipe count as runs of this one.
-
-    Raises:
-        ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
+    Raises:     ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
     """
     own = {kept.run: kept for kept in read_kept(folder)}
     others: dict[str, RunOutcome] = {}
@@ -306,15 +289,7 @@ def read_kept(folder: Path) -> list[KeptRun]:
 
 
 def keep(folder: Path, outcomes: Mapping[Run, RunOutcome]) -> None:
-    """Add finished runs to those that a study's folder keeps; several processes may do so at once.
-
-    Args:
-        folder: The study's folder, which is made if it is missing.
-        outcomes: Outcomes of the runs.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Add finished runs to those that a study's folder keeps; several processes may do so at once."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with hold_lock(folder / f".{KEPT_FILE}.lock", wait=True):

@@ -301,12 +301,7 @@ def standing(task: TaskResult, result: MethodResult) -> tuple[Standing, str]:
 
 
 def signed(found: Sequence[float], digits: int) -> list[str]:
-    """Return a difference and the ends of its interval, with more digits where an end would look like zero.
-
-    Args:
-        found: The difference, and the two ends.
-        digits: Least number of decimal places.
-    """
+    """Return a difference and the ends of its interval, with more digits where an end would look like zero."""
     while digits < MOST_DIGITS and any(end != 0 == round(end, digits) for end in found[1:]):
         digits += 1
     return [f"{value:+z.{digits}f}" for value in found]

@@ -107,9 +107,6 @@ def verdict_of(report: StudyReport) -> Verdict:
     """Return whether LoRA-Over's loss is below a tuned plain LoRA's, above it, or cannot be told apart.
 
     The verdict is good only of a finished study whose rule was written down before the first run.
-
-    Args:
-        report: The study.
     """
     settings = _settings(report)
     if not settings:

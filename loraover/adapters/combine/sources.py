@@ -34,11 +34,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Sources:
-    """Adapters that have been read and checked.
-
-    Args:
-        adapters: The adapters.
-    """
+    """Adapters that have been read and checked."""
 
     adapters: tuple[AdapterDir, ...]
 
@@ -73,13 +69,7 @@ class Sources:
         return found[0].choice if is_one and not found[0].is_open else None
 
     def output(self, request: CombineRequest | ShrinkRequest, title: str, **more: Any) -> LoraOutput:
-        """Return the destination of a LoRA that is made of these adapters, with the base weights of `held_weights`.
-
-        Args:
-            request: The arguments of the verb.
-            title: Heading of the model card.
-            more: Further fields of the destination.
-        """
+        """Return the destination of a LoRA that is made of these adapters, with the base weights of `held_weights`."""
         held = held_weights(self)
         notes = [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"] if held else []
         return LoraOutput(

@@ -41,19 +41,8 @@ def compare_outputs(
 
     An exact conversion is compared with the noise of rounding as well: the distance of either from its twin. Each model
     has a base model in memory, since some kinds of adapters change the base weights when PEFT loads them; only the
-    converted adapter and its twin share one.
-
-    Args:
-        request: The arguments of the conversion.
-        adapter: The source, on its base model.
-        prompts: Token ids to run.
-        start_dtype: Data type to load the base model in, where PEFT starts the source from the loaded weights; None
-            means `compute_dtype`.
-        converted: Folder of the written adapter.
-        is_exact: Whether the conversion left nothing out, so that its logits have to be the source's.
-
-    Raises:
-        ConfigError: A base model that cannot be loaded for the source's task, or a device that is not there.
+    converted adapter and its twin share one. The base is loaded in `start_dtype`, where PEFT starts the source from the
+    loaded weights.
     """
     place, _ = choose_compute(request.device, request.compute_dtype)
     source, base, compute_dtype = adapter.layout, adapter.base.source, request.compute_dtype

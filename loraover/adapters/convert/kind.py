@@ -92,11 +92,7 @@ SERVED_HEADS = ("classifier", "score")
 
 
 def check_fields(layout: AdapterLayout[Any], method: AnyMethod) -> None:
-    """Refuse fields that change the adapter's function and that the method does not read.
-
-    Raises:
-        ExportError: Trained biases, a variant, or a field that this version does not know.
-    """
+    """Refuse fields that change the adapter's function and that the method does not read."""
     where = layout.path / CONFIG_FILE
     if layout.config.bias != "none":
         raise ExportError(

@@ -106,19 +106,14 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
     Otherwise, or with a smaller `rank`, it is the best approximation of that rank, with its error in the certificate.
 
     Returns:
-        The ranks and the certificate. If the certificate's verdict is "failed", nothing was written. If it is
-        "inconclusive", the adapter was written, but it changes logits too little for `check_error` to distinguish it
-        from an adapter that does nothing.
+        The ranks and the certificate: with the verdict "failed", nothing was written; "inconclusive" means that the
+        adapter, which was written, changes logits too little for `check_error` to tell it from one that does nothing.
 
     Raises:
-        ConfigError: Arguments that cannot be used, or a base model that cannot be read.
-        DataError: No usable prompt in the file.
-        CheckpointError: An adapter that cannot be trusted, of a kind that is not known, or whose file does not have the
-            modules that its configuration names.
-        ExportError: An adapter that does not change weights, changes more than weights, or has full rank while `rank`
-            is None; or `check_error` for an adapter whose files PEFT would misread.
-        FoldError: An element beyond the range of `dtype`.
-        OutputError: An output that cannot be written, or that exists and may not be replaced.
+        ConfigError, DataError: Arguments, a base model or prompts that cannot be used.
+        CheckpointError: An adapter that cannot be trusted, or of a kind that is not known.
+        ExportError: An adapter that no LoRA can stand for, or `check_error` of one whose files PEFT would misread.
+        FoldError, OutputError: An element beyond the range of `dtype`, or an output that cannot be written.
     """
     method, layout = read_method(request.source)
     base = resolve_base([layout], request.model, option=request.named("model"), say=request.report.line)
@@ -129,8 +124,8 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         _check_modules(method, adapter)
         start_dtype = None
         if method.starts_in_stored:
-            first = adapter.module(next(iter(layout.modules))).stored_weight()
-            start_dtype = next(short for short, long in COMPUTE_DTYPES.items() if f"torch.{long}" == str(first.dtype))
+            name = str(adapter.module(next(iter(layout.modules))).stored_weight().dtype)
+            start_dtype = next(short for short, long in COMPUTE_DTYPES.items() if f"torch.{long}" == name)
         if start_dtype not in (None, "fp32", "fp64"):
             notes.append(STARTED.format(dtype=start_dtype, model=as_written("model")))
         compare = _comparison(request, method, adapter, start_dtype) if request.check_error else None
@@ -150,28 +145,10 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         if others:
             notes.append(f"{', '.join(modules)} of modules_to_save was taken over as it is: {len(others)} tensors")
         places = list(method.places(adapter))
-        tied = [place.path for place in places if place.path in weights.tied]
-        if len(tied) > 1:
+        if len(tied := [place.path for place in places if place.path in weights.tied]) > 1:
             notes.append(TIED.format(modules=", ".join(tied)))
-        config, rank = adapter.config, request.approximate_to_rank
-        is_named = config.base_model_name_or_path is not None and base.moved is None
-        target = LoraOutput(
-            request.output,
-            request.command(),
-            f"Plain LoRA from a {config.peft_type} adapter",
-            {} if rank is None else {"rank": str(rank)},
-            [request.source],
-            config.base_model_name_or_path if is_named else base.name,
-            config.revision if is_named else base.revision,
-            config.task_type,
-            request.dtype,
-            request.force,
-            others,
-            modules or None,
-            stacks_of(adapter),
-            notes,
-        )
-        work = (partial(approximate, place, layout, rank, ranks) for place in places)
+        target = _target(request, adapter, others=others, modules_to_save=modules or None, notes=notes)
+        work = (partial(approximate, place, layout, request.approximate_to_rank, ranks) for place in places)
         certificate = write_lora(work, len(places), target, request.report, check)
     exact = max(ranks.values())
     return ConvertReport(
@@ -181,6 +158,26 @@ def convert_adapter(request: ConvertRequest) -> ConvertReport:
         vllm=VllmFit.of(certificate.rank),
         engines=VllmFit.of(exact).in_words(),
         certificate=certificate,
+    )
+
+
+def _target(request: ConvertRequest, adapter: Adapter[Any], **more: Any) -> LoraOutput:
+    """Return the destination of a conversion, which names the base model that the adapter names, where it may."""
+    config, base, rank = adapter.config, adapter.base.source, request.approximate_to_rank
+    is_named = config.base_model_name_or_path is not None and base.moved is None
+    return LoraOutput(
+        request.output,
+        request.command(),
+        f"Plain LoRA from a {config.peft_type} adapter",
+        asked={} if rank is None else {"rank": str(rank)},
+        sources=[request.source],
+        base_model=config.base_model_name_or_path if is_named else base.name,
+        revision=config.revision if is_named else base.revision,
+        task_type=config.task_type,
+        dtype=request.dtype,
+        force=request.force,
+        stacks=stacks_of(adapter),
+        **more,
     )
 
 
@@ -233,14 +230,7 @@ class FullRankError(ExportError):
 
 
 def approximate(place: Place, layout: AdapterLayout[Any], rank: int | None, ranks: dict[str, int]) -> Approximation:
-    """Return the factors to write for a module: exact where its rank allows it, else the best of a smaller rank.
-
-    Args:
-        place: The module.
-        layout: The adapter, for messages.
-        rank: Largest rank of the result; None means exact.
-        ranks: Receives the exact rank of the module, by its path.
-    """
+    """Return the factors to write for a module: exact where `rank` allows it, else the best of that rank."""
     found = place.delta()
     factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value,)
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):

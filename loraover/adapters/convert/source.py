@@ -87,17 +87,7 @@ def read_peft_type(path: Path) -> str:
 def read_layout(
     path: Path, config: type[Config], names: tuple[str, ...], shared: tuple[str, ...]
 ) -> AdapterLayout[Config]:
-    """Read the configuration and the keys of an adapter.
-
-    Args:
-        path: Folder of the adapter.
-        config: Class of its configuration.
-        names: Names of the tensors of a module.
-        shared: Names of the tensors that belong to all modules.
-
-    Raises:
-        CheckpointError: A file that is missing or cannot be trusted, or no adapted module.
-    """
+    """Read the configuration and the keys of an adapter."""
     read = read_json(path / CONFIG_FILE, config)
     wanted = re.compile(rf"{re.escape(KEY_PREFIX)}(?P<module>.+)\.(?P<name>{'|'.join(map(re.escape, names))})")
     modules: dict[str, set[str]] = {}
@@ -121,13 +111,7 @@ def read_layout(
 
 @dataclass(frozen=True)
 class Adapter(Generic[Config]):
-    """An adapter whose tensors can be read, on the base model that it belongs to.
-
-    Args:
-        layout: What its files hold.
-        file: Its open file of tensors.
-        base: Its base model.
-    """
+    """An adapter whose tensors can be read, on the base model that it belongs to."""
 
     layout: AdapterLayout[Config]
     file: TensorFile
@@ -139,11 +123,7 @@ class Adapter(Generic[Config]):
         return self.layout.config
 
     def module(self, path: str) -> Module[Config]:
-        """Return an adapted module.
-
-        Raises:
-            ExportError: The base model has no such module, or one that is neither a linear layer nor an embedding.
-        """
+        """Return an adapted module."""
         if path not in self.base.shapes:
             there = self.base.modules.get(path)
             found = (
@@ -159,11 +139,7 @@ class Adapter(Generic[Config]):
         return Module(self, path)
 
     def shared(self, name: str) -> Tensor | None:
-        """Return a tensor that belongs to all modules, in float64; None if the file does not hold it.
-
-        Raises:
-            CheckpointError: It holds integers, NaN or infinity.
-        """
+        """Return a tensor that belongs to all modules, in float64; None if the file does not hold it."""
         return _wide(self.file, f"base_model.{name}") if name in self.layout.shared else None
 
     @cached_property
@@ -210,16 +186,7 @@ class Module(Generic[Config]):
         return name in self.adapter.layout.modules[self.path]
 
     def tensor(self, name: str, *shape: int | None) -> Tensor:
-        """Return a tensor of this module, in float64; a tensor of indices keeps its type.
-
-        Args:
-            name: Name of the tensor.
-            shape: Expected shape, where None stands for any size; without it, any shape is accepted.
-
-        Raises:
-            CheckpointError: The file does not hold it, or it has another shape, or NaN, infinity or numbers of a type
-                that is not floating-point.
-        """
+        """Return a tensor of this module, in float64; a tensor of indices keeps its type."""
         where = f"{self.adapter.layout.tensors_path}: {self.path}.{name}"
         if not self.has(name):
             raise CheckpointError(f"{where} is missing; the file is incomplete, or of another kind of adapter.")

@@ -95,11 +95,7 @@ class SingularValues:
         return OF_NORMS * (self.residual + (self.departure + gamma(len(self.s) + 2, U64)) * error)
 
     def numerical_rank(self, noise: float = 0.0) -> int:
-        """Return the smallest rank whose error cannot be distinguished from rounding; 0 for a matrix of rounding only.
-
-        Args:
-            noise: Further error of the matrix, as a Frobenius norm, such as `factor_noise`.
-        """
+        """Return the smallest rank whose error cannot be told from rounding; 0 if all of the matrix is rounding."""
         tails = self.s.flip(0).square().cumsum(0).sqrt().flip(0)  # error of the ranks 0, 1, ...
         return sum(float(tail) > self._noise_of(float(tail)) + noise for tail in tails)
 
@@ -156,9 +152,6 @@ def dense_svd(matrix: Tensor) -> SingularValues:
 
     It takes some 14 m n min(m, n) multiplications and the memory of four copies of the matrix: seconds for 1024 x 4096,
     and minutes for 4096 x 14336, for each module.
-
-    Raises:
-        FoldError: The matrix is beyond the range of float64.
     """
     _check_range(float(matrix.norm()))
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
@@ -213,18 +206,10 @@ def sum_norm(factors: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 
 def principal_angles(one: Tensor, other: Tensor) -> list[float]:
-    """Return the principal angles between two spaces, in radians, the smallest first.
+    """Return the min(p, q) principal angles between the spaces of orthonormal columns, the smallest first.
 
-    Small angles come from their sines and large ones from their cosines, so that none loses digits.
-
-    Args:
-        one: Orthonormal columns, (n, p).
-        other: Orthonormal columns, (n, q).
-
-    Returns:
-        min(p, q) angles.
-
-    Source: Björck and Golub 1973, doi:10.1090/S0025-5718-1973-0348991-3.
+    Small angles come from their sines and large ones from their cosines, so that none loses digits (Björck and Golub
+    1973, doi:10.1090/S0025-5718-1973-0348991-3).
     """
     wide, narrow = (one, other) if one.shape[1] >= other.shape[1] else (other, one)
     if narrow.shape[1] == 0:

@@ -60,13 +60,7 @@ STORAGE = {
 def write_plain(
     adapter: AdapterDir, file: Path, dtype: str, on_tensor: Callable[[int], None] = lambda done: None
 ) -> list[MatrixCertificate]:
-    """Write A and B of a plain LoRA with one rank and scaling 1, each rounded once, and certify each matrix.
-
-    Raises:
-        CheckpointError: A file that cannot be read, or holds NaN.
-        ExportError: An adapter of stacked experts.
-        FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
-    """
+    """Write A and B of a plain LoRA with one rank and scaling 1, each rounded once, and certify each matrix."""
     if adapter.stacks:
         raise ExportError(f"{adapter.path}: it adapts stacked experts, which needs PyTorch: {install('torch')}")
     storage, certificates = STORAGE[dtype], []
@@ -81,7 +75,12 @@ def write_plain(
             padding = ((0, missing), (0, 0)) if side == "A" else ((0, 0), (0, missing))
             exact, bound = np.pad(exact, padding), np.pad(bound, padding)
             bits = _rounded(key, exact, dtype)
-            errors = _errors(_widened(bits), exact, bound, storage)
+            size, numbers = np.abs(exact), _widened(bits)
+            allowed = np.maximum((size + bound) * storage.roundoff, storage.subnormal / 2) + bound
+            error, is_zero, is_small = np.abs(numbers - exact), numbers == 0, np.abs(numbers) < storage.normal
+            lost = Underflow(int((is_zero & (exact != 0)).sum()), int((~is_zero & is_small).sum()))
+            norm, error_norm, bound_norm = (float(np.linalg.norm(x)) for x in (exact, error, allowed))
+            errors = Errors(norm, error_norm, bound_norm, float((error / allowed).max(initial=0.0)), lost)
             name = site_name(key)
             assert name is not None, "of a key of A or B"
             m, n = exact.shape
@@ -131,17 +130,6 @@ def _widened(rounded: NDArray[np.generic]) -> Numbers:
     if rounded.dtype == np.uint16:
         return (rounded.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return rounded.astype(np.float64)
-
-
-def _errors(written: Numbers, exact: Numbers, bound: Numbers, storage: _Storage) -> Errors:
-    """Measure errors against their bounds: the product's, and one rounding to the storage type."""
-    size = np.abs(exact)
-    allowed = np.maximum((size + bound) * storage.roundoff, storage.subnormal / 2) + bound
-    error = np.abs(written - exact)
-    is_zero = written == 0
-    lost = Underflow(int((is_zero & (exact != 0)).sum()), int((~is_zero & (np.abs(written) < storage.normal)).sum()))
-    norm, error_norm, bound_norm = (float(np.linalg.norm(x)) for x in (exact, error, allowed))
-    return Errors(norm, error_norm, bound_norm, float((error / allowed).max(initial=0.0)), lost)
 
 
 def write_uniform(

@@ -132,23 +132,11 @@ def write_lora(
     """Compute modules on threads, round each matrix once, and publish them as a plain PEFT LoRA with a certificate.
 
     The adapter has one rank, to which smaller ones are padded with zeros, and scaling 1, so that every engine reads it
-    in the same way. The file is read back, and must equal the certified matrices bit for bit. In memory are the
-    rounded matrices, and the factors in float64 of a few modules.
+    in the same way. The file is read back, and must equal the certified matrices bit for bit. In memory are the rounded
+    matrices, and the factors in float64 of a few modules, since `work` is read a few modules ahead of the threads.
+    `check` sees an adapter whose matrices passed, before it is published.
 
-    Args:
-        work: One computation for each module. The iterable is read a few modules ahead of the threads.
-        total: Number of modules, for the progress.
-        target: Destination.
-        report: Receiver of progress.
-        check: Called with an adapter whose matrices passed, before it is published; if it raises, nothing is left.
-
-    Returns:
-        The certificate, which the output holds too. If its verdict is "failed", nothing was written.
-
-    Raises:
-        ExportError: Every delta_W is zero, or two belong to one module.
-        FoldError: An element beyond the range of the storage type, or a file that does not hold what was written.
-        OutputError: An output that cannot be written, or that exists and may not be replaced.
+    Returns:     The certificate, which the output holds too. If its verdict is "failed", nothing was written.
     """
     target.check()
     with publish_directory(target.output, replace=target.force) as draft:

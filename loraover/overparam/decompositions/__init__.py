@@ -24,15 +24,7 @@ _READER: TypeAdapter[Decomposition] = TypeAdapter(AnyDecomposition)
 
 
 def make_decomposition(name: str, options: Mapping[str, Any] | None = None) -> Decomposition:
-    """Return the decomposition of a name, with some options.
-
-    Args:
-        name: Key of `DECOMPOSITIONS`.
-        options: Options by name; absent ones have their defaults.
-
-    Raises:
-        ConfigError: The name or an option is unknown, or an option is out of range; all faults are listed.
-    """
+    """Return the decomposition of a name, with some options; a ConfigError lists all faults of name and options."""
     if name not in DECOMPOSITIONS:
         raise ConfigError(f"decomposition is {name!r}, expected one of {', '.join(DECOMPOSITIONS)}.")
     given = dict(options or {})

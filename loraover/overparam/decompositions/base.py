@@ -67,18 +67,11 @@ class Decomposition(ABC):
         return tuple(range(len(self.core_shapes(m, n)))) if self.trains_all else (self.centre(m, n),)
 
     def init(self, matrices: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...]:
-        """Make cores whose contraction is `matrices`, up to rounding.
+        """Make float64 cores (G, p_k, q_k) whose contraction is `matrices` (G, m, n), up to rounding.
 
         A zero matrix gets a zero centre core and isometric auxiliary cores, so that the product is zero but the
-        centre's gradient is not.
-
-        Args:
-            matrices: Matrices (G, m, n), float64.
-            generators: One CPU generator per matrix. No other source of random numbers is used, so that every process
-                and every grouping of the matrices makes the same cores.
-
-        Returns:
-            One float64 tensor (G, p_k, q_k) per core.
+        centre's gradient is not. Each matrix has a generator of its own, and nothing else is random, so that every
+        process and every grouping of the matrices makes the same cores.
         """
         # One by one: a batched factorisation rounds differently, depending on where a matrix lies in memory.
         each = [self.init_one(matrix.clone(), g) for matrix, g in zip(matrices, generators, strict=True)]
@@ -166,16 +159,7 @@ class Decomposition(ABC):
 
 
 def random_coisometry(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """Draw a random matrix P with P P^T = I.
-
-    Args:
-        generator: CPU generator of the random numbers.
-        rows: Number of rows.
-        columns: Number of columns, at least `rows`.
-
-    Returns:
-        P (rows, columns), float64, Haar-distributed.
-    """
+    """Draw a Haar-distributed float64 matrix P (rows, columns) with P P^T = I from a CPU generator."""
     q, r = torch.linalg.qr(torch.randn(columns, rows, generator=generator, dtype=torch.float64))
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     coisometry: Tensor = (q * signs).mT

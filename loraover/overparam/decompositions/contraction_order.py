@@ -116,29 +116,20 @@ def _searched(chain: CoreShapes, tokens: int) -> Order:
 
 
 def apply_chain(chain: CoreShapes, cores: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Return the activations times the matrix that the cores represent, without forming it.
+    """Return activations (G, tokens, columns) times the matrix that the cores represent, without forming it.
 
-    Args:
-        chain: Shapes of the cores.
-        cores: Core k (G, bonds[k], rows[k], columns[k], bonds[k + 1]).
-        x: Activations (G, tokens, columns), in the cores' dtype.
-
-    Returns:
-        Shape (G, tokens, rows).
+    Core k is (G, bonds[k], rows[k], columns[k], bonds[k + 1]).
     """
     order = cheapest_order(chain, x.shape[1])
-    taken = [_product(cores[step.first : step.last]) for step in order.steps]
+    taken = []
+    for step in order.steps:  # the product of neighbouring cores: (G, bond, rows, columns, bond)
+        product = cores[step.first]
+        for core in cores[step.first + 1 : step.last]:
+            product = torch.einsum("gamcb,gbndk->gamncdk", product, core).flatten(4, 5).flatten(2, 3)
+        taken.append(product)
     at_once = max(1, STATE_AT_ONCE.get(x.device.type, STATE_AT_ONCE["cpu"]) // order.largest)
     pieces = [_apply_steps(order.steps, taken, piece) for piece in torch.split(x, at_once, dim=1)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-
-
-def _product(cores: Sequence[Tensor]) -> Tensor:
-    """Multiply neighbouring cores with one another: (G, bond, rows, columns, bond)."""
-    product = cores[0]
-    for core in cores[1:]:
-        product = torch.einsum("gamcb,gbndk->gamncdk", product, core).flatten(4, 5).flatten(2, 3)
-    return product
 
 
 def _apply_steps(steps: Sequence[Step], taken: Sequence[Tensor], x: Tensor) -> Tensor:

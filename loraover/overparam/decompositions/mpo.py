@@ -90,11 +90,7 @@ class Mpo(Decomposition):
         return hash((self.num_cores, tuple(sorted(self.modes.items())), self.bonds, self.expansion, self.gauge))
 
     def layout(self, m: int, n: int) -> CoreShapes:
-        """Return the modes and bonds for an m x n matrix.
-
-        Raises:
-            ShapeError: A given bond is narrower than a full one, so that the cores could not represent every matrix.
-        """
+        """Return the modes and bonds for an m x n matrix; a ShapeError if a bond cannot represent every matrix."""
         return _layout(self, m, n)
 
     def core_shapes(self, m: int, n: int) -> tuple[tuple[int, int], ...]:

@@ -79,18 +79,7 @@ def settle(
 ) -> Settled:
     """Check the rows of a recipe, and give the values that it leaves to them, to its method and to this machine.
 
-    Args:
-        recipe: The recipe.
-        name: Key of `TRAINERS`.
-        source: The base model.
-        tokenizer: Its tokenizer; None if a plan finds none.
-        examples: Its rows; None if a plan does not read them.
-        report: Receiver of the values with their reasons, and of what is cut.
-        gpus: GPUs that a plan is for; None: this machine.
-
-    Raises:
-        ConfigError: The recipe does not fit its model or this machine.
-        DataError: Rows that cannot be learned, or none that keeps anything to learn from.
+    A plan may have no tokenizer and no rows, and may be for `gpus` in place of this machine.
     """
     processor, counted = None, list[list[Tokens]]()
     if examples is not None and tokenizer is not None:

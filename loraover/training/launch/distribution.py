@@ -87,11 +87,7 @@ def check_processes(recipe: Recipe, *, starts: bool = True) -> None:
 
 
 def accumulation(recipe: Recipe) -> int:
-    """Return the micro-batches that this process accumulates, so that a step is that of the recipe's processes.
-
-    Raises:
-        ConfigError: Their number is not a whole one.
-    """
+    """Return the micro-batches that this process accumulates, so that a step is that of the recipe's processes."""
     here, asked = launched().size, recipe.distributed.processes or 1
     in_a_step = recipe.training.gradient_accumulation_steps * asked
     if in_a_step % here:

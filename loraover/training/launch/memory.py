@@ -33,12 +33,7 @@ QUANTISED = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0, "torchao-int8": 1.0}
 
 @dataclass(frozen=True)
 class Gpus:
-    """GPUs that a plan is for, which need not be here; a process trains on each of them.
-
-    Args:
-        count: Number of GPUs.
-        memory: Bytes that each of them has.
-    """
+    """GPUs that a plan is for, each with so many bytes; they need not be here. A process trains on each of them."""
 
     count: int
     memory: int

@@ -119,11 +119,7 @@ def use_one_device(arguments: Any, report: Reporter) -> None:
 
 
 def check_keys(recipe: Recipe) -> None:
-    """Check the keys of a recipe whose model is not known yet, so that its trainer may be either of the defaults.
-
-    Raises:
-        ConfigError: A key, or the type of a value, that no class takes.
-    """
+    """Check the keys of a recipe whose model is not known yet, so that its trainer may be either of the defaults."""
     faults = []
     for name in (recipe.trainer,) if recipe.trainer else ("seq2seq", "sft"):
         try:
@@ -142,26 +138,13 @@ def check_keys(recipe: Recipe) -> None:
 
 
 def lora_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of PEFT's LoraConfig in a recipe, with their types checked.
-
-    Raises:
-        ConfigError: LoraConfig does not have a key, or not with such a value.
-    """
+    """Return the options of PEFT's LoraConfig in a recipe, with their types checked."""
     options = _checked(recipe.lora, LoraConfig, "lora", LORA_SETS)
     return {key: value for key, value in options.items() if key != "start_from"}
 
 
 def build(kind: Any, part: str, options: Mapping[str, Any]) -> Any:
-    """Make an object of another library's class of settings.
-
-    Args:
-        kind: The class.
-        part: Key of the recipe that holds its settings, for messages.
-        options: The settings.
-
-    Raises:
-        ConfigError: The class refuses them.
-    """
+    """Make an object of another library's class, or raise ConfigError that names `part`, the recipe's key for it."""
     try:
         return kind(**options)
     except (ImportError, ValueError, TypeError, AttributeError, NotImplementedError, *PATTERN_ERRORS) as error:

@@ -56,11 +56,7 @@ class Examples:
         return together((part.origin, part.skipped) for part in self.parts)
 
     def without(self, bad: Sequence[BadRows]) -> Examples:
-        """Return the rows without those that cannot be learned, and count these.
-
-        Args:
-            bad: Bad rows of each part.
-        """
+        """Return the rows without those that cannot be learned, given for each part, and count these."""
         parts = []
         for part, one in zip(self.parts, bad, strict=True):
             kept = _only(part, [i for i in range(len(part.rows)) if i not in one.examples])
@@ -234,11 +230,8 @@ def _word_problems(recipe: Recipe, form: RowForm, wanted: int) -> tuple[Rows, Ro
 def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
     """Interleave sources in the shares of their weights, or of their rows, until every row was taken once.
 
-    A source whose share is larger than its rows are repeats them, so that a weight is kept until the end. The order is
+    A source repeats its rows if its share is larger than they are, so that a weight is kept until the end. The order is
     the same for every seed, which shuffles the rows in training.
-
-    Raises:
-        DataError: A weight is so small that the other sources would be repeated for very long.
     """
     from datasets import Dataset, interleave_datasets
 
@@ -290,13 +283,7 @@ def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -
 
 
 def check_rows(recipe: Recipe, name: str, tokenizer: Any, examples: Examples) -> None:
-    """Check that a recipe's trainer can learn the chat messages, margins and images among its rows.
-
-    Raises:
-        ConfigError: Answers are to be generated, and rows hold images, tools or no prompt and completion.
-        DataError: Chat messages that the trainer or the tokenizer does not take, or that only some rows have; a margin
-            that is no number, or that only some rows have; or rows with images and tools, which TRL leaves out.
-    """
+    """Check that a recipe's trainer can learn the chat messages, margins and images among its rows."""
     for part in examples.parts:
         _check_chat(recipe, name, tokenizer, part)
         margins = [row.get("margin") for row in part.rows]

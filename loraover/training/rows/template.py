@@ -79,11 +79,7 @@ def learned(rows: Rows, name: str) -> Rows:
 
 
 def checked(row: Row, part: str | None, reads: Any, where: str) -> str:
-    """Return the text as `spelt` does, with errors that name the row.
-
-    Raises:
-        DataError: The chat template refuses the messages.
-    """
+    """Return the text as `spelt` does, or raise DataError that names the row whose messages the template refuses."""
     try:
         return spelt(row, part, reads)
     except REFUSALS as error:

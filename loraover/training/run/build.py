@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -76,17 +76,7 @@ class Prepared(Settled):
 
 
 def build(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
-    """Load and make everything that a run needs, and check it before the first step.
-
-    Args:
-        recipe: The recipe of the run.
-        output: The run's folder, into which the recipe is written with the commits of model and data.
-        report: Receiver of progress.
-
-    Raises:
-        ConfigError: The recipe does not fit its model, its data or this machine.
-        DataError: The data cannot be read, have changed since a run that is resumed, or hold no example to learn from.
-    """
+    """Load, make and check everything that a run needs, and write the recipe with its commits into the run's folder."""
     ranks = launched()
     check_names(recipe)
     if recipe.distributed.processes is None and ranks.size > 1:
@@ -108,7 +98,12 @@ def build(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
     recipe, method, examples = settled.recipe, settled.method, settled.examples or read
     sets = make_sets(examples)
     note_slow_precision(recipe, report)
-    ranks.write(write_recipe, output, _pinned(recipe, source, examples))
+    held_out = None if examples.test is None else examples.test.revision
+    pinned = recipe.changed("data", revision=examples.train.revision or held_out)
+    if recipe.distributed.processes == 1:
+        pinned = pinned.changed("distributed", processes=None)  # so that other recipes stay as they are
+    pinned = pinned.model_copy(update={"model": source.name, "model_revision": source.revision})
+    ranks.write(write_recipe, output, pinned)
     ranks.write(keep_digests, output, examples, own_template(recipe))
     ranks.meet()
 
@@ -118,40 +113,26 @@ def build(recipe: Recipe, output: Path, report: Reporter) -> Prepared:
             "training.eval_strategy or training.eval_on_start asks for an evaluation during training, and nothing is "
             "held out. Leave them out, set evaluation.examples above 0, or name held-out rows in data.test."
         )
-    made = _make_model(settled, examples, output, report)
-
-    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
-    progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
-    trainer = make_trainer(settled, made.model, sets, arguments, progress, over)
-    end_preparation(recipe)
-    _check_steps(trainer, settled, made.model, report)
-    method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
-    known = vars(settled) | made._asdict() | {"examples": examples, "pushed_base": named}
-    return Prepared(**known, output=output, report=report, trainer=trainer, progress=progress, callback=over)
-
-
-class _Made(NamedTuple):
-    """Fields of `Prepared` that belong to its model."""
-
-    model: PreTrainedModel | PeftModel
-    untrained: dict[str, Factors] | None
-    trained: int
-    started_from: StartedFrom | None
-
-
-def _make_model(settled: Settled, examples: Examples, output: Path, report: Reporter) -> _Made:
-    """Seed the run, load the base model, and add the parameters that are trained."""
-    recipe, method, start = settled.recipe, settled.method, None
     set_seed(recipe.training.seed)
     model: Any = _load_base(settled, examples)
+    start = None
     if recipe.method != "full":
-        model = with_adapter(model, recipe, TRAINERS[settled.trainer_name].task, settled.source, method)
-        start = start_from_adapter(model, recipe, settled.source, output, report)
-    untrained = factors(model) if recipe.trains_only_products else None
+        model = with_adapter(model, recipe, TRAINERS[name].task, source, method)
+        start = start_from_adapter(model, recipe, source, output, report)
+    known = vars(settled) | {"examples": examples, "output": output, "report": report, "pushed_base": named}
+    known |= {"model": model, "untrained": factors(model) if recipe.trains_only_products else None}
     method.freeze(model)
     method.start(model)
     _check_precision(model, report)
-    return _Made(model, untrained, count_trained(model, method), start)
+    known |= {"trained": count_trained(model, method), "started_from": start}
+
+    over = LoraOverCallback(recipe.over) if recipe.method == "lora-over" else None
+    progress = TrainingProgress(report, output / METRICS_FILE if ranks.is_first else None)
+    trainer = make_trainer(settled, model, sets, arguments, progress, over)
+    end_preparation(recipe)
+    _check_steps(trainer, settled, model, report)
+    method.check(planned_steps(recipe, trainer), len(trainer.train_dataset))
+    return Prepared(**known, trainer=trainer, progress=progress, callback=over)
 
 
 def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
@@ -162,15 +143,6 @@ def note_slow_precision(recipe: Recipe, report: Reporter) -> None:
             f"training.bf16 is true, and this CPU ({capability}, without AMX) is slow in it: float32 takes twice the "
             "memory for the base model, and less time"
         )
-
-
-def _pinned(recipe: Recipe, source: ModelSource, examples: Examples) -> Recipe:
-    """The recipe with the commits of model and data that the run uses, and the number of its processes if several."""
-    held_out = None if examples.test is None else examples.test.revision
-    if recipe.distributed.processes == 1:
-        recipe = recipe.changed("distributed", processes=None)  # so that other recipes stay as they are
-    recipe = recipe.changed("data", revision=examples.train.revision or held_out)
-    return recipe.model_copy(update={"model": source.name, "model_revision": source.revision})
 
 
 def _load_base(settled: Settled, examples: Examples) -> PreTrainedModel:

@@ -153,11 +153,7 @@ def _check_unfinished(output: Path) -> None:
 
 
 def has_begun(output: Path) -> bool:
-    """Whether a folder holds a run that can be continued; leftovers of a run that was killed earlier are removed.
-
-    Args:
-        output: The run's folder.
-    """
+    """Whether a folder holds a run that can be continued; leftovers of a run that was killed earlier are removed."""
     if (output / RECIPE_FILE).is_file():
         return True
     left = sorted(output.rglob("*")) if output.is_dir() and not is_locked(output / LOCK_FILE) else []

@@ -193,19 +193,9 @@ def exact_match(
     answer: Literal["number", "text"] = "number",
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Share of examples whose greedily generated answer equals the reference.
+    """Share of examples whose greedily generated answer equals the reference; 0 without examples.
 
-    Args:
-        model: A causal model or an encoder-decoder.
-        tokenizer: Its tokenizer.
-        rows: Examples with `prompt` and `completion`, each a text or chat messages.
-        max_new_tokens: Largest number of tokens in an answer.
-        batch_size: Number of examples generated together, left-padded.
-        answer: What is compared: the final number, or the text without white space around it.
-        on_batch: Called with the number of examples that are done.
-
-    Returns:
-        A share from 0 to 1; 0 without examples. Where numbers are compared, an answer without one is wrong.
+    Compared are final numbers, where an answer without one is wrong, or texts without the white space around them.
     """
     if not rows:
         return 0.0

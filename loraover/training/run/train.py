@@ -80,12 +80,12 @@ def train(
     command: str | None = None,
     record: bool = False,
 ) -> RunResult:
-    """Train an adapter as a recipe says.
+    """Train an adapter as a recipe says, and return the contents of `run.json`.
 
     Args:
         recipe: A recipe, the name of one that ships, or a YAML file; None: see `load_recipe`.
-        output: A new folder; with `resume`, the folder of the run to continue. A run that fails leaves `failure.json`
-            in it, see `record_failure`.
+        output: A new folder; with `resume`, the folder of the run to continue. It gets the folder `adapter`, or `model`
+            for method full. A run that fails leaves `failure.json` in it.
         overrides: Values in place of the recipe's, by dotted key, e.g. `{"training.seed": 1}`.
         resume: Continue from the last complete checkpoint in `output`, or from the start if there is none. "auto": also
             begin a run that is not there, and return the result of one that is finished.
@@ -93,18 +93,12 @@ def train(
         command: Command line for the model card; None: the one of `loraover train` with these arguments.
         record: Also record the adapter's reference beside it, as `loraover record` does, before it is pushed.
 
-    Returns:
-        The contents of `run.json`. What was trained is in `output/adapter`, or `output/model` for method full.
-
     Raises:
-        ConfigError, DataError, CheckpointError, OutputError: The request cannot be used; the message says what was
-            found and what was expected. A run that is refused before its first step leaves no folder. If only the
-            reference could not be recorded, or the push failed, the run is finished.
-        DivergedError: Weights are no longer finite at the end, or in the checkpoint to resume from; or the held-out
-            loss or the norm of the change is not.
+        ConfigError, DataError, CheckpointError, OutputError: The request cannot be used. A run that is refused before
+            its first step leaves no folder. If only the record or the push failed, the run is finished.
+        DivergedError: Weights, the held-out loss or the norm of the change are not finite.
         FoldError: The result is the untrained model, although the training loss fell.
-        ProcessError: Another process that trains the run has failed or does not answer. Any other error of one process
-            ends all of them.
+        ProcessError: Another process of the run has failed or does not answer.
     """
     output, ranks = Path(output), launched()
     with ranks.together(), quiet_libraries_within(bars=report.shows_bars and ranks.is_first):
@@ -124,25 +118,8 @@ def train(
                 f"{METHODS[asked.method].no_resume}. Start a new run in another folder."
             )
         with ranks.held(lambda: claim(output, resume=continues)):
-            ranks.meet()
-            if not (output / LOCK_FILE).exists():
-                raise ConfigError(
-                    f"{output}: process {ranks.rank} does not see this folder, which process 0 has made. Name one on a "
-                    "disk that all machines of the run share."
-                )
-            asked, run = with_commits(asked, output) if continues else asked, None
-            try:
-                run = build(asked, output, report)
-                result = fit(run, resume=continues, command=command)
-            except BaseException as error:
-                has_stepped = run is not None and run.trainer.state.global_step > 0
-                agreed = ranks.agreed(unwritable(error, output))
-                ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=continues)
-                shown = explained(agreed, has_stepped)
-                if shown is error:
-                    raise
-                raise shown from error
-            arguments, base = run.trainer.args, run.pushed_base
+            run, result = _run(asked, output, report, continues, command)
+            asked, arguments, base = run.recipe, run.trainer.args, run.pushed_base
             del run  # and with it the trained model, before another one is loaded
             ranks.meet()
             adapter = product(asked, output)
@@ -153,6 +130,29 @@ def train(
                 card = "" if base is None else _card(asked, result, base, command)
                 ranks.write(upload, asked, adapter, report, base, card)
             return result
+
+
+def _run(recipe: Recipe, output: Path, report: Reporter, continues: bool, command: str) -> tuple[Prepared, RunResult]:
+    """Build and fit a run in its claimed folder, which keeps the reason where that fails."""
+    ranks = launched()
+    ranks.meet()
+    if not (output / LOCK_FILE).exists():
+        raise ConfigError(
+            f"{output}: process {ranks.rank} does not see this folder, which process 0 has made. Name one on a disk "
+            "that all machines of the run share."
+        )
+    recipe, run = with_commits(recipe, output) if continues else recipe, None
+    try:
+        run = build(recipe, output, report)
+        return run, fit(run, resume=continues, command=command)
+    except BaseException as error:
+        has_stepped = run is not None and run.trainer.state.global_step > 0
+        agreed = ranks.agreed(unwritable(error, output))
+        ranks.write(record_failure, output, agreed, has_stepped=has_stepped, is_resumed=continues)
+        shown = explained(agreed, has_stepped)
+        if shown is error:
+            raise
+        raise shown from error
 
 
 def _command(
@@ -168,16 +168,7 @@ def _command(
 
 
 def fit(run: Prepared, *, resume: bool, command: str) -> RunResult:
-    """Measure, take the steps, measure again, and publish what was trained with its result.
-
-    Args:
-        run: The run, which is changed.
-        resume: Whether to continue from the last complete checkpoint, if there is one.
-        command: Command line for the model card.
-
-    Raises:
-        DivergedError, FoldError: As `train`.
-    """
+    """Measure, take the steps, measure again, and publish what was trained with its result."""
     recipe, output, report, ranks = run.recipe, run.output, run.report, launched()
     check_room(run)
     before = measure(run, BEFORE, has_begun=False)
@@ -306,11 +297,7 @@ def _check_trained(result: RunResult, losses: Sequence[float]) -> None:
 def _publish(
     run: Prepared, result: RunResult, command: str, resume: bool, weights: Mapping[str, Tensor] | None
 ) -> None:
-    """Write the adapter folder, then the run's result; a process that was killed may have left the folder alone.
-
-    Args:
-        weights: A, B and whatever else was trained, where the model holds only this process's part of them.
-    """
+    """Write the adapter folder, then the run's result; `weights` replace those of which the model holds only a part."""
     card = _card(run.recipe, result, run.source, command)
     with publish_directory(product(run.recipe, run.output), replace=resume) as draft:
         run.model.save_pretrained(draft, state_dict=weights)

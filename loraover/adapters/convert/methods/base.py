@@ -34,11 +34,7 @@ ROUNDINGS = 16
 
 
 def rounding(*lengths: int) -> float:
-    """Return a bound of the rounding in a matrix, in units of the norm of all that is added up in it.
-
-    Args:
-        lengths: The matrix's dimensions, and the rank of its factors.
-    """
+    """Return a bound of the rounding in a matrix, in units of the norm of all that is added up in it."""
     return gamma(ROUNDINGS * sum(lengths), U64)
 
 
@@ -64,12 +60,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dense:
-    """delta_W as a matrix (out_features, in_features) in float64, which has full rank in general.
-
-    Args:
-        value: The matrix.
-        operands: Frobenius norm of what may cancel in it, such as the base weight; 0 if nothing does.
-    """
+    """delta_W as a float64 matrix, in general of full rank, and the norm of operands that cancel in it, or 0."""
 
     value: Tensor
     operands: float = 0.0
@@ -82,13 +73,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Place:
-    """A module of the base model that an adapter changes.
-
-    Args:
-        path: Path of the module.
-        embedding: Whether it is an embedding, whose delta_W has shape (dimension, tokens).
-        delta: Computation of delta_W, which any thread may run.
-    """
+    """A module of the base model that an adapter changes; delta_W of an embedding has shape (dimension, tokens)."""
 
     path: str
     embedding: bool
@@ -137,11 +122,7 @@ class ConversionMethod(ABC, Generic[Config]):
             yield from self.place(adapter, path)
 
     def place(self, adapter: Adapter[Config], path: str) -> Iterator[Place]:
-        """Yield one adapted module with the result of `delta`.
-
-        Raises:
-            ExportError: The base model has no such module, or it is an embedding, which this kind does not adapt.
-        """
+        """Yield one adapted module with the result of `delta`."""
         module = adapter.module(path)
         if module.is_embedding and not self.embeddings:
             raise module.refuse("it is an embedding, which is converted for LoRA and trained tokens only.")
@@ -166,11 +147,7 @@ AnyMethod = ConversionMethod[Any]
 
 @dataclass(frozen=True)
 class Refused:
-    """A kind of adapter that does not change weights, or whose change cannot be found from its files.
-
-    Args:
-        reason: Why it cannot become a LoRA, and what to do instead, after "a NAME adapter".
-    """
+    """A kind that changes no weights, or not by its files alone, and why; the reason follows "a NAME adapter"."""
 
     reason: str
 

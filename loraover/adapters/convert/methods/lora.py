@@ -121,7 +121,14 @@ class Lora(ConversionMethod[LoraFields]):
             module = adapter.module(path)
             if tensors != {TOKENS}:
                 raise module.refuse("it has both a LoRA and single trained tokens; train with one of them.")
-            yield from token_places(module, TOKENS, _indices(module))
+            tokens = module.config.trainable_token_indices  # a list belongs to the input embedding, whatever its path
+            if isinstance(tokens, dict):
+                tokens = next((own for name, own in tokens.items() if f".{module.path}".endswith(f".{name}")), None)
+            if tokens is None:
+                raise module.refuse(
+                    "trainable_token_indices does not name its trained tokens; the configuration is incomplete."
+                )
+            yield from token_places(module, TOKENS, tokens)
 
     def trained_tokens(self, config: LoraFields) -> set[int]:
         found = config.trainable_token_indices or []
@@ -170,18 +177,6 @@ def _check_tokens(adapter: Adapter[LoraFields]) -> None:
             f"{layout.path / CONFIG_FILE}: trainable_token_indices is {found!r:.80}, and the file of tensors lacks "
             f"{TOKENS} of a module that it names: {LOST}."
         )
-
-
-def _indices(module: Module[LoraFields]) -> list[int]:
-    """Return the trained tokens of a module; a list without a module's name belongs to the input embedding."""
-    found = module.config.trainable_token_indices
-    if isinstance(found, dict):
-        found = next((tokens for name, tokens in found.items() if f".{module.path}".endswith(f".{name}")), None)
-    if found is None:
-        raise module.refuse(
-            "trainable_token_indices does not name its trained tokens; the configuration is incomplete."
-        )
-    return found
 
 
 class _Start(NamedTuple):

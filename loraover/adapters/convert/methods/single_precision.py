@@ -37,15 +37,9 @@ QR_ROUNDINGS = 4
 def part_error(s: Tensor, shape: tuple[int, int], cut: int, *, tail: bool = False) -> float:
     """Return a bound of the Frobenius norm of the difference between two machines' parts U_i S_i V_i^T of a matrix.
 
-    The part has the first `cut` singular triplets, or the others. The bound is the smallest sum, over all places c, of
-    what the part of a cut at c may differ by, and of the triplets between c and `cut`, wherever they may turn. Where
-    the singular values at `cut` are not close, c is `cut`.
-
-    Args:
-        s: All singular values, (p,), the largest first.
-        shape: Shape of the matrix, whose smaller side is p.
-        cut: Number of the first singular values.
-        tail: Whether the part has the other triplets.
+    The part has the first `cut` singular triplets, or with `tail` the others. The bound is the smallest sum, over all
+    places c, of what the part of a cut at c may differ by, and of the triplets between c and `cut`, wherever they may
+    turn. Where the singular values `s` (p,), the largest first, are not close at `cut`, c is `cut`.
     """
     values, longer = s.double(), max(shape)
     size = len(values)
@@ -85,14 +79,8 @@ def _near(values: Tensor, f: float) -> Tensor:
 def basis_error(upper: Tensor) -> float:
     """Return a bound of the Frobenius norm of the difference between two machines' orthonormal factors Q of a matrix.
 
-    The bound is sqrt(2) e / (sigma_r - e), where e is the Frobenius norm of the difference between the two W + E, and
-    sigma_r the smallest singular value of W.
-
-    Args:
-        upper: Triangular factor R, (r, r).
-
-    Returns:
-        The bound; infinity if sigma_r <= 4 e, since the columns are dependent then.
+    It is sqrt(2) e / (sigma_r - e) for the triangular factor `upper`, where e bounds the difference of the two W + E
+    and sigma_r is the smallest singular value of W; infinity if sigma_r <= 4 e, since the columns are dependent then.
     """
     factor = upper.double()
     e = QR_ROUNDINGS * math.sqrt(len(factor)) * U32 * float(factor.norm())
@@ -161,11 +149,7 @@ def determined(module: Module[Any], delta: LowRank, apart: float, size: float, r
 
 
 def orthonormal(module: Module[Any], name: str, columns: Tensor) -> tuple[Tensor, float]:
-    """Return an orthonormal basis of a tensor's columns, and a bound of its distance from PEFT's in float32.
-
-    Raises:
-        ExportError: Columns that are linearly dependent in float32, or more of them than rows.
-    """
+    """Return an orthonormal basis of a tensor's columns, and a bound of its distance from PEFT's in float32."""
     q, upper = torch.linalg.qr(columns)
     apart = basis_error(upper) if upper.shape[0] == upper.shape[1] else math.inf
     if not math.isfinite(apart):
