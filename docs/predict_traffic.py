@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MECHANISMS = {"ddp": "DDP", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3", "fsdp2": "FSDP2"}
+MECHANISMS = {"ddp": "DDP", "zero1": "ZeRO 1, 2", "zero3": "ZeRO 3", "fsdp2": "FSDP2"}
+"""Rows of the table. With one micro-batch a step, ZeRO 2 sends and holds what ZeRO 1 does."""
 CUTS_WEIGHTS = ("zero3", "fsdp2")
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 RUNS = {"8B": 8, "70B": 64}
@@ -39,7 +40,7 @@ def messages(mechanism: str, model: Model, *, width: int, checkpointing: bool) -
     """Return the bytes of the tensors in the messages of one step of one micro-batch, by the kind of message.
 
     Args:
-        mechanism: Key of `MECHANISMS`.
+        mechanism: Key of `MECHANISMS`, or zero2.
         model: Numbers of the model.
         width: Bytes of a weight in a message, and of a gradient under ZeRO or FSDP2; DDP sends float32.
         checkpointing: Whether activations are computed again in the backward pass.
@@ -75,7 +76,7 @@ def held(mechanism: str, model: Model, *, width: int, processes: int) -> int:
     """Return the bytes that each process holds from one step to the next: weights, trained numbers and moments.
 
     Args:
-        mechanism: Key of `MECHANISMS`.
+        mechanism: Key of `MECHANISMS`, or zero2.
         model: Numbers of the model.
         width: Bytes of a weight, and under ZeRO of a number of A and B, which has a copy in float32.
         processes: Number of processes.
