@@ -22,6 +22,7 @@ def describe(name: str, cls: type) -> dict[str, object]:
         "embeddings": sorted(cls.embedding_modules),
         "packed": {name: list(parts) for name, parts in cls.packed_modules_mapping.items()},
         "language_model": language_model(cls),
+        "towers": towers(cls),
         "stacked_experts": bool(cls.is_3d_moe_weight),
         "pooling": is_pooled(name, cls),
         "renames": renames(cls),
@@ -46,6 +47,14 @@ def language_model(cls: type) -> str | None:
         return None
     (prefix,) = cls.get_mm_mapping(MagicMock()).language_model
     return str(prefix)
+
+
+def towers(cls: type) -> list[str]:
+    """The starts of the names of the modules that adapters change with --enable-tower-connector-lora, too."""
+    if language_model(cls) is None or not cls.supports_tower_connector_lora:
+        return []
+    found = cls.get_mm_mapping(MagicMock())
+    return [*found.tower_model, *found.connector]
 
 
 def renames(cls: type) -> list[tuple[str, str, str]]:

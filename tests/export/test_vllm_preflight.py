@@ -245,7 +245,7 @@ def candidate(adapter: Path) -> Candidate:
     ("change", "rule", "words"),
     [
         ({"packed": {"o_proj": ("left", "right")}}, "targets", "vLLM expects its parts left, right instead"),
-        ({"language_model": "language_model"}, "targets", "outside of language_model, the language model"),
+        ({"language_model": "language_model"}, "towers", "outside of language_model, the language model"),
     ],
 )
 def test_what_a_class_packs_or_leaves_out(change: dict[str, Any], rule: str, words: str, adapter: Path) -> None:

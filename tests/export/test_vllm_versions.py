@@ -127,10 +127,17 @@ def test_a_text_adapter_of_a_multimodal_model_is_accepted(architecture: str, tmp
         (GEMMA, f"{GEMMA_VISION}.encoder.layers.0.self_attn.q_proj"),
     ],
 )
-def test_an_adapter_of_the_vision_tower_is_refused(architecture: str, path: str, tmp_path: Path) -> None:
-    found = errors(candidate(tmp_path, architecture, path))
-    assert found.keys() == {"targets"}
-    assert "the language model; vLLM adapts only that" in found["targets"].found
+def test_an_adapter_of_the_vision_tower_needs_the_servers_option(architecture: str, path: str, tmp_path: Path) -> None:
+    subject = candidate(tmp_path, architecture, path)
+    found = errors(subject)
+    assert found.keys() == {"towers"}
+    assert "which vLLM adapts alone unless it is started with --enable-tower-connector-lora" in found["towers"].found
+    started = preflight(replace(subject, adapts_towers=True))
+    assert [(each.rule, each.level) for each in started.findings] == [("towers", "warning")]
+    table = subject.architectures
+    without = table.lora | {architecture: table.lora[architecture].model_copy(update={"towers": ()})}
+    unsupported = replace(subject, adapts_towers=True, architectures=table.model_copy(update={"lora": without}))
+    assert "does not reach these modules" in errors(unsupported)["towers"].found
 
 
 def test_names_are_mapped_before_the_prefix_is_required(tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ def test_names_are_mapped_before_the_prefix_is_required(tmp_path: Path) -> None:
     assert not errors(subject)
     table = subject.architectures
     unmapped = table.lora | {GEMMA: table.lora[GEMMA].model_copy(update={"renames": ()})}
-    assert errors(replace(subject, architectures=table.model_copy(update={"lora": unmapped}))).keys() == {"targets"}
+    assert errors(replace(subject, architectures=table.model_copy(update={"lora": unmapped}))).keys() == {"towers"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli as export_cli
@@ -15,7 +17,7 @@ from loraover_serve.cli import cli
 from loraover_serve.vllm import serve as serving
 from loraover_serve.vllm.server import vllm_version
 
-from support.plain_adapter import make_adapter
+from support.plain_adapter import make_adapter, write_adapter
 from support.vllm_damage import config
 from support.vllm_stand_in import VERSION, stand_in
 
@@ -41,7 +43,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def serve(*_: object, **__: object) -> None:
         raise StartedError
 
-    def call(*adapters: Path, mode: str = "answers", options: tuple[str, ...] = ()) -> tuple[int, str]:
+    def call(*adapters: Path | str, mode: str = "answers", options: tuple[str, ...] = ()) -> tuple[int, str]:
         monkeypatch.setattr(serving, "serve_vllm", serve)
         try:
             code = run(cli, ["up", *map(str, adapters), "--vllm", stand_in(tmp_path, mode), "--", *options])
@@ -73,6 +75,36 @@ def test_modules_that_an_option_leaves_out_are_named(options: tuple[str, ...], a
     assert code == 2
     assert "leaves out these modules" in messages
     assert "down_proj" in messages
+
+
+@pytest.mark.parametrize(
+    ("options", "is_served"),
+    [
+        ((), False),
+        (("--enable-tower-connector-lora",), True),
+        (("--enable_tower_connector_lora", "--no-enable-tower-connector-lora"), False),
+    ],
+)
+def test_an_adapter_of_the_vision_tower_needs_an_option(
+    options: tuple[str, ...], is_served: bool, tmp_path: Path, start: Up
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": {"model_type": "llama", **sizes, "vocab_size": 64}, "vision_config": sizes}
+    AutoConfig.for_model("smolvlm", architectures=["SmolVLMForConditionalGeneration"], **parts).save_pretrained(
+        tmp_path / "base"
+    )
+    matrices = {"model.vision_model.encoder.layers.0.self_attn.q_proj": (torch.ones(4, 64), torch.ones(64, 4))}
+    adapter = write_adapter(tmp_path / "seen", matrices, base_model_name_or_path=str(tmp_path / "base"))
+    code, messages = start(adapter, options=options)
+    assert code == (0 if is_served else 2), messages
+    assert ("calls LoRA of towers and connectors experimental" in messages) == is_served
+    assert ("unless it is started with --enable-tower-connector-lora" in messages) == (not is_served)
+
+
+def test_the_plug_in_takes_no_option_that_leaves_modules_out(tmp_path: Path, start: Up) -> None:
+    code, messages = start("--adapters", tmp_path, "--model", "base", options=("--lora_target_modules", "q_proj"))
+    assert code == 2
+    assert "--lora-target-modules cannot be given to vLLM here" in messages
 
 
 def test_what_the_export_mends_is_refused_with_its_command(adapter: Path, tmp_path: Path, start: Up) -> None:

@@ -27,6 +27,9 @@ MOST_STARTUP_S = 1_000_000.0
 KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that vLLM reads the server's key from; on a command line, every user would see it."""
 
+LORA_TARGETS, TOWERS = "--lora-target-modules", "--enable-tower-connector-lora"
+"""Options of `vllm serve` that leave modules of adapters out, and that adapt more modules."""
+
 SET_BY_SERVE = {
     "--model": "name it with {model}, not in {options}",
     "--revision": "the adapters name it",
@@ -161,6 +164,13 @@ class ServeRequest(ServerRequest):
         if (self.folder is None) == (not self.adapters):
             each, all_of_them = self.named("adapters"), self.named("folder")
             yield f"name folders of adapters in {each}, or one folder of all with {all_of_them}."
+        if self.folder is not None and any(
+            word.partition("=")[0].replace("_", "-") == LORA_TARGETS for word in self.options
+        ):
+            yield (
+                f"{LORA_TARGETS} cannot be given to vLLM here: it leaves modules out of the adapters in "
+                f"{self.named('folder')} without a message; leave it out."
+            )
         if self.folder is not None and self.model is None:
             yield f"{self.named('folder')} needs {self.named('model')}, since the adapters may name several models."
         if self.folder is not None and not self.folder.is_dir():

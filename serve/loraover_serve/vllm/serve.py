@@ -26,7 +26,7 @@ from loraover_export.formats.vllm.releases import architectures_of
 from loraover_export.known_faults import Platform
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
 from loraover_serve.vllm.client import VllmServer
-from loraover_serve.vllm.request import KEY_VARIABLE, ServeRequest
+from loraover_serve.vllm.request import KEY_VARIABLE, LORA_TARGETS, TOWERS, ServeRequest
 from loraover_serve.vllm.server import VllmServerConfig, next_free_port, serve_vllm, vllm_version
 
 FIRST_PORT = 8000  # vLLM's own default
@@ -63,8 +63,7 @@ def _serving(request: ServeRequest) -> Iterator[VllmServer]:
         adapters = read_named(request.adapters, request.addresses.get("adapters", ()))
         source = resolve_base([*adapters.values()], request.model, option=request.named("model"), say=report.line)
         config = server_config(adapters, source, request.options)
-        targets = lora_targets(request.options)
-        check_adapters(adapters, source, config.model, vllm_version(request.vllm), report, targets)
+        check_adapters(adapters, source, config.model, vllm_version(request.vllm), report, request.options)
         what = ", ".join(config.adapters)
     else:
         assert request.model is not None
@@ -123,11 +122,18 @@ def lora_targets(options: Sequence[str]) -> frozenset[str]:
     for word in options:
         if word.startswith("--"):
             name, _, value = word.partition("=")
-            is_value = name.replace("_", "-") == "--lora-target-modules"
+            is_value = name.replace("_", "-") == LORA_TARGETS
             found |= {value} if is_value and value else set()
         elif is_value:
             found.add(word)
     return frozenset(found)
+
+
+def adapts_towers(options: Sequence[str]) -> bool:
+    """Return whether words for `vllm serve` turn --enable-tower-connector-lora on; the last one counts."""
+    switches = {TOWERS: True, TOWERS.replace("--", "--no-", 1): False}
+    given = [switches[name] for word in options if (name := word.replace("_", "-")) in switches]
+    return given[-1:] == [True]
 
 
 def check_adapters(
@@ -136,9 +142,11 @@ def check_adapters(
     address: str,
     version: str | None,
     report: Reporter,
-    targets: frozenset[str] = frozenset(),
+    options: Sequence[str] = (),
 ) -> None:
     """Apply the rules of a release of vLLM, such as "0.32.0+cpu", to every adapter, and report its warnings.
+
+    The options are further words for `vllm serve`, which may leave out modules of an adapter, or adapt more of them.
 
     Raises:
         CheckpointError: LoRA of experts that does not fit the model.
@@ -155,9 +163,13 @@ def check_adapters(
     found: dict[Violation, list[str]] = {}
     for name, adapter in adapters.items():
         placed = read_on_base(adapter, served.experts) if served.architecture in known.lora else adapter
-        checked = preflight(
-            Candidate(placed, served, known, name, address, None, platform=platform, lora_targets=targets)
+        subject = Candidate(
+            *(placed, served, known, name, address, None),
+            platform=platform,
+            lora_targets=lora_targets(options),
+            adapts_towers=adapts_towers(options),
         )
+        checked = preflight(subject)
         for finding in checked.findings:
             found.setdefault(finding, []).append(name)
     for finding, names in found.items():

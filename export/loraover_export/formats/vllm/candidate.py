@@ -47,6 +47,7 @@ class Candidate:
         replaces: Whether an adapter is already at the destination.
         platform: Kind of device that the server computes on; None if it is not known.
         lora_targets: Values of the server's --lora-target-modules; empty if it adapts all modules.
+        adapts_towers: Whether the server is started with --enable-tower-connector-lora.
     """
 
     adapter: AdapterDir
@@ -58,6 +59,7 @@ class Candidate:
     replaces: bool = False
     platform: Platform | None = None
     lora_targets: frozenset[str] = frozenset()
+    adapts_towers: bool = False
 
     @property
     def config(self) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Architecture(StrictModel):
         packed: Modules that vLLM fuses, with the names that adapters use for their parts.
         language_model: Prefix, in vLLM's names, of the modules that a multimodal class adapts by default; None for a
             text-only class.
+        towers: Prefixes of the modules that it adapts as well with --enable-tower-connector-lora; empty for a class
+            that does not support the option.
         stacked_experts: Whether vLLM reads LoRA of experts as PEFT stacks it, and not each expert's by itself.
         pooling: Whether vLLM runs it to embed, classify or rank, and not to generate.
         renames: Rules (kind, old, new) that turn a tensor's name in a file into vLLM's, in the order vLLM applies them.
@@ -35,6 +37,7 @@ class Architecture(StrictModel):
     embeddings: tuple[str, ...]
     packed: dict[str, tuple[str, ...]]
     language_model: str | None
+    towers: tuple[str, ...] = ()
     stacked_experts: bool = False
     pooling: bool = False
     renames: tuple[tuple[Literal["regex", "substr", "prefix", "suffix"], str, str], ...]

@@ -30,6 +30,7 @@ from loraover_export.formats.vllm.rules.model import (
     shapes,
     target_modules,
     targets,
+    towers,
     vocabulary,
 )
 from loraover_export.formats.vllm.rules.tensors import tensors
@@ -117,6 +118,7 @@ RULES: dict[str, Callable[[Candidate], Iterator[Problem]]] = {
     "modules": modules,
     "shapes": shapes,
     "targets": targets,
+    "towers": towers,
     "target modules": target_modules,
     "experts": experts,
     "silent no-ops": no_ops,

@@ -118,8 +118,9 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
     if allowed is None:
         return
     refused: dict[str, list[str]] = {}
+    outside = _outside(candidate)
     for path in candidate.present:
-        reason = _refusal(path, candidate, allowed)
+        reason = None if path in outside else _refusal(path, candidate, allowed)
         if reason is not None:
             refused.setdefault(reason, []).append(path)
     for reason, paths in refused.items():
@@ -145,16 +146,52 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
         return f"a {served.type_name}, neither a linear layer nor an embedding"
     if (served.kind == "embedding") != candidate.adapter.modules[path].is_embedding:
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
-    if allowed.language_model is not None and not mapped.startswith(allowed.language_model):
-        return (
-            f"outside of {allowed.language_model}, the language model; vLLM adapts only that by default, and other "
-            "parts only with --enable-tower-connector-lora in classes that support it, which these rules do not judge"
-        )
     if served.kind == "embedding" or name == "lm_head":
         return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
     if name in allowed.packed and name not in allowed.packed[name]:
         return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
     return None
+
+
+def towers(candidate: Candidate) -> Iterator[Problem]:
+    """Modules outside of the language model of a multimodal class: `_get_punica_wrapper` in vllm/lora/model_manager.py.
+
+    With --enable-tower-connector-lora, a class that supports the option adapts its towers and connectors, too.
+    """
+    allowed, outside = candidate.architecture, _outside(candidate)
+    if allowed is None or not outside:
+        return
+    reached = {path for path, name in outside.items() if name.startswith(allowed.towers)}
+    left_out = [path for path in outside if path not in reached or not candidate.adapts_towers]
+    if left_out:
+        option, helps = "--enable-tower-connector-lora", reached.issuperset(left_out)
+        known = {allowed.rename(place) for place in candidate.places}
+        inside = {name.rpartition(".")[2] for name in known if name.startswith(allowed.language_model or "")}
+        yield Problem(
+            f"{listed(left_out)}: outside of {allowed.language_model}, the language model, which vLLM adapts alone"
+            + (f" unless it is started with {option}" if helps else f"; {option} does not reach these modules")
+            + "; their matrices have no effect",
+            f"start the server with {option}, for example loraover serve up ADAPTER -- {option}"
+            if helps
+            else f"train without these target modules, or {MERGE}",
+            is_silent=all(path.rpartition(".")[2] in inside for path in left_out),  # others are refused by name
+        )
+    elif reached:
+        yield Problem(
+            f"{listed([*reached])}: vLLM calls LoRA of towers and connectors experimental, and keeps encoded images by "
+            "the adapter's name (vllm-project/vllm#44939)",
+            "give each version of the adapter another name",
+            is_warning=True,
+        )
+
+
+def _outside(candidate: Candidate) -> dict[str, str]:
+    """Adapted modules outside of the language model of a multimodal class, each with vLLM's name for it."""
+    allowed = candidate.architecture
+    if allowed is None:
+        return {}
+    names = {path: allowed.rename(place) for path, place in candidate.present.items()}
+    return {path: name for path, name in names.items() if not name.startswith(allowed.language_model or "")}
 
 
 def target_modules(candidate: Candidate) -> Iterator[Problem]:
