@@ -28,6 +28,9 @@ TRANSIENT = LIMITED | {408, 409, 425, 500, 502, 503, 504}
 PAUSES_S = (1.0, 4.0)
 LARGEST_ANSWER, HEADER_CHARACTERS = 2**26, 200  # bytes of an answer, and characters of a header that are kept
 SHOWN_CHARACTERS = 500  # of an answer that cannot be read
+VERSIONS = {"vllm": ("/version", "version"), "llamacpp": ("/props", "build_info")}
+"""Paths at which engines tell their version, and its key, by the owner that they name of their models."""
+_VERSION = re.compile(r"[\w.+-]{1,60}", re.ASCII)
 SECRET_CHARACTERS = 8  # a shorter key, such as "token", can be a part of any text
 _DATE = r"[-@:](\d{4}|\d{6}|\d{8}|\d{4}-\d{2}-\d{2})"
 
@@ -219,6 +222,18 @@ class Endpoint:
             listed = self.request("/v1/models")["data"]
             found = next((each.get("root") for each in listed if each["id"] == model), None)
             return None if found is None else printable(str(found))
+        return None
+
+    def engine(self) -> tuple[str, str] | None:
+        """Engine of the server, by the name that `--engine` takes, and its version; None if the server tells neither.
+
+        vLLM and llama-server name themselves as the owner of their models.
+        """
+        with suppress(ValueError, LookupError, TypeError, RecursionError):
+            owner = str(json.loads(self.page("/v1/models"))["data"][0]["owned_by"])
+            path, key = VERSIONS[owner]
+            if _VERSION.fullmatch(version := json.loads(self.page(path))[key]):
+                return owner, version
         return None
 
     @contextmanager

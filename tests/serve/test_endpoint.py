@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import shutil
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,6 +145,27 @@ def test_a_pause_that_the_server_asks_for_is_kept_or_told() -> None:
             with pytest.raises(UnansweredError, match=rf"answered 503{told}: refused"):
                 Endpoint(server.url).chat("m", HELLO, max_tokens=4)
             assert len(server.bodies) == sent
+
+
+@pytest.mark.parametrize(
+    ("owner", "path", "told", "found"),
+    [
+        ("vllm", "/version", {"version": "0.32.0+cpu"}, ("vllm", "0.32.0+cpu")),
+        ("llamacpp", "/props", {"build_info": "b11549-0a1b2c3"}, ("llamacpp", "b11549-0a1b2c3")),
+        ("a gateway", "/version", {"version": "0.32.0"}, None),
+        ("vllm", "/props", {"build_info": "b11549"}, None),
+        ("vllm", "/version", {"version": 32}, None),
+        ("vllm", "/version", {"version": "0.32.0\x1b[2J"}, None),
+        ("vllm", "/version", {"version": "0" * 100}, None),
+        ("vllm", "/version", ["0.32.0"], None),
+        (["vllm"], "/version", {"version": "0.32.0"}, None),
+    ],
+)
+def test_a_server_is_known_by_what_it_tells(owner: Any, path: str, told: Any, found: Any) -> None:
+    listed = {"data": [{"id": "base", "owned_by": owner}]}
+    pages = {"/v1/models": lambda: json.dumps(listed), path: lambda: json.dumps(told)}
+    with openai_server(lambda body: 404, pages=pages) as server:
+        assert Endpoint(server.url).engine() == found
 
 
 def test_a_proxy_is_asked_for_the_outside_world_alone(monkeypatch: pytest.MonkeyPatch) -> None:

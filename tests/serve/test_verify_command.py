@@ -65,6 +65,19 @@ def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path
     assert "Suspected faults: endpoint" in (tmp_path / "out" / "verify.html").read_text()
 
 
+def test_known_faults_of_a_servers_release_are_named(
+    base: Path, adapter: Path, recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = {"data": [{"id": name, "owned_by": "vllm"} for name in (str(base), "shop")]}
+    pages = {"/v1/models": lambda: json.dumps(listed), "/version": lambda: '{"version": "0.32.0+cpu"}'}
+    with openai_server(Served(base, {str(base): None, "shop": adapter}), pages=pages) as server:
+        words = ("--endpoint", server.url, "--served-name", "shop")
+        assert verify(adapter, *words) == run(cli, ["verify", "--reference", str(recorded), *words]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "known faults of vLLM 0.32.0+cpu: " in line]
+    assert len(notes) == 2, "by PyTorch and by the reference"
+    assert all("stale prefix cache under one path; " in note and "prefix cache by name" not in note for note in notes)
+
+
 def test_prompts_that_are_cut_are_counted(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The train leaves at nine.\n" + "the train leaves " * 60 + "\n")

@@ -136,6 +136,11 @@ class Engine(ABC):
         """
         return self.installed()
 
+    def program(self) -> tuple[str, str] | None:
+        """Engine that answers, by the name that `--engine` takes, and its version; None if they are not known."""
+        version = self.version()
+        return None if version is None else (self.name, version)
+
     @abstractmethod
     def logprobs(self, arm: str, models: Models) -> Rows:
         """Return the arm's logprobs of next tokens at places, of tokens that the models have, or of the likeliest.

@@ -113,7 +113,10 @@ class EndpointEngine(OpenAiEngine):
         return None
 
     def version(self) -> str | None:
-        return None
+        return None  # of the packages here
+
+    def program(self) -> tuple[str, str] | None:
+        return self.speaker.endpoint.engine()
 
     @classmethod
     def check(cls, setting: Setting) -> None:

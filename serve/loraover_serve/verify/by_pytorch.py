@@ -24,7 +24,6 @@ from loraover.common.errors import CheckpointError, ConfigError, EngineError, Lo
 from loraover.common.request import as_written
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
-from loraover_export.known_faults import faults_of
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.engines import ENDPOINT, engine_class
 from loraover_serve.engines.answers import of_another_vocabulary
@@ -40,7 +39,7 @@ from loraover_serve.judge.templates import Conversations
 from loraover_serve.verify.chats import conversations
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
-from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, Found, copy_logs
+from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, Found, copy_logs, faults_known_of
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.variants import read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
@@ -206,12 +205,11 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
     assert isinstance(request, VerifyRequest)
     with engine_class(name).start(setting) as engine:
         request.report.line(f"asking {name}, the base model first")
-        answers, version = engine.answers(models, without_mixed=request.without_mixed), engine.version()
+        answers, known = engine.answers(models, without_mixed=request.without_mixed), faults_known_of(engine.program())
     seconds = time.perf_counter() - start
     request.report.line(f"comparing the answers of {name} with PyTorch's")
     found = judge_answers(name, answers, models, request.declared_format)
-    known = () if version is None else tuple(fault.name for fault in faults_of(name, version))
-    return EngineResult(version=version, known_faults=known, seconds=seconds, **found)
+    return EngineResult(seconds=seconds, **known, **found)
 
 
 def judge_answers(engine: str, answers: Answers, models: TorchModels, served_format: str = "bf16") -> dict[str, Any]:

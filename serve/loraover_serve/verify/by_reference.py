@@ -114,7 +114,7 @@ def ask_server(
         ConfigError: Arguments that cannot be used.
         CheckpointError: No file is a reference.
     """
-    _endpoint(request)  # an address or a key that cannot be used is told first
+    endpoint_of(request)  # an address or a key that cannot be used is told first
     check_seals(request)
     known: list[dict[str, Any]] = []
     adapters: list[Named] = []
@@ -146,7 +146,7 @@ def ask_server(
         )
         adapters.append(Named(name or known[-1]["adapter"], read))
         request.report.line(f"asking {request.endpoint} for {adapters[-1].name}")
-        start, endpoint = time.monotonic(), _endpoint(request)
+        start, endpoint = time.monotonic(), endpoint_of(request)
         try:
             needs = "caches" if request.reload is None else "reload"
             is_long = request.caches or request.reload is not None
@@ -165,7 +165,7 @@ def ask_server(
     return known, found
 
 
-def _endpoint(request: VerifyRequest) -> Endpoint:
+def endpoint_of(request: VerifyRequest) -> Endpoint:
     """The server, with the time that one adapter may take."""
     assert request.endpoint is not None
     return Endpoint(
@@ -243,7 +243,7 @@ def name_crossed(
 @contextmanager
 def _again(request: VerifyRequest, result: dict[str, Any]) -> Iterator[Endpoint]:
     """The server once more; what it refuses now, it answered before: the verdict is known."""
-    endpoint = _endpoint(request)
+    endpoint = endpoint_of(request)
     with suppress(ConfigError, EngineError):
         yield endpoint
     result["requests"] += endpoint.sent

@@ -15,6 +15,7 @@ from loraover.common.errors import LoraOverError
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
+from loraover_export.known_faults import faults_of, known_faults
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
@@ -28,7 +29,10 @@ class EngineResult(StrictModel):
     """Verdict on one engine."""
 
     engine: str = Field(description="Name of the engine, as --engine takes it; endpoint for a server at --endpoint")
-    version: str | None = Field(default=None, description="Version of the engine; None if it does not report it")
+    program: str | None = Field(
+        default=None, description="Program that answered, such as vLLM; None if a server does not tell it"
+    )
+    version: str | None = Field(default=None, description="Version of the program; None if it does not report it")
     known_faults: tuple[str, ...] = Field(
         default=(), description="Known faults of that version, by their names in docs/faults.md; they change no verdict"
     )
@@ -162,6 +166,19 @@ class Found(NamedTuple):
     results: Sequence[Any]
     failures: Sequence[LoraOverError] = ()
     logs: Sequence[Path] = ()
+
+
+def faults_known_of(program: tuple[str, str] | None) -> dict[str, Any]:
+    """Fields of a result that name the program which answered, its version and its known faults; empty if unknown.
+
+    Args:
+        program: Name that `--engine` takes, and version.
+    """
+    if program is None:
+        return {}
+    name, version = program
+    known = tuple(fault.name for fault in faults_of(name, version))
+    return {"program": known_faults().names.get(name, name), "version": version, "known_faults": known}
 
 
 def copy_logs(logs: Sequence[Path], folder: Path) -> None:

@@ -20,8 +20,16 @@ from loraover.common.errors import EngineError, OutputError, UnwrittenReportErro
 from loraover.common.provenance import environment, processor, today
 from loraover.sources.verb import verb
 from loraover_serve.judge.limits import EXIT_CODES
-from loraover_serve.verify.by_reference import ask_server, neighbours
-from loraover_serve.verify.report import KEPT_PREFIX, REPORT_FILE, EngineResult, Found, VerifyReport, copy_logs
+from loraover_serve.verify.by_reference import ask_server, endpoint_of, neighbours
+from loraover_serve.verify.report import (
+    KEPT_PREFIX,
+    REPORT_FILE,
+    EngineResult,
+    Found,
+    VerifyReport,
+    copy_logs,
+    faults_known_of,
+)
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import HTML_FILE, to_page
 
@@ -64,6 +72,8 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 def by_references(request: VerifyRequest) -> Found:
     """Verify a running server by references."""
     known, found = ask_server(request, neighbours(request.references))
+    server = faults_known_of(endpoint_of(request).engine())
+    found = [result if result["verdict"] == "failed" else result | server for result in found]
     facts = known[0] | {
         "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
         "sensitivity": max(one["sensitivity"] for one in known),

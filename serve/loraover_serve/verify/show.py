@@ -37,7 +37,7 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
             print_line(console, f"  {result.reason}")
         if result.known_faults:
             known = "; ".join(result.known_faults)
-            print_line(console, f"  note: known faults of {result.engine} {result.version}: {known} (docs/faults.md)")
+            print_line(console, f"  note: known faults of {result.program} {result.version}: {known} (docs/faults.md)")
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 
