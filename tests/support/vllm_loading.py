@@ -31,15 +31,4 @@ def serving_loader(config: VllmServerConfig, log: Path) -> Iterator[VllmServer]:
         yield server
 
 
-def load_adapter(server: VllmServer, name: str, folder: Path) -> None:
-    _post(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
-
-
-def unload_adapter(server: VllmServer, name: str) -> None:
-    _post(server, "/v1/unload_lora_adapter", {"lora_name": name})
-
-
-def _post(server: VllmServer, path: str, body: dict[str, str]) -> None:
-    """Send a request whose answer is no JSON."""
-    with server._open(path, body, silence_s=600) as response:
-        response.read()
+load_adapter, unload_adapter = VllmServer.load_adapter, VllmServer.unload_adapter

@@ -329,10 +329,9 @@ def judge_warm(
             "changes; check a server with a finer number format"
         )
     else:
-        most = max(answers.apart.rms for answers, _, _ in found)
         reason = (
-            f"{hits} tokens came from the cache, and answers on them are off by at most {most:.2g} nats from those "
-            f"without it, where noise is {case.noise.rms:.2g}{after}"
+            f"{hits} tokens came from the cache, and answers on them are off by at most {shown.farthest:.2g} nats from "
+            f"those without it, where noise is {case.noise.rms:.2g}{after}"
         )
         return replace(shown, verdict="as trained", reason=reason)
     return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {reason}")

@@ -179,3 +179,8 @@ class Caches:
     """Answers on kept keys and values, in the order in which they were asked for"""
     reload: Reload | None = None
     """Command before which the questions were asked; None if none was given"""
+
+    @property
+    def farthest(self) -> float:
+        """Largest distance of answers on kept keys and values from those without them, in nats; 0 without any."""
+        return max((each.apart.rms for each in self.warm), default=0.0)

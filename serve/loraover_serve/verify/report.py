@@ -18,6 +18,7 @@ from loraover.reporting.svg import short
 from loraover_export.known_faults import faults_of, known_faults
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
+from loraover_serve.judge.names import STALE_CACHES
 from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 
 REPORT_FILE = "verify.json"
@@ -100,7 +101,11 @@ class EngineResult(StrictModel):
             return f"{self.verdict}. {in_sentences(clauses(self.reason)[0])}"
         found = [] if self.strength is None else [self.strength.plainly]
         low, high = self.allowed_strength or (0.0, 0.0)
-        if self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
+        warm = self.caches if self.fault in STALE_CACHES else None
+        if warm is not None and warm.noise is not None:
+            off = f"off by {short(warm.farthest)} nats, where noise explains {short(warm.noise.rms)}"
+            found.append(f"answers on kept keys and values are {off}")
+        elif self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
             off = f"off by {short(self.adapter.rms)} nats, where noise explains {short(self.allowed)}"
             found += [f"answers are {off}"] if self.verdict == "differs" or self.strength is None else []
         sentences: list[str] = [self.verdict, *([", and ".join(found)] if found else [])]

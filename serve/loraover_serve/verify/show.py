@@ -69,6 +69,7 @@ def to_page(report: VerifyReport) -> Page:
     suspected = [result for result in results if result.suspects]
     distances = _distances([result for result in results if result.adapter is not None])
     suspects = [_suspects(result) for result in suspected]
+    caches = _caches(results)
     return make_page(
         files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
         title=f"Verification: {report.verdict}",
@@ -80,10 +81,11 @@ def to_page(report: VerifyReport) -> Page:
             "base model": report.base_model,
         },
         origin=Origin(report.command, report.date, report.hardware, report.versions),
-        figures=[*distances, *suspects],
+        figures=[*distances, *caches, *suspects],
         report=report,
         results=results,
         distances=distances,
+        caches=caches,
         suspects=suspects,
         table=distances_table(results, report.reference),
         tables=[(result.engine, _suspects_table(result)) for result in suspected],
@@ -136,6 +138,33 @@ def _distances(results: Sequence[EngineResult]) -> list[Figure]:
     ]
     axis = _axis("RMS distance of logprobs, nats", drawn)
     return [rows_figure("distances", "Distance of each engine from PyTorch", rows, axis, keys=keys)]
+
+
+def _caches(results: Sequence[EngineResult]) -> list[Figure]:
+    """Draw how far each engine's answers on kept keys and values are from those without; empty if none was asked."""
+    rows, drawn = [], [LOWEST]
+    for result in results:
+        caches = result.caches
+        if caches is None or caches.noise is None:
+            continue
+        shown: list[tuple[float | None, str, Shape]] = [
+            (caches.noise.rms, "noise", "diamond"),
+            (caches.farthest, "subject", "circle"),
+            (result.effect, "effect", "bar"),
+        ]
+        points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
+        note = f"{short(caches.farthest)}, noise {short(caches.noise.rms)}"
+        label = ", ".join(filter(None, (f"{result.engine}: {caches.verdict}", caches.fault)))
+        rows.append(FigureRow(label, note, points))
+        drawn += [point.value for point in points]
+    keys: list[Key] = [
+        ("answers on kept keys and values", "subject", "circle"),
+        ("noise: base model", "noise", "diamond"),
+        ("the adapter's effect", "effect", "bar"),
+    ]
+    title = "Distance of answers on kept keys and values from those without"
+    axis = _axis("RMS distance of logprobs, nats", drawn)
+    return [rows_figure("caches", title, rows, axis, keys=keys)] if rows else []
 
 
 def _suspects(result: EngineResult) -> Figure:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPResponse, IncompleteRead
+from pathlib import Path
 from typing import Any, ClassVar
 
 from loraover.client.connection import NO_ANSWER
@@ -96,6 +97,26 @@ class VllmServer(Endpoint):
         """Return when the server has ended or reports a failure."""
         while self.is_alive():
             time.sleep(HEALTH_S)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter while the server runs, which VLLM_ALLOW_RUNTIME_LORA_UPDATING has to allow.
+
+        Raises:
+            EngineError: A name that is loaded already, or an adapter that the server refuses.
+        """
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.absolute())})
+
+    def unload_adapter(self, name: str) -> None:
+        """Unload an adapter while the server runs, which VLLM_ALLOW_RUNTIME_LORA_UPDATING has to allow.
+
+        Raises:
+            EngineError: A name that is not loaded.
+        """
+        self._post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _post(self, path: str, body: dict[str, str]) -> None:
+        with self._open(path, body, REQUEST_TIMEOUT_S) as response:  # whose answer is no JSON
+            response.read()
 
     def complete(
         self, model: str, prompt: Sequence[int], *, max_tokens: int, timeout_s: float | None = None
