@@ -415,7 +415,7 @@ SERVING = (
     Mutant(
         "plugin-holds-only-the-last-version",
         "self._files[digest] = file",
-        "self._files = {digest: file}",
+        "self._files, _ = {digest: file}, [os.close(each) for each in self._files.values()]",
         Selection("test_plugin_settings.py", "documented_removal"),
     ),
 )

@@ -13,12 +13,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from loraover.common.errors import ExportError
 from loraover_serve import serve_adapters
 from loraover_serve.plugin.front import LINE_BYTES, Front
-from loraover_serve.plugin.service import Folders, PluginServer, Service
+from loraover_serve.plugin.service import GRACE_S, Folders, Holds, PluginServer, Service, is_whole
 from loraover_serve.plugin.settings import RefusedError, Settings, folder_of, read_settings
 from loraover_serve.plugin.worker import answer_to
 
@@ -292,6 +294,82 @@ def test_the_documented_removal_spares_what_a_server_may_read_again(tmp_path: Pa
     assert left == {"oooooooo", "next", "held", "locks"}
 
 
+def is_removable(cache: Path, digest: str) -> bool:
+    """Whether the documented removal would take a prepared adapter."""
+    return subprocess.run(["flock", "-n", cache / "held" / digest, "true"]).returncode == 0
+
+
+@pytest.mark.process
+def test_a_version_stays_until_the_last_replica_lets_it_go(tmp_path: Path) -> None:
+    for digest in ("old", "new"):
+        made(tmp_path, digest)
+    cache = tmp_path / "cache"
+    replicas = [Holds(cache) for _ in range(2)]
+    assert [each.hold(digest) for each in replicas for digest in ("old", "new")] == 4 * [True]
+    replicas[0].let_go("old")
+    assert not is_removable(cache, "old"), "the other replica may read it again"
+    for digest in ("old", "new"):
+        replicas[1].let_go(digest)
+    assert [is_removable(cache, digest) for digest in ("old", "new")] == [True, False]
+    shutil.rmtree(cache / "held")
+    assert replicas[0].hold("new")
+    assert not is_removable(cache, "new"), "a file of the lock that was removed is made again"
+    shutil.rmtree(cache / "new")
+    assert not Holds(cache).hold("new"), "after a restart, an adapter that was removed is prepared again"
+
+
+def test_a_version_is_let_go_when_no_request_can_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, now = tmp_path / "adapters" / "shop" / "adapter_model.safetensors", [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def prepare(**_: object) -> dict[str, Any]:
+        return made(tmp_path, file.read_text())
+
+    def after(seconds: float, *used: dict[str, Any]) -> list[bool]:
+        now[0] += seconds
+        service.let_go({each["path"] for each in used})
+        return [is_removable(tmp_path / "cache", digest) for digest in ("oooooooo", "next")]
+
+    service = service_of(tmp_path, prepare, SETTLE="0")
+    old = asyncio.run(service.find("shop"))
+    file.write_text("next")
+    new = asyncio.run(service.find("shop"))
+    assert old is not None
+    assert new is not None
+    assert after(GRACE_S - 1, new) == [False, False], "a request may still be on its way"
+    assert after(2, old, new) == [False, False], "a request runs with the earlier version"
+    assert after(GRACE_S - 1, new) == [False, False]
+    assert after(2, new) == [True, False]
+    assert after(10 * GRACE_S, new) == [True, False], "what is served is held"
+    assert list(service.changed({"shop": new["path"]})) == [], "and known"
+
+
+@pytest.mark.parametrize("harm", ["removed", "torn", "empty", "another"])
+def test_a_served_adapter_that_the_cache_lost_is_prepared_again(harm: str, tmp_path: Path) -> None:
+    seen = []
+
+    async def prepare(**_: object) -> dict[str, Any]:
+        seen.append((tmp_path / "cache" / "digest" / "prepared.json").exists())
+        return made(tmp_path, "digest")
+
+    service = service_of(tmp_path, prepare, SETTLE="0")
+    found = asyncio.run(service.find("shop"))
+    assert found is not None
+    served, tensors = {"shop": found["path"]}, Path(found["path"], "adapter_model.safetensors")
+    assert not service.changed(served)
+    content = tensors.read_bytes()
+    if harm == "removed":
+        shutil.rmtree(found["path"])
+    else:
+        tensors.write_bytes({"torn": content[:-1], "empty": b"", "another": 16 * b"\xff"}[harm])
+    assert not is_whole(Path(found["path"]))
+    ((name, folder),) = service.changed(served).items()
+    again = asyncio.run(service.renew(name, folder))
+    assert again is not None
+    assert (seen, again["path"]) == ([False, False], found["path"]), "without a record, it is not taken from the cache"
+    assert is_whole(Path(found["path"]))
+
+
 def service_of(folder: Path, prepare: Answer, **more: str) -> Service:
     """The service of a folder with the adapter "shop", whose worker answers so."""
     shop = folder / "adapters" / "shop"
@@ -308,6 +386,9 @@ def made(root: Path, digest: str) -> dict[str, Any]:
     """A prepared adapter in the cache."""
     folder = root / "cache" / digest
     (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    save_file({"a": np.ones(2)}, folder / "adapter" / "adapter_model.safetensors")
+    (folder / "prepared.json").touch()
     return {"digest": digest, "path": str(folder / "adapter"), "rank": 4, "done": "taken", "notes": [], "cached": False}
 
 
@@ -319,65 +400,6 @@ def test_a_server_that_reloads_nothing_is_warned_of(mode: str, warns: bool, base
     with serve_adapters(folder=tmp_path, model=base, vllm=vllm, log=tmp_path / "log", report=said) as server:
         assert not server.names
     assert any("folders that change are not served anew" in line for line in said.lines) == warns
-
-
-CONTRACT = """
-import asyncio
-import numpy as np
-from types import SimpleNamespace
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-from vllm.lora.request import LoRARequest
-from vllm.v1.worker.gpu_input_batch import InputBatch
-from loraover_serve.plugin import vllm as plugin
-from loraover_serve.plugin.vllm import is_known, tell_apart
-from loraover_serve.plugin.routes import serve_anew, served_by
-
-one, two = (LoRARequest("shop", number, f"/{number}") for number in (1, 2))
-ids = np.array([1, 2])
-batch = SimpleNamespace(request_lora_mapping=ids, num_reqs=2, lora_id_to_lora_request={1: one, 2: two})
-active = lambda: InputBatch.make_lora_inputs(batch, np.array([1, 1]), np.array([1, 1]))[2]
-print("stock", len(active()))
-plugin.is_known = lambda: False
-tell_apart()
-print("unknown", len(active()))
-plugin.is_known = is_known
-tell_apart()
-print("mended", len(active()), one == LoRARequest("shop", 1, "/other"))
-print("known", is_known(), is_known("0.34.0"), is_known("0.3.2"))
-
-added = []
-async def add_lora(request): added.append((request.lora_int_id, request.lora_path))
-client = SimpleNamespace(model_config=None, renderer=None, input_processor=None, add_lora=add_lora)
-async def reload():
-    models = OpenAIServingModels(client, [])
-    print(await serve_anew(models, "shop", "/1"))
-    models.lora_requests["shop"] = LoRARequest("shop", models.lora_id_counter.inc(1), "/1", load_inplace=True)
-    print(await serve_anew(models, "shop", "/1"), await serve_anew(models, "shop", "/2"), added, served_by(models))
-    found = models.lora_requests["shop"]
-    print(found.lora_int_id, found.load_inplace, models.lora_resolver_lock["shop"].locked())
-asyncio.run(reload())
-"""
-
-
-@pytest.mark.engine
-def test_the_private_parts_of_vllm_are_as_the_plug_in_expects() -> None:
-    """Of the installed version; that it is known is a part of the test."""
-    python = vllm_command().with_name("python")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "export"), str(ROOT / "serve")])
-    done = subprocess.run(
-        [str(python), "-c", CONTRACT], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    assert done.returncode == 0, done.stderr
-    assert "compares adapters by name alone, and its sources were not read" in done.stdout + done.stderr
-    assert done.stdout.splitlines()[-7:] == [
-        "stock 1",
-        "unknown 1",
-        "mended 2 True",
-        "known True False False",
-        "False",
-        "False True [(2, '/2')] {'shop': '/2'}",
-        "2 False False",
-    ]
 
 
 @pytest.mark.process

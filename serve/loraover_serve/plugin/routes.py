@@ -23,9 +23,10 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.lora.request import LoRARequest
 
 from loraover_serve.plugin.front import logger
+from loraover_serve.plugin.parts import KNOWN, is_known
 from loraover_serve.plugin.service import PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError
-from loraover_serve.plugin.vllm import DEFAULT_DTYPE, KNOWN, is_known, service
+from loraover_serve.plugin.vllm import DEFAULT_DTYPE, service
 
 LOOK_S = 1.0
 """Seconds between two looks at the folders of served adapters."""
@@ -64,7 +65,7 @@ class Routes:
         found.serve(PluginServer(config.model, dtype, args.max_lora_rank, __version__))
         await found.front.start()
         tasks = [_prepare_first(found)]
-        if found.settings.reload and is_known():
+        if found.settings.reload and is_known(__version__):
             found.reloads = True
             tasks.append(keep_current(found, state.openai_serving_models))
         elif found.settings.reload:
@@ -115,7 +116,7 @@ async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) ->
     except RefusedError as error:
         return _refusal(400, str(error))
     path = prepared["path"]
-    if request.load_inplace and name in served.lora_requests and is_known():
+    if request.load_inplace and name in served.lora_requests and is_known(__version__):
         try:
             await serve_anew(served, name, path, is_3d=request.is_3d_lora_weight)
         except Exception as error:  # as vLLM's own route answers
@@ -156,10 +157,18 @@ async def serve_anew(models: OpenAIServingModels, name: str, path: str, *, is_3d
     return True
 
 
+def used_by(models: OpenAIServingModels) -> set[str]:
+    """Return the paths that vLLM may read again: of what it serves, and of what its requests run with."""
+    states = models.engine_client.output_processor.request_states.values()
+    running = {state.lora_request.lora_path for state in states if state.lora_request is not None}
+    return running | {*served_by(models).values()}
+
+
 async def keep_current(service: Service, models: OpenAIServingModels) -> None:
     """Serve every adapter anew whose folder has changed and is complete, for as long as the server runs."""
     while True:
         await asyncio.sleep(LOOK_S)
+        service.let_go(used_by(models))
         changed = await asyncio.to_thread(service.changed, served_by(models))
         await asyncio.gather(*(_renew(service, models, name, folder) for name, folder in changed.items()))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, REFERENCE_FILE, TEMPLATE_FILE, TENSORS_FILE
 from loraover.common.file_lock import NO_LOCKS
@@ -27,6 +28,12 @@ PATIENCE_S = 60.0
 
 HOLDS = "held"
 """Folder of the cache with a file for each prepared adapter that a server may read, which the server locks."""
+
+RECORD_FILE = "prepared.json"
+"""File beside a prepared adapter without which it is prepared again."""
+
+GRACE_S = 600.0
+"""Seconds for which a version is held after vLLM used it last; a request may take some from its name to its start."""
 
 State = tuple[tuple[str, int, int, int, int, int], ...]
 """Marks that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
@@ -48,6 +55,19 @@ def state_of(folder: Path) -> State:
             continue
         found.append((name, file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns))
     return tuple(found)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a prepared adapter's files are there, and that of its tensors is as long as its header says."""
+    try:
+        json.loads((folder / CONFIG_FILE).read_bytes())
+        with (folder / TENSORS_FILE).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), size)))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            return file.tell() + max(ends, default=0) == size
+    except (OSError, ValueError):
+        return False
 
 
 class Folders:
@@ -95,7 +115,7 @@ class Folders:
 
 
 class Holds:
-    """Locks on the prepared adapters that this server may read, until it ends.
+    """Locks on the prepared adapters that this server may read, each held until it is let go or the server ends.
 
     vLLM reads an adapter again from its path if it was evicted, within a step of its engine, and a failure there ends
     the server. An earlier version may be read again, too, for a request that still runs.
@@ -106,7 +126,7 @@ class Holds:
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, int] = {}
 
     def hold(self, digest: str) -> bool:
         """Lock a prepared adapter against removal, and return whether it is still there.
@@ -114,17 +134,31 @@ class Holds:
         Raises:
             OSError: The file of the lock cannot be made.
         """
-        if digest not in self._files:
-            (self._cache / HOLDS).mkdir(exist_ok=True)
-            file = (self._cache / HOLDS / digest).open("ab")
+        place = self._cache / HOLDS / digest
+        if not self._is_held(digest, place):
+            place.parent.mkdir(exist_ok=True)
+            file = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(file, fcntl.LOCK_SH)  # waits for a removal that has begun
             except OSError as error:
                 if error.errno not in NO_LOCKS:
-                    file.close()
+                    os.close(file)
                     raise
+            self.let_go(digest)
             self._files[digest] = file
         return (self._cache / digest).is_dir()
+
+    def _is_held(self, digest: str, place: Path) -> bool:
+        """Whether the lock is on the file that others find; one that was removed locks nothing."""
+        try:
+            return digest in self._files and os.path.samestat(os.fstat(self._files[digest]), place.stat())
+        except FileNotFoundError:
+            return False
+
+    def let_go(self, digest: str) -> None:
+        """Unlock a prepared adapter that this server will not read again."""
+        if digest in self._files:
+            os.close(self._files.pop(digest))
 
 
 @dataclass(frozen=True)
@@ -203,6 +237,7 @@ class Service:
         self._holds = Holds(settings.cache)
         self._statuses: dict[str, Status] = {}
         self._versions: dict[tuple[str, str], Version] = {}  # by name, and by the path that vLLM loads
+        self._used: dict[str, float] = {}  # time of the last use, by that path
 
     def serve(self, served: PluginServer) -> None:
         """Prepare adapters for a server.
@@ -246,6 +281,7 @@ class Service:
             self.refuse(name, str(error), folder)
             raise RefusedError(self._statuses[name].reason) from None
         self._versions[name, found.fields["path"]] = found
+        self._used[found.fields["path"]] = time.monotonic()
         self._statuses[name] = Status("ready", found)
         return found.fields
 
@@ -287,7 +323,9 @@ class Service:
         self._statuses[name] = Status("refused", before, reason, state, time.monotonic())
 
     def changed(self, served: Mapping[str, str]) -> dict[str, Path]:
-        """Return the folders of served adapters that have changed and are complete, by name.
+        """Return the folders of served adapters that have changed and are complete, or were lost, by name.
+
+        An adapter is lost if its prepared files are gone or torn; its record is removed, so that it is prepared again.
 
         Args:
             served: Path that vLLM has loaded, by name.
@@ -299,9 +337,26 @@ class Service:
                 continue
             state, status = self._folders.settled(version.folder), self._statuses[name]
             waits = status.reason is not None and status.state == state and time.monotonic() < status.since + RETRY_S
-            if state and state != version.state and not waits:
+            is_lost = not is_whole(Path(path))
+            if state and not waits and (is_lost or state != version.state):
                 found[name] = version.folder
+                if is_lost:
+                    (self.settings.cache / version.digest / RECORD_FILE).unlink(missing_ok=True)
         return found
+
+    def let_go(self, used: Collection[str]) -> None:
+        """Forget the versions that vLLM has not used for `GRACE_S`, which may be removed from the cache then.
+
+        Args:
+            used: Paths of the versions that vLLM serves, and of those that its requests run with.
+        """
+        now = time.monotonic()
+        self._used |= dict.fromkeys(used, now)
+        for key, version in [*self._versions.items()]:
+            if self._used[key[1]] < now - GRACE_S:
+                del self._versions[key]
+                self._holds.let_go(version.digest)
+        self._used = {path: self._used[path] for path in {path for _, path in self._versions} | {*used}}
 
     async def renew(self, name: str, folder: Path) -> dict[str, Any] | None:
         """Prepare the present contents of a served adapter's folder; None if the folder is gone.
