@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import subprocess
@@ -24,6 +25,10 @@ from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.verify.recorder import write_checker
+from loraover_serve.watch.canary import Canary, ask
+from loraover_serve.watch.config import read_config
+from loraover_serve.watch.history import Check, History
+from loraover_serve.watch.page import to_page
 
 from support.caching_server import BY_NAME, BY_TOKENS, BY_WEIGHTS, CachingServer, Key, LlamaServer
 from support.long_questions import LongCase
@@ -220,6 +225,47 @@ def test_verify_has_the_worse_verdict(
             verify_adapter(references=[recorded], **asked_for)
     with pytest.raises(ConfigError, match="caches: the reference of adapter has no long questions"):
         long_questions(reference, lambda field: field)
+
+
+def test_a_watch_asks_the_cache_in_each_nth_check_and_until_it_is_right(long_case: LongCase, tmp_path: Path) -> None:
+    content = json.loads(gzip.decompress(long_case.recorded.read_bytes())) | {"variants": []}
+    (tmp_path / "reference.json").write_text(json.dumps(content))
+    right, wrong = served(long_case), served(long_case, BY_TOKENS)
+    serving = [wrong]
+    config: dict[str, Any] = {"reference": "reference.json", "name": "shop", "quick": True, "caches_every": 3}
+    with openai_server(lambda body: serving[0](body), NAMES) as server:
+        servers = [{"name": "prod", "url": server.url, "adapters": [config]}]
+        (tmp_path / "watch.yaml").write_text(json.dumps({"servers": servers}))
+        watched = read_config(tmp_path / "watch.yaml")
+        history = History(tmp_path / "history.sqlite")
+        canary, (target,) = Canary(watched, history, 0.0), watched.targets
+
+        def checked(now: float) -> Check:
+            canary.end(target, ask(target, lambda: now, with_caches=canary.asks_caches(target)))
+            found = history.last(target.key)
+            assert found is not None
+            assert found.requests <= target.most
+            return found
+
+        found = [checked(1.0), checked(2.0)]
+        page = to_page(canary, 2.0, "", None).html
+        serving[0] = right
+        found += [checked(float(now)) for now in range(3, 8)]
+    assert [each.caches for each in found] == [*[STALE_OF_ADAPTER] * 2, "as trained", None, None, "as trained", None]
+    assert [each.verdict for each in found] == ["differs"] * 2 + ["as trained"] * 5
+    assert found[1].fault == STALE_OF_ADAPTER
+    assert f"{STALE_OF_ADAPTER}, 1970-01-01 00:00:02" in page
+    assert [each.changed for each in found] == [True, False, True, *[False] * 4]
+
+
+def test_a_watch_needs_long_questions_for_the_cache(recorded: Path, tmp_path: Path) -> None:
+    adapters = [{"reference": str(recorded), "name": "shop", "caches_every": 1}]
+    servers = [{"name": "prod", "url": "http://localhost:9", "adapters": adapters}]
+    (tmp_path / "watch.yaml").write_text(json.dumps({"servers": servers}))
+    with pytest.raises(
+        ConfigError, match=r"shop on prod: caches_every: the reference of adapter has no long questions"
+    ):
+        read_config(tmp_path / "watch.yaml")
 
 
 def test_the_checker_of_the_standard_library_judges_alike(long_case: LongCase, tmp_path: Path) -> None:

@@ -186,6 +186,23 @@ def test_a_history_of_another_program_is_refused(tmp_path: Path) -> None:
         History(tmp_path / "later")
 
 
+def test_a_history_of_version_1_is_used_on(tmp_path: Path) -> None:
+    path = tmp_path / "h.sqlite"
+    History(path).add(CHECK)
+    with sqlite3.connect(path) as older:
+        older.execute("ALTER TABLE checks DROP COLUMN caches")
+        older.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        history = History(path)
+        assert history.last(CHECK.key) == CHECK
+        assert history.last_of_caches(CHECK.key) == (None, 0)
+        history.close()
+    history = History(path)
+    history.add(asked := replace(CHECK, caches="as trained"))
+    history.add(CHECK)
+    assert history.last_of_caches(CHECK.key) == (asked, 1)
+
+
 def test_a_history_that_another_program_holds_is_told(tmp_path: Path) -> None:
     history = History(tmp_path / "h.sqlite", wait_s=0.1)
     with sqlite3.connect(tmp_path / "h.sqlite") as other:

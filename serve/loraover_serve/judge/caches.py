@@ -44,6 +44,9 @@ HITS = "vllm:prefix_cache_hits_total"
 MOST_SLOTS = 64
 """Slots of llama-server that are filled at most; with more of them, the answers after other prompts are left out."""
 
+OTHERS = 10
+"""Requests at most for names, metrics and the number of slots."""
+
 FEW = 3
 """Number of questions that are asked of another adapter, of which no answers are recorded."""
 
@@ -267,6 +270,11 @@ class _Probe:
             total = math.fsum(float(value) for each in found for value in each)
             return total if found and math.isfinite(total) else None
         return None
+
+
+def most_requests(long: Reference) -> int:
+    """Largest number of requests of `ask_warm`: each model's cold answers, seven rounds of warm ones, and the slots."""
+    return 9 * len(long.questions) + 2 * FEW + 2 * (MOST_SLOTS + 1) + OTHERS
 
 
 def _rise(before: float | None, after: float | None) -> int | None:

@@ -129,6 +129,13 @@ class Canary:
                     return None
             return None
 
+    def asks_caches(self, target: WatchTarget) -> bool:
+        """Whether the next check asks the server's cache: the first, each Nth, and all until it is as trained."""
+        last, later = self.history.last_of_caches(target.key)
+        return target.caches_every > 0 and (
+            last is None or last.caches != "as trained" or later + 1 >= target.caches_every
+        )
+
     def reserve(self, target: WatchTarget, requests: int, now: float) -> bool:
         """Reserve more requests for a check that runs, and return whether the budget has room for them."""
         with self._lock:
@@ -184,7 +191,11 @@ class Canary:
 
 
 def ask(
-    target: WatchTarget, clock: Callable[[], float] = time.time, reserve: Callable[[int], bool] = lambda requests: True
+    target: WatchTarget,
+    clock: Callable[[], float] = time.time,
+    reserve: Callable[[int], bool] = lambda requests: True,
+    *,
+    with_caches: bool = True,
 ) -> Check:
     """Check an adapter; one that cannot be checked has the verdict "failed".
 
@@ -193,17 +204,18 @@ def ask(
         clock: Clock in seconds since 1970.
         reserve: Function that says whether a number of further requests may be sent to find out which adapter answers
             in its place.
+        with_caches: Whether the server's cache is asked, if the configuration wants it at all.
     """
     begun = time.monotonic()
     try:
-        _, (found,) = ask_server(target.request)
+        _, (found,) = ask_server(replace(target.request, caches=target.request.caches and with_caches))
         if found["verdict"] == "differs" and target.others and reserve(target.search):
             files = (target.adapter, target.request.references[0]), *target.others
             adapters = [Named(name, partial(read_reference, file)) for name, file in files]
             name_crossed(target.request, adapters, [found], NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
         found = {"verdict": "failed", "reason": str(error), "requests": 0}
-    strength, distance = found.get("strength"), found.get("adapter")
+    strength, distance, caches = found.get("strength"), found.get("adapter"), found.get("caches")
     return Check(
         server=target.server.name,
         adapter=target.adapter,
@@ -216,4 +228,5 @@ def ask(
         strength=None if strength is None else float(strength.value),
         seconds=time.monotonic() - begun,
         requests=int(found["requests"]),
+        caches=None if caches is None else caches.fault or caches.verdict,
     )

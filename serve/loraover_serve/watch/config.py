@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from loraover_serve.judge import caches
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import read_reference
 from loraover_serve.judge.templates import most_requests
@@ -40,6 +41,12 @@ class AdapterSettings(StrictModel):
     )
     without_template: bool = Field(
         default=False, description="Whether to leave out the chats that show the server's chat template"
+    )
+    caches_every: int = Field(
+        default=0,
+        ge=0,
+        description="Number of checks of which one also asks the long questions, without and with the server's cache; "
+        "0 asks none",
     )
 
 
@@ -85,6 +92,7 @@ class WatchTarget:
         request: Request of the verification.
         interval_s: Seconds between checks.
         most: Largest number of requests of a check.
+        caches_every: Number of checks of which one asks the long questions; 0 asks none.
         others: Names of the server's other adapters, and the files of their references.
     """
 
@@ -93,6 +101,7 @@ class WatchTarget:
     request: VerifyRequest
     interval_s: float
     most: int
+    caches_every: int = 0
     others: tuple[tuple[str, Path], ...] = ()
 
     @property
@@ -187,6 +196,8 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
         most += 0 if adapter.without_template else most_requests(reference.conversations)
     name = adapter.name or reference.adapter_name
     try:
+        if adapter.caches_every:
+            most += caches.most_requests(caches.long_questions(reference, lambda field: f"{field}_every"))
         request = VerifyRequest(
             references=(file,),
             endpoint=server.url,
@@ -201,8 +212,9 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             check_timeout_s=server.timeout_s,
             repeats=adapter.repeats,
             quick=adapter.quick,
+            caches=adapter.caches_every > 0,
             without_template=adapter.without_template,
         )
     except ConfigError as error:
         raise ConfigError(f"{name} on {server.name}: {error}") from error
-    return WatchTarget(server, name, request, adapter.interval_s or config.interval_s, most)
+    return WatchTarget(server, name, request, adapter.interval_s or config.interval_s, most, adapter.caches_every)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loraover.common.errors import OutputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DAY_S = 86_400.0
 
 
@@ -31,6 +31,7 @@ class Check:
         strength: Strength of the adapter, 1 as trained.
         seconds: Seconds that the check took.
         requests: Number of requests that it sent.
+        caches: Verdict on the server's cache of keys and values, or the fault; None if it was not asked.
         changed: Whether verdict or fault are others than before.
     """
 
@@ -45,6 +46,7 @@ class Check:
     strength: float | None
     seconds: float
     requests: int
+    caches: str | None = None
     changed: bool = False
 
     @property
@@ -84,12 +86,14 @@ class History:
         with self._named():
             self._connection = sqlite3.connect(path, wait_s, check_same_thread=False)
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
+            if version not in range(SCHEMA_VERSION + 1):
                 raise OutputError(f"{path}: a history of version {version}, not {SCHEMA_VERSION}; name another file.")
             self._connection.execute("PRAGMA journal_mode = WAL")  # whole after a kill at any moment
         with self._used() as connection:
             columns = ", ".join(f"{name} {TYPES.get(name, 'TEXT')}" for name in NAMES)
             connection.execute(f"CREATE TABLE IF NOT EXISTS checks ({columns})")
+            if version == 1:
+                connection.execute("ALTER TABLE checks ADD COLUMN caches TEXT")
             connection.execute("CREATE INDEX IF NOT EXISTS of_adapter ON checks (server, adapter, at)")
             connection.execute("CREATE INDEX IF NOT EXISTS in_order ON checks (server, adapter)")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -126,6 +130,15 @@ class History:
         """The last check whose verdict or fault differed from the one before."""
         found = self._read("WHERE server = ? AND adapter = ? AND changed ORDER BY rowid DESC LIMIT 1", key)
         return found[0] if found else None
+
+    def last_of_caches(self, key: tuple[str, str]) -> tuple[Check | None, int]:
+        """The last check of an adapter that asked the server's cache, if one did, and the number of later checks."""
+        mine = "WHERE server = ? AND adapter = ?"
+        found = self._read(f"{mine} AND caches IS NOT NULL ORDER BY rowid DESC LIMIT 1", key)
+        asked = f"SELECT max(rowid) FROM checks {mine} AND caches IS NOT NULL"
+        with self._used() as connection:
+            later = connection.execute(f"SELECT count(*) FROM checks {mine} AND rowid > ({asked})", (*key, *key))
+            return (found[0] if found else None), int(later.fetchone()[0])
 
     def since(self, key: tuple[str, str], at: float, most: int) -> list[Check]:
         """The last checks of an adapter on a server since a time, the first one first.

@@ -36,6 +36,7 @@ class PageRow:
         change: The last check whose verdict or fault differed from the one before.
         plot: Distances over time.
         is_late: Whether the last check is older than `LATE` intervals, so that the server's present state is not known.
+        caches: The last check that asked the server's cache; None if none did.
     """
 
     target: WatchTarget
@@ -43,6 +44,7 @@ class PageRow:
     change: Check | None
     plot: Figure
     is_late: bool
+    caches: Check | None
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -51,6 +53,11 @@ class PageRow:
             return "-", "-", "-", "-"
         change = "-" if self.change is None else moment(self.change.at)
         return short(self.last.distance), short(self.last.allowed), moment(self.last.at), change
+
+    @property
+    def cache(self) -> str:
+        """The last finding on the server's cache, with its time."""
+        return "-" if self.caches is None else f"{self.caches.caches}, {moment(self.caches.at)}"
 
     @property
     def text(self) -> str:
@@ -80,7 +87,9 @@ def to_page(canary: Canary, now: float, command: str, config_fault: str | None) 
         plot = draw(target, history.since(target.key, now - SHOWN_S, SHOWN), now)
         last = history.last(target.key)
         is_late = last is not None and now - last.at > LATE * target.interval_s
-        return PageRow(target, last, history.last_change(target.key), plot, is_late)
+        return PageRow(
+            target, last, history.last_change(target.key), plot, is_late, history.last_of_caches(target.key)[0]
+        )
 
     def urgency(row: PageRow) -> tuple[int, str, str]:
         return (len(ORDER) if row.last is None else ORDER.index(row.last.verdict), *row.target.key)
@@ -98,6 +107,7 @@ def to_page(canary: Canary, now: float, command: str, config_fault: str | None) 
         },
         origin=Origin(command, None, "", {}),
         rows=rows,
+        asks_caches=any(row.target.caches_every for row in rows),
         figures=[row.plot for row in rows],
         config_fault=config_fault,
     )

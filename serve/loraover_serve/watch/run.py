@@ -126,7 +126,12 @@ class Watch:
 
     def _check(self, target: WatchTarget) -> None:
         try:
-            check = ask(target, self._clock, lambda requests: self.canary.reserve(target, requests, self._clock()))
+            check = ask(
+                target,
+                self._clock,
+                lambda requests: self.canary.reserve(target, requests, self._clock()),
+                with_caches=self.canary.asks_caches(target),
+            )
             if not self.stopping.is_set():
                 self.canary.end(target, check)
         except BaseException as error:
