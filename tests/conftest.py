@@ -64,8 +64,7 @@ TOGETHER = {
         "vLLM",
     ),
     **dict.fromkeys(("test_api.py", "test_up.py", "test_up_preflight.py"), "port 8000"),
-    **dict.fromkeys(("test_compare.py", "test_learnt.py", "test_train.py"), "trained runs"),
-    **dict.fromkeys(("test_traffic.py", "test_zero.py"), "ZeRO"),
+    **dict.fromkeys(("test_learnt.py", "test_train.py"), "trained runs"),
 }
 """Files that share a server, a port or runs, and so a worker."""
 

@@ -96,13 +96,10 @@ def test_a_text_that_names_a_module_above_is_found(house: Any, modules: list[Any
     assert house.upward(modules, {"made": [["lower"], ["upper"]]}) == []
 
 
-def test_no_text_of_ours_names_a_module_that_an_import_could_not(house: Any) -> None:
-    assert house.upward(house.read_modules(), house.read_layers()) == []
-
-
-def test_no_docstring_of_ours_begins_with_a_riddle(house: Any) -> None:
-    found = {one.name: house.riddles(one) for one in house.read_modules()}
-    assert {name: each for name, each in found.items() if each} == {}
+def test_no_text_of_ours_names_a_module_that_an_import_could_not_and_no_docstring_is_a_riddle(house: Any) -> None:
+    ours = house.read_modules()
+    assert house.upward(ours, house.read_layers()) == []
+    assert {one.name: house.riddles(one) for one in ours if house.riddles(one)} == {}
 
 
 @pytest.fixture

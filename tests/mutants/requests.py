@@ -84,7 +84,7 @@ REQUESTS = (
         "study-interval-counts-examples-as-seeds",
         "Spread(variances, (seeds - 1, examples - 1))",
         "Spread(variances, (examples - 1, examples - 1))",
-        Selection("test_analysis.py", "ratio_over_examples"),
+        Selection("test_power.py", "ratio_over_examples"),
     ),
     Mutant(
         "study-asks-the-winner-to-be-tuned",

@@ -164,25 +164,25 @@ TRAINING = (
         "zero-pieces-are-read-in-another-place",
         "whole.view(-1)[self.start : self.start + len(part)] = part",
         "whole.view(-1)[: len(part)] = part",
-        Selection("test_zero.py", "every_stage"),
+        Selection("test_traffic.py", "every_stage"),
     ),
     Mutant(
         "zero-pieces-are-not-summed",
         "    dist.all_reduce(sent, operation)\n",
         "",
-        Selection("test_zero.py", "every_stage"),
+        Selection("test_traffic.py", "every_stage"),
     ),
     Mutant(
         "zero-3-shares-are-swapped",
         "min(share * dist.get_rank(held.ds_process_group), held.ds_numel)",
         "share * (1 - dist.get_rank(held.ds_process_group))",
-        Selection("test_zero.py", "every_stage"),
+        Selection("test_traffic.py", "every_stage"),
     ),
     Mutant(
         "zero-counts-a-step-for-each-group",
         "return self._present()[1] == self._count - 1",
         "return True",
-        Selection("test_zero.py", "every_stage"),
+        Selection("test_traffic.py", "every_stage"),
     ),
     # Schedules, budgets and scores
     Mutant(

@@ -39,7 +39,7 @@ WATCHING = (
         "watch-a-search-keeps-its-budget",
         "check.requests - target.most - self._reserved.pop(target.key, 0)",
         "check.requests - target.most",
-        Selection("test_crossed.py", "given_back"),
+        Selection("test_verify_faults.py", "given_back"),
     ),
     Mutant(
         "watch-another-fault-is-no-change",
@@ -69,19 +69,19 @@ WATCHING = (
         "watch-a-search-needs-no-room-in-the-budget",
         "target.others and reserve(target.search)",
         "target.others",
-        Selection("test_crossed.py", "within_its_budget"),
+        Selection("test_verify_faults.py", "within_its_budget"),
     ),
     Mutant(
         "crossed-the-furthest-is-the-likeliest",
         "elif far < self._right:",
         "elif far > self._right:",
-        Selection("test_crossed.py", "among_many"),
+        Selection("test_verify_faults.py", "among_many"),
     ),
     Mutant(
         "crossed-the-nearest-needs-no-check",
         "if _answers_as(request, _asker(request, endpoint, mine.name, read())):",
         "if True:",
-        Selection("test_crossed.py", "no_other"),
+        Selection("test_verify_faults.py", "no_other"),
     ),
     Mutant(
         "memory-more-than-there-is-is-tried",

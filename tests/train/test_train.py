@@ -1,4 +1,4 @@
-"""`loraover train` from recipe to run folder, on tiny models."""
+"""`loraover train` from recipe to run folder, on tiny models, and `loraover compare` of its runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from loraover.models.load import load_config, resolve_model
 from loraover.training.launch.defaults import with_defaults
 from loraover.training.recipe import load_recipe
 from loraover.training.run.build import note_slow_precision
-from loraover.training.run_result import read_run
+from loraover.training.run_result import RunResult, read_run
 
 from support.lines import Lines
 from support.machine import with_cpu
@@ -282,3 +282,31 @@ def test_the_recorded_command_of_a_resumed_run_starts_anew(
     assert run(cli, [*words, "--resume"]) == 0
     command = f"loraover {shlex.join(words)}"
     assert f"\n{command}\n" in (out / "adapter" / "README.md").read_text()
+
+
+def test_compare_shows_runs_side_by_side(
+    trained: dict[tuple[str, str], Trained], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    runs = [trained["llama", method] for method in METHODS]
+    assert run(cli, ["compare", *(str(r.folder) for r in runs)]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.strip().split("  ")[0]: line for line in printed.splitlines() if line.strip()}
+    for one in runs:
+        assert str(one.folder) in printed
+        assert f"{one.result.added_parameters:,}" in rows["parameters added while training"]
+        assert str(one.result.after) in rows["after"]
+    assert rows["method"].split()[1:] == list(METHODS)
+    assert run(cli, ["compare", "--json", *(str(r.folder) for r in runs)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {path: RunResult.model_validate(values) for path, values in printed.items()} == {
+        str(r.folder): r.result for r in runs
+    }
+
+
+def test_compare_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, said in ((None, "run.json"), ({"schema_version": 99}, "schema_version")):
+        if content is not None:
+            (tmp_path / "run.json").write_text(json.dumps(content))
+        assert run(cli, ["compare", str(tmp_path)]) == 2
+        assert said in capsys.readouterr().err
