@@ -20,14 +20,7 @@ from loraover.common.command_line import quiet_libraries, run
 from loraover.common.errors import ConfigError
 from loraover.models.stand_in import STAND_INS
 from loraover.reporting.reporter import ConsoleReporter
-from loraover_export import (
-    FoldCertificate,
-    OnnxReport,
-    VllmReport,
-    export_onnx,
-    export_vllm,
-    fold_checkpoint,
-)
+from loraover_export import FoldCertificate, OnnxReport, VllmReport, export_onnx, export_vllm, fold_checkpoint
 from loraover_export.cli import cli
 from loraover_export.formats.onnx.inputs import read_inputs
 from loraover_export.formats.onnx.kinds import decoder

@@ -24,16 +24,7 @@ from loraover.adapters.prompts import logits_of
 from loraover_export import convert_adapter
 
 from oracles import conversions as oracle
-from support.conversions import (
-    BASES,
-    SOURCES,
-    Source,
-    load_base,
-    make_base,
-    make_source,
-    our_deltas,
-    peft_deltas,
-)
+from support.conversions import BASES, SOURCES, Source, load_base, make_base, make_source, our_deltas, peft_deltas
 from support.make_checkpoint import edit_tensors, save_tokenizer
 
 TIED = (

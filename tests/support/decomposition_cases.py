@@ -15,10 +15,7 @@ from loraover.overparam.block_bases import Side
 from loraover.overparam.decompositions import DECOMPOSITIONS, Eigen, Mpo
 
 from oracles.contraction import Array, chain_matrix, eigen_matrix, mpo_matrix, svd_matrix
-from strategies import (
-    Case,
-    generators,
-)
+from strategies import Case, generators
 from support.devices import DEVICE
 from support.speed import examples
 from tolerances import UNDERFLOW, UNIT, chain_terms, gamma

@@ -14,12 +14,7 @@ from loraover import LoraOverCallback, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import open_tensors
 
-from support.tiny_models import (
-    lora_matrices,
-    tiny_llama,
-    token_ids,
-    with_lora,
-)
+from support.tiny_models import lora_matrices, tiny_llama, token_ids, with_lora
 
 DATA = [{"input_ids": row, "labels": row} for row in token_ids(seed=7, batch=24)]
 

@@ -13,12 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from loraover import LoraOverConfig, OverParameterization
 
 from support.optimizers import adagrad, adamw_8bit, muon
-from support.tiny_models import (
-    lora_matrices,
-    net_loss,
-    tiny_net,
-    trainable,
-)
+from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
 
 Step = Callable[[Any, Optimizer, int], None]
 

@@ -15,21 +15,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from loraover import LoraOverConfig, OverParameterization
 from loraover.checkpoint.error_bounds import gamma
 
-from support.hooked_run import (
-    OPTIMIZERS,
-    core_states,
-    cores,
-    make,
-    ordinary_step,
-    same,
-    train,
-)
-from support.tiny_models import (
-    lora_matrices,
-    net_loss,
-    tiny_net,
-    trainable,
-)
+from support.hooked_run import OPTIMIZERS, core_states, cores, make, ordinary_step, same, train
+from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
 
 # What is visible between steps
 

@@ -22,10 +22,7 @@ from loraover.reporting.schedule import placed
 from loraover.training.run.trainer import TrainingProgress
 
 from support.hf_trainer import DATA, arguments, assert_contracted, assert_holds, llama, trainer_of
-from support.tiny_models import (
-    lora_matrices,
-    trainable,
-)
+from support.tiny_models import lora_matrices, trainable
 
 pytestmark = pytest.mark.process
 

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from loraover.common.errors import ConfigError, ShapeError
 from loraover.overparam.decompositions import DECOMPOSITIONS, make_decomposition
 
-from strategies import (
-    OPTIONS,
-    SEEDS,
-    Case,
-    cases,
-    normal,
-    random_cores,
-)
+from strategies import OPTIONS, SEEDS, Case, cases, normal, random_cores
 from support.decomposition_cases import (
     DTYPES,
     ORACLES,

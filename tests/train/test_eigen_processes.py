@@ -13,15 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loraover import LoraOverConfig
 from loraover.overparam import covariances, eigenbases
 
-from support.parallel_run import (
-    STEPS,
-    ddp_run,
-    deviation,
-    equal,
-    fsdp_run,
-    model,
-    train,
-)
+from support.parallel_run import STEPS, ddp_run, deviation, equal, fsdp_run, model, train
 from support.processes import in_two_processes
 
 pytestmark = pytest.mark.process

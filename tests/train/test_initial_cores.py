@@ -13,15 +13,7 @@ from loraover.overparam.decompositions import make_decomposition
 from loraover.overparam.decompositions.base import random_coisometry
 
 from oracles.contraction import chain_matrix, mpo_left_part, mpo_right_part
-from strategies import (
-    LORA_SHAPES,
-    SEEDS,
-    Case,
-    cases,
-    generators,
-    matrices,
-    normal,
-)
+from strategies import LORA_SHAPES, SEEDS, Case, cases, generators, matrices, normal
 from support.decomposition_cases import (
     centre,
     cheap,

@@ -16,20 +16,8 @@ from loraover import LoraOverConfig, OverParameterization
 from loraover.checkpoint.error_bounds import gamma
 from loraover.common.errors import ConfigError
 
-from support.hooked_run import (
-    assert_contracted,
-    cores,
-    make,
-    same,
-    train,
-)
-from support.tiny_models import (
-    lora_matrices,
-    net_batch,
-    net_loss,
-    tiny_net,
-    trainable,
-)
+from support.hooked_run import assert_contracted, cores, make, same, train
+from support.tiny_models import lora_matrices, net_batch, net_loss, tiny_net, trainable
 
 # Injection during a run
 

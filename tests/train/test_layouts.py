@@ -28,12 +28,7 @@ from loraover.overparam.decompositions.mpo import balanced_factors
 from loraover.overparam.fingerprint import LateAnswer
 
 from benchmarks.step_overhead import ARMS, EIGEN, make_step
-from strategies import (
-    LORA_SHAPES,
-    expansions,
-    full_bonds,
-    sizes,
-)
+from strategies import LORA_SHAPES, expansions, full_bonds, sizes
 from support.speed import examples
 
 cheap = examples(40)

@@ -18,21 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, OneCycleLR, ReduceLROnP
 from loraover import OverParameterization
 from loraover.common.errors import ConfigError
 
-from support.hooked_run import (
-    OPTIMIZERS,
-    assert_contracted,
-    cores,
-    make,
-    ordinary_step,
-    same,
-    train,
-)
-from support.tiny_models import (
-    lora_matrices,
-    net_loss,
-    tiny_net,
-    trainable,
-)
+from support.hooked_run import OPTIMIZERS, assert_contracted, cores, make, ordinary_step, same, train
+from support.tiny_models import lora_matrices, net_loss, tiny_net, trainable
 
 # Optimizers
 

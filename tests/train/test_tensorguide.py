@@ -20,14 +20,7 @@ from loraover.training.recipe import load_recipe
 from loraover.training.run_result import read_run
 from loraover_export import export_vllm
 from loraover_lab.methods.layers import get_pair
-from loraover_lab.methods.tensorguide import (
-    CoreLayout,
-    TensorGuideSettings,
-    contract,
-    draw_cores,
-    make_layout,
-    split,
-)
+from loraover_lab.methods.tensorguide import CoreLayout, TensorGuideSettings, contract, draw_cores, make_layout, split
 
 from oracles.methods import guided_pair, train_operands
 from support.make_checkpoint import numpy64
