@@ -66,11 +66,7 @@ class ToyRequest(Request):
 
 @verb(ToyRequest)
 def toy(request: ToyRequest) -> ToyRequest:
-    """Return the request.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
+    """Return the request."""
     return request
 
 

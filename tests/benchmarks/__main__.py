@@ -50,12 +50,7 @@ BENCHMARKS = (
 
 
 class Measured(NamedTuple):
-    """What a benchmark found.
-
-    Args:
-        parts: Tables in Markdown, and plots.
-        gpu: Name of the GPU that it used; None: it used none.
-    """
+    """What a benchmark found."""
 
     parts: list[str | Plot]
     gpu: str | None
@@ -68,17 +63,7 @@ class BenchmarkError(Exception):
 def run_benchmarks(
     names: Sequence[str], page: Path | None, measure: Callable[[str], Measured] | None = None
 ) -> list[str]:
-    """Run benchmarks, write what each one found before the next one begins, and return the names of those that failed.
-
-    Args:
-        names: Names of the benchmarks.
-        page: Page whose tables are replaced; None: none.
-        measure: Function that runs one benchmark; None: in a fresh process.
-
-    Raises:
-        ConfigError: The page has no place for a benchmark, or is not in a git checkout.
-        OutputError: The page cannot be written.
-    """
+    """Run benchmarks, write what each one found before the next begins, and return the names of those that failed."""
     if page is not None:
         check_markers(names, page)
     failed = []
@@ -98,11 +83,7 @@ def run_benchmarks(
 
 
 def measure_in_process(name: str) -> Measured:
-    """Run one benchmark in a fresh process, which prints its tables as they come.
-
-    Raises:
-        BenchmarkError: The process failed.
-    """
+    """Run one benchmark in a fresh process, which prints its tables as they come."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "found.json"
         command = [sys.executable, "-m", "benchmarks", "--only", name, "--into", str(file)]
@@ -114,13 +95,7 @@ def measure_in_process(name: str) -> Measured:
 
 
 def measure_here(name: str, file: Path, **options: Any) -> None:
-    """Run one benchmark in this process: print its tables, and write what it has found so far to a file.
-
-    Args:
-        name: Name of its module.
-        file: The file.
-        options: Arguments of its function `measure`.
-    """
+    """Run one benchmark in this process: print its tables, and write what it has found so far to a file."""
     shown = console()
     parts: list[str | dict[str, str]] = []
     numbers: Numbers = {}

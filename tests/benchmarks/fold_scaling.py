@@ -29,13 +29,7 @@ LARGE_BYTES, FEW = 2**29, 2
 
 
 class Times(NamedTuple):
-    """Seconds of folds and of their limits, in pairs.
-
-    Args:
-        adapter_bytes: Size of the adapter.
-        folds: Seconds of each fold.
-        limits: Seconds of the limit beside each fold.
-    """
+    """Seconds of folds and of their limits, in pairs."""
 
     adapter_bytes: int
     folds: Sequence[float]

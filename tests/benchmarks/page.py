@@ -40,11 +40,7 @@ class Origin:
     versions: dict[str, str]
 
     def line(self, gpu: str | None) -> str:
-        """Return the line above the tables.
-
-        Args:
-            gpu: Name of the GPU that was used; None: none was.
-        """
+        """Return the line above the tables."""
         state = "" if self.is_clean else " with uncommitted changes"
         device = "" if gpu is None else f"GPU: {gpu}; "
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -52,15 +48,7 @@ class Origin:
 
 
 def find_origin(root: Path = ROOT, page: Path = PAGE) -> Origin:
-    """Describe the commit, the machine and the packages.
-
-    Args:
-        root: Folder of the git checkout.
-        page: The page that is written, whose own changes do not count, nor those of its plots.
-
-    Raises:
-        ConfigError: The folder is not in a git checkout.
-    """
+    """Describe the commit, the machine and the packages."""
     written = [f":(exclude){path.relative_to(root)}" for path in (page, plots_of(page), page.with_suffix(".json"))]
     commit = _git(root, "rev-parse", "--short", "HEAD").strip()
     changes = _git(root, "status", "--porcelain", "--", ".", *written)
@@ -86,29 +74,14 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def check_markers(names: Iterable[str], page: Path = PAGE) -> None:
-    """Raise ConfigError unless a page has a place for the tables of every benchmark.
-
-    Args:
-        names: Names of the benchmarks.
-        page: The page.
-    """
+    """Raise ConfigError unless a page has a place for the tables of every benchmark."""
     text = page.read_text(encoding="utf-8")
     for name in names:
         replaced(text, name, "", page)
 
 
 def replaced(text: str, name: str, content: str, page: Path = PAGE) -> str:
-    """Return a page's text with other content between the markers of a benchmark.
-
-    Args:
-        text: The page's text.
-        name: Name of the benchmark.
-        content: New content.
-        page: The page, for messages.
-
-    Raises:
-        ConfigError: The page does not have each of the two markers once, and in this order.
-    """
+    """Return a page's text with other content between the markers of a benchmark."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
         raise ConfigError(
@@ -120,18 +93,7 @@ def replaced(text: str, name: str, content: str, page: Path = PAGE) -> str:
 
 
 def write_figures(name: str, line: str, parts: Sequence[str | Plot], page: Path = PAGE) -> None:
-    """Put a benchmark's tables and plots into a page.
-
-    Args:
-        name: Name of the benchmark.
-        line: Line above the tables.
-        parts: Tables in Markdown, and plots, which are written as files.
-        page: The page.
-
-    Raises:
-        ConfigError: The page lacks a marker.
-        OutputError: The page or a plot cannot be written.
-    """
+    """Put a benchmark's tables and plots into a page."""
     content = [line]
     for part in parts:
         if isinstance(part, Plot):

@@ -29,15 +29,7 @@ from benchmarks.shown import table_of
 
 
 class Shape(NamedTuple):
-    """Shape of a run.
-
-    Args:
-        method: Method of the recipe.
-        batch: Rows of a micro-batch.
-        tokens: Tokens of a row.
-        rank: Rank of the LoRA.
-        precision: What it computes in, fp32 or bf16.
-    """
+    """Shape of a run."""
 
     method: str
     batch: int
@@ -57,14 +49,7 @@ WORDS = ("train", "adapter", "matrix", "learn", "small", "model", "token", "sum"
 
 
 def recipe_of(shape: Shape, folder: Path, model: str = MODEL, **training: Any) -> Recipe:
-    """Write the rows of a run of `STEPS` steps without evaluation, and return its recipe.
-
-    Args:
-        shape: Shape of the run.
-        folder: Folder for the rows.
-        model: Base model.
-        training: Settings of training in place of these.
-    """
+    """Write the rows of a run of `STEPS` steps without evaluation, and return its recipe."""
     draw = random.Random(0)
     answers = [" " + " ".join(draw.choices(WORDS, k=2 * shape.tokens)) for _ in range(ROWS)]
     rows = folder / "rows.jsonl"

@@ -73,16 +73,7 @@ class Sample(NamedTuple):
 
 
 def stream_beside(running: Plugged, tokens: int, ask: Callable[[], httpx2.Response] | None) -> Sample:
-    """Stream the base model, and send a request beside it.
-
-    Args:
-        running: The server.
-        tokens: Number of the stream's tokens.
-        ask: Function that sends the request; None: none.
-
-    Raises:
-        RuntimeError: The request failed, or the stream did not last as long.
-    """
+    """Stream the base model, and send a request beside it."""
     asked = answered = 0.0
     with ThreadPoolExecutor(1) as pool:
         begun = pool.submit(running.server.stream, str(running.base), PROMPT, max_tokens=tokens, timeout_s=SILENCE_S)
@@ -107,13 +98,7 @@ def prepare_s(running: Plugged, name: str) -> float:
 
 
 def measure_round(running: Plugged, number: int, tokens: int) -> dict[str, Sample]:
-    """Measure all streams of one round, with two new adapters, which are removed afterwards.
-
-    Args:
-        running: The server.
-        number: Number of the round, from 0.
-        tokens: Number of tokens of each stream.
-    """
+    """Measure all streams of one round, with two new adapters, which are removed afterwards."""
     cold, other = (f"{kind}-{number}" for kind in ("cold", "other"))
     for name, seed in ((cold, 2 * number), (other, 2 * number + 1)):
         make_plain(running.adapters / name, running.base, seed, RANK, SHAPES)
@@ -153,12 +138,7 @@ def measure() -> list[Table]:
 
 
 def to_table(found: Mapping[str, Sequence[Sample]], setting: str) -> Table:
-    """Return the table of medians.
-
-    Args:
-        found: Samples of each kind of stream, in the order of the rounds.
-        setting: Model, tokens and size of the adapter.
-    """
+    """Return the table of medians."""
     table = table_of(
         f"{setting}, {ROUNDS} rounds, medians",
         *("beside the stream", "longest gap", "to alone [95 %]", "stream", "answered after"),

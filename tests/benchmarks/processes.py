@@ -13,13 +13,7 @@ Found = TypeVar("Found")
 
 
 def in_child(function: Callable[..., Found], *arguments: object, preloaded: Sequence[str] = ()) -> Found:
-    """Return what a function returns in a new process.
-
-    Args:
-        function: The function.
-        arguments: Its arguments.
-        preloaded: Modules that the process has imported before it begins.
-    """
+    """Return what a function returns in a new process."""
     context = get_context("forkserver" if preloaded else "spawn")
     if preloaded:
         context.set_forkserver_preload(list(preloaded))

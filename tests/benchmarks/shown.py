@@ -32,13 +32,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in the SVG format.
-
-    Args:
-        name: Name of its file, without the ending.
-        description: Text for readers who do not see it.
-        svg: The picture.
-    """
+    """A plot in the SVG format."""
 
     name: str
     description: str
@@ -51,15 +45,7 @@ Numbers = dict[str, Any]
 
 
 def draw_curves(curves: Mapping[str, Sequence[Point]], *, x: str, y: str, ticks: Sequence[float], names: str) -> str:
-    """Draw curves with their intervals on logarithmic axes, as an SVG.
-
-    Args:
-        curves: Points of each curve, by the name in the legend.
-        x: Name of the horizontal axis.
-        y: Name of the vertical axis.
-        ticks: Places on the horizontal axis that have a name.
-        names: Format of these names, such as ",.0f".
-    """
+    """Draw curves with their intervals on logarithmic axes, as an SVG."""
     drawn = [
         Curve(name, color, [(p.x, p.y) for p in points], [(p.low, p.high) for p in points])
         for color, (name, points) in zip(COLORS, curves.items(), strict=False)

@@ -77,12 +77,7 @@ class _Counting(_Mode):
 
 
 class Step(NamedTuple):
-    """One optimizer step of an arm, to be taken many times.
-
-    Args:
-        timed: Function that takes it and returns its seconds.
-        counted: Function that takes it and returns its operations.
-    """
+    """One optimizer step of an arm, to be taken many times."""
 
     timed: Callable[[], Seconds]
     counted: Callable[[], _Counting]

@@ -76,12 +76,7 @@ def check(verb: str, folder: Path, name: str, limit: float | None) -> None:
 
 @dataclass
 class Memory:
-    """Private memory of this process during a block, in bytes.
-
-    Args:
-        before: Memory at its beginning.
-        most: Largest memory so far.
-    """
+    """Private memory of this process during a block, in bytes."""
 
     before: int = 0
     most: int = 0

@@ -213,13 +213,7 @@ ENGINES: dict[str, Callable[..., Any]] = {
 
 
 class Subject:
-    """The adapter in PyTorch, as the judge of verify has it.
-
-    Args:
-        source: The base model.
-        folder: Folder of the adapters.
-        asked: Token ids of the prompts.
-    """
+    """The adapter in PyTorch, as the judge of verify has it."""
 
     def __init__(self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> None:
         adapter = read_source(folder / ADAPTER)

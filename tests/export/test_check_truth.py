@@ -137,11 +137,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Truth:
-    """An adapter, and the logprobs of the model that was trained.
-
-    Args:
-        drawn: What was drawn, in words.
-    """
+    """An adapter, and the logprobs of the model that was trained."""
 
     folder: Path
     place: Place

@@ -124,6 +124,21 @@ def test_weights_are_untied_where_they_differ(name: str, merged: Callable[[str],
     assert sorted(found.report.untied) == ([] if stays else ["lm_head.weight", "model.embed_tokens.weight"])
 
 
+def assert_merged_as_peft_loads(saved: Saved) -> Tensor:
+    """Outputs in memory, unfolded and from files are those of PEFT, which are returned."""
+    expected = outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval())
+    model = saved.base()
+    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
+        found = [outputs(whole)]
+    merge(model, read_adapter_dir(saved.adapter))
+    files = saved.folder / "files"
+    assert merge_adapter(saved.adapter, files, model=saved.folder / "base").passed
+    found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(files))]
+    for logits_ in found:
+        assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+    return expected
+
+
 @pytest.mark.parametrize("name", ["embedding", "tied embedding", "tied head", "tied, both"])
 def test_changed_base_weights_reach_all_that_is_tied(name: str, tmp_path: Path) -> None:
     """PEFT loads them into the parameter that the embedding and the head share."""
@@ -134,15 +149,7 @@ def test_changed_base_weights_reach_all_that_is_tied(name: str, tmp_path: Path) 
             found[key][7] += 1
 
     edit_tensors(saved.adapter / "adapter_model.safetensors", change)
-    expected = outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval())
-    model = saved.base()
-    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
-        found = [outputs(whole)]
-    merge(model, read_adapter_dir(saved.adapter))
-    assert merge_adapter(saved.adapter, tmp_path / "files", model=saved.folder / "base").passed
-    found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "files"))]
-    for logits_ in found:
-        assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+    assert_merged_as_peft_loads(saved)
 
 
 @pytest.mark.parametrize(
@@ -165,15 +172,7 @@ def test_a_parameter_reaches_all_that_is_tied_and_has_no_copy(name: str, key: st
         found[f"base_model.model.{key}.weight"] = normal(5, 64, 32, dtype=torch.float32)
 
     edit_tensors(saved.adapter / "adapter_model.safetensors", change)
-    expected = outputs(PeftModel.from_pretrained(saved.base(), saved.adapter).eval())
-    model = saved.base()
-    with unfolded(model, read_adapter_dir(saved.adapter)) as whole:
-        found = [outputs(whole)]
-    merge(model, read_adapter_dir(saved.adapter))
-    assert merge_adapter(saved.adapter, tmp_path / "files", model=saved.folder / "base").passed
-    found += [outputs(model), outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "files"))]
-    for logits_ in found:
-        assert float((logits_ - expected).abs().max()) <= 64 * UNIT[torch.float32] * float(expected.abs().max())
+    expected = assert_merged_as_peft_loads(saved)
     assert float((outputs(saved.peft) - expected).abs().max()) > 0.1 * float(expected.abs().max())
 
 

@@ -34,15 +34,7 @@ Values = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model to draw.
-
-    Args:
-        make: Function that builds it.
-        linear: Names of its linear layers.
-        embedding: Name of its embedding.
-        head: Name of its output head.
-        task: PEFT's name of its task.
-    """
+    """A base model to draw."""
 
     make: Callable[[], Any]
     linear: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -51,12 +51,7 @@ def single(kind: str, options: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def effects(model: Any, plain: Any) -> Effects:
-    """Return the effect of each linear layer and embedding of a base model, forward minus forward.
-
-    Args:
-        model: PEFT's model, or a merged one, in float64.
-        plain: The base model in float64.
-    """
+    """Return the effect of each linear layer and embedding of a base model, forward minus forward."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {}
     for path, module in plain.named_modules():

@@ -93,12 +93,7 @@ class Place:
 
 
 def run(case: Case, bases: Path) -> Result:
-    """Return what becomes of a case.
-
-    Args:
-        case: The case.
-        bases: Folder of base models, which later cases use again.
-    """
+    """Return what becomes of a case."""
     with TemporaryDirectory() as scratch:
         place = Place(case, bases, Path(scratch, "adapter"), Path(scratch, "out"))
         try:
@@ -322,11 +317,7 @@ def _onnx(place: Place) -> Written | Result:
 
 
 def _check(place: Place) -> Result:
-    """Ask for a judgement on each engine, and compare it with what its export does; then judge what was written.
-
-    Raises:
-        Fault: a promise that the export does not keep, or a written form that the check refuses.
-    """
+    """Ask for a judgement on each engine, and compare it with what its export does; then judge what was written."""
     for engine, write in {"vllm": _vllm, "llamacpp": _gguf, "mlx": _mlx}.items():
         (judged,) = export.check_adapter(place.adapter, engines=engine).engines
         case = replace(place.case, arguments={"dtype": "fp32"})

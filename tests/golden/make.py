@@ -45,12 +45,7 @@ def sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checkpoint after two of `total` steps.
-
-    Args:
-        total: Steps of the whole run, where the schedule wants to know.
-        lora: Options of LoraConfig.
-    """
+    """A checkpoint after two of `total` steps."""
 
     config: LoraOverConfig
     make_optimizer: MakeOptimizer

@@ -37,12 +37,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant.
-
-    Args:
-        seconds: Duration of its tests.
-        note: The first test that failed, or why the mutant shows nothing.
-    """
+    """What became of a mutant."""
 
     name: str
     outcome: Outcome

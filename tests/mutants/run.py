@@ -32,11 +32,7 @@ def product_files(root: Path) -> list[Path]:
 
 
 def place_of(mutant: Mutant, texts: Mapping[Path, str]) -> Path:
-    """The one file that holds the mutant's source.
-
-    Raises:
-        ValueError: there is none, or the source occurs more than once.
-    """
+    """The one file that holds the mutant's source."""
     found = [path for path, text in texts.items() for _ in range(text.count(mutant.old))]
     if len(found) != 1:
         raise ValueError(f"its source occurs {len(found)} times, expected once")
@@ -44,11 +40,7 @@ def place_of(mutant: Mutant, texts: Mapping[Path, str]) -> Path:
 
 
 def file_of(tests: Selection, root: Path) -> Path:
-    """The file that holds the tests.
-
-    Raises:
-        ValueError: no file of that name, or several.
-    """
+    """The file that holds the tests."""
     found = list((root / "tests").rglob(tests.file))
     if len(found) != 1:
         raise ValueError(f"{len(found)} files are named {tests.file}, expected one")
@@ -70,11 +62,7 @@ def copied(root: Path) -> Iterator[Path]:
 
 
 def run_tests(copy: Path, tests: Selection) -> tuple[int, str]:
-    """pytest's exit code in a copy, and its output.
-
-    Raises:
-        ValueError: no such file of tests, or they have not ended after LIMIT_S seconds.
-    """
+    """pytest's exit code in a copy, and its output."""
     ours = os.pathsep.join(str(copy / name) for name in (".", *PACKAGES[1:]))
     environment = {name: value for name, value in os.environ.items() if name != "LORAOVER_COMPATIBILITY"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
@@ -130,14 +118,7 @@ def failing_without_mutant(root: Path, selections: Iterable[Selection], jobs: in
 
 
 def try_mutants(root: Path, mutants: Sequence[Mutant], jobs: int, failing: Mapping[Selection, str]) -> list[Verdict]:
-    """Try each mutant and show what became of it.
-
-    Args:
-        root: The tree to plant them in copies of.
-        mutants: Those to try.
-        jobs: Number of them at a time.
-        failing: Tests that fail without a mutant, with the reason.
-    """
+    """Try each mutant and show what became of it."""
 
     def verdict_on(mutant: Mutant) -> Verdict:
         if mutant.tests in failing:

@@ -125,14 +125,7 @@ def test_a_server_that_hides_the_logprobs_of_the_adapter_alone_is_undecided(refe
 
 
 class Cache:
-    """A cache of responses in front of a server, each of which has an id.
-
-    Args:
-        reply: The server.
-        key: What makes two requests one.
-        headers: Headers of a response from the cache.
-        ids: Ids of new responses.
-    """
+    """A cache of responses in front of a server, each of which has an id."""
 
     def __init__(
         self, reply: Any, key: Sequence[str], headers: Mapping[str, str] = {}, ids: Iterator[str] | None = None

@@ -70,11 +70,6 @@ class Mixing:
 
     What is mixed does not depend on how fast the client is: while long answers of the other model are asked for again
     and again, each short one of the victim waits until one of them is in flight.
-
-    Args:
-        served: The right answers.
-        victim: Name of the model whose requests are answered wrongly.
-        company: Name of the other model.
     """
 
     def __init__(self, served: Served, victim: str, company: str) -> None:

@@ -14,12 +14,7 @@ from loraover.common.errors import ConfigError
 
 
 class DataHub:
-    """A hub that knows these data sets, and is asked in the place of the real one until the patch is undone.
-
-    Args:
-        patch: Pytest's fixture.
-        sets: Rows of each set, by its name with __ for /; or of each of its splits.
-    """
+    """A hub that knows these data sets, and is asked in the place of the real one until the patch is undone."""
 
     def __init__(self, patch: pytest.MonkeyPatch, **sets: Sequence[Any] | Mapping[str, Sequence[Any]]) -> None:
         self.sets = {name.replace("__", "/"): rows for name, rows in sets.items()}

@@ -16,16 +16,7 @@ from support.http_server import Handler, serving
 
 @contextmanager
 def delaying(url: str, model: str, share: float) -> Iterator[str]:
-    """Forward completions; a piece that arrives t seconds after a request for `model` is sent on after (1 + share) t.
-
-    Args:
-        url: Address of the server.
-        model: Name of the model to delay.
-        share: Delay as a share of the time that the server takes.
-
-    Yields:
-        The address of the proxy.
-    """
+    """Forward completions; a piece that comes t seconds after a request for `model` is sent on after (1 + share) t."""
     opener = build_opener(ProxyHandler({}))
 
     class Proxy(Handler):

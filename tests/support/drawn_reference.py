@@ -57,14 +57,7 @@ def drawn_reference(draw: random.Random) -> Reference:
 
 
 class DrawnServer:
-    """A server whose answers have noise, and of which those for the adapter may be wrong on some prompts.
-
-    Args:
-        reference: The reference.
-        draw: Source of the draws.
-        wrong: Prompts on which the adapter's answers are wrong.
-        fault: What is wrong with them.
-    """
+    """A server whose answers have noise, and of which those for the adapter may be wrong on some prompts."""
 
     def __init__(
         self, reference: Reference, draw: random.Random, wrong: Collection[int] = (), fault: Fault | None = None

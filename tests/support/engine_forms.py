@@ -48,15 +48,7 @@ TINY = ("--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--no
 
 @dataclass(frozen=True)
 class Running:
-    """Servers that run until the last cell is judged, one for each base model.
-
-    Args:
-        folder: Folder for their logs, and for converted base models.
-        until: Stack that stops them.
-        servers: Servers by the location of their base model.
-        converted: Base models that optimum-intel has exported, by their location.
-        graphs: ONNX graphs of base models, by their location.
-    """
+    """Servers that run until the last cell is judged, one for each base model."""
 
     folder: Path
     until: ExitStack

@@ -79,12 +79,7 @@ class GgufMade:
 
 
 def make_gguf(folder: Path, family: str, *, changes: Mapping[str, Any] | None = None, **lora: Any) -> GgufMade:
-    """A base model whose positions and norms matter, as a folder and as a GGUF file, and an adapter.
-
-    Args:
-        changes: Fields of the model's configuration.
-        lora: Options of LoraConfig; those of UNEVEN otherwise.
-    """
+    """A base model whose positions and norms matter, as a folder and as a GGUF file, and an adapter."""
     model = large_weights(tiny_base(family, **(changes or {})))
     model.save_pretrained(folder / "base")
     write_base(model, folder / "base.gguf")
@@ -152,11 +147,7 @@ def rewrite(
     change: Callable[[dict[str, Any], dict[str, Tensor]], object],
     matrices_as: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
 ) -> Path:
-    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`.
-
-    Args:
-        matrices_as: Type that the matrices of layers are stored in.
-    """
+    """A copy of a GGUF file in F32 whose fields and tensors `change` has edited in place; returns `output`."""
     reader = gguf.GGUFReader(source)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     tensors = read_tensors(source)

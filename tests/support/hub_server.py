@@ -20,14 +20,7 @@ LARGE = (".safetensors", ".gz", ".json")
 
 @dataclass
 class HubServer:
-    """One running stand-in.
-
-    Args:
-        url: Its address, for HF_ENDPOINT.
-        repositories: Files of each repository that was made, by path.
-        commits: Paths of each commit.
-        private: Repositories that were made for their owner alone.
-    """
+    """One running stand-in."""
 
     url: str
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)

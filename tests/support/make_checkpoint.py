@@ -49,13 +49,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint on disk and the model that wrote it.
-
-    Args:
-        base: Folder of the base model.
-        path: Folder of the checkpoint.
-        model: The PEFT model, in eval mode, as it was saved.
-    """
+    """A checkpoint on disk and the model that wrote it."""
 
     base: Path
     path: Path

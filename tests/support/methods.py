@@ -29,15 +29,7 @@ def started(
     options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[PeftModel, Any]:
-    """The model with an adapter of rank `RANK` and scaling `SCALING`, and the method that has prepared it.
-
-    Args:
-        name: The method, as in a recipe.
-        base: The base model.
-        task: Its task, as PEFT names it.
-        options: Other keys of the recipe.
-        settings: Settings of the method.
-    """
+    """The model with an adapter of rank `RANK` and scaling `SCALING`, and the method that has prepared it."""
     lora = {"lora.r": RANK, "lora.lora_alpha": RANK * SCALING}
     recipe = load_recipe("demo", {"method": name, name: settings} | lora | dict(options or {}))
     method = METHODS[name](recipe)

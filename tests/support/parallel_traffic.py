@@ -31,14 +31,7 @@ ALWAYS_CUT = ("param_persistence_threshold", "max_live_parameters", "max_reuse_d
 
 
 class Case(NamedTuple):
-    """One run.
-
-    Args:
-        mechanism: Ddp, fsdp2, or zero1 to zero3.
-        is_over: Whether matrices have cores.
-        checkpointing: Whether activations are computed again.
-        is_short: Whether DeepSpeed's engine computes in bfloat16.
-    """
+    """One run."""
 
     mechanism: str
     is_over: bool

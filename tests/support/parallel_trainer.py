@@ -47,13 +47,7 @@ def trainer_of(
     fsdp_config: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
 ) -> Any:
-    """Two micro-batches a step.
-
-    Args:
-        rows: Number of rows in a process's micro-batch.
-        fsdp_config: Settings of FSDP2; None: not sharded by it.
-        deepspeed: Settings of its engine; None: trained without it.
-    """
+    """Two micro-batches a step."""
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,

@@ -21,13 +21,7 @@ TEXT_CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma3n": "Gemma3nTextConfig", "L
 
 
 def write_adapter(folder: Path, matrices: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
-    """An adapter of these (A, B) by module path; returns `folder`.
-
-    Args:
-        folder: Folder to write to.
-        matrices: A and B by module path.
-        config: Further fields of `adapter_config.json`; r is that of the first A, and lora_alpha is 2 r.
-    """
+    """An adapter of these (A, B) by module path; returns `folder`."""
     folder.mkdir(parents=True)
     tensors = {}
     for module, (a, b) in matrices.items():

@@ -80,14 +80,7 @@ def _right(ask: Ask) -> Ask:
 def save_sharp_base(
     folder: Path, change: Callable[[Any], None] = lambda model: None, family: str = "Llama", **options: Any
 ) -> Path:
-    """A tiny Llama whose attention depends on positions more than that of random weights, with a tokenizer.
-
-    Args:
-        folder: Folder to write to.
-        change: Change of the model.
-        family: Family with Llama's weights, as which it is saved.
-        options: Fields of its configuration.
-    """
+    """A tiny Llama whose attention depends on positions more than that of random weights, with a tokenizer."""
     model = tiny_decoder("Llama", **BASE_OPTIONS)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -195,12 +188,7 @@ def reply(ask: Ask) -> Callable[[Body], bytes]:
 
 
 class AskedModel:
-    """A model that `TorchEngine` runs, whose logits are those that a server computes with.
-
-    Args:
-        name: Name of the model on the server.
-        ask: The server.
-    """
+    """A model that `TorchEngine` runs, whose logits are those that a server computes with."""
 
     device = torch.device("cpu")
     config = LlamaConfig(vocab_size=torch.iinfo(torch.int32).max)  # so that questions are asked one by one

@@ -24,13 +24,7 @@ PATIENCE_S = 60
 
 
 def in_two_processes(work: Callable[[int], Any], folder: Path, count: int = 2) -> list[Any]:
-    """What `work(rank)` returns in each of two forks, which have everything imported already.
-
-    Args:
-        work: Returns tensors, plain data and containers of them.
-        folder: Empty folder for the results.
-        count: Number of forks, if there are not two.
-    """
+    """What `work(rank)` returns in each of two forks, which have everything imported already."""
     folder.mkdir(exist_ok=True)
     start_processes(_take_part, (work, folder, count), nprocs=count, start_method="fork")  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]

@@ -45,15 +45,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(words: Sequence[str], port: int, path: str, log: Path, more: Mapping[str, str]) -> Iterator[str]:
-    """A server during a block; yields its address once it answers requests for this path.
-
-    Args:
-        words: Its command line.
-        port: Its port.
-        path: Path that is asked for.
-        log: File for what it prints.
-        more: Further variables of its environment.
-    """
+    """A server during a block; yields its address once it answers requests for this path."""
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + START_S
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -35,11 +35,7 @@ class Verdicts:
 
 
 class Recorded:
-    """The recorded answers of one engine.
-
-    Args:
-        path: The file.
-    """
+    """The recorded answers of one engine."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.stem
@@ -79,12 +75,7 @@ class Recorded:
         return self._with(kept | {"effect": effect, "adapter": adapter}, 1 + (self.bias - 1) / scale)
 
     def partly(self, prompts: int, factor: float) -> Recorded:
-        """The engine with a fault of its scaling on the first prompts alone.
-
-        Args:
-            prompts: Number of those prompts.
-            factor: Factor on what the engine's adapter changes there.
-        """
+        """The engine with a fault of its scaling on the first prompts alone."""
         wrong = np.arange(len(self.effect))[:, None, None] < prompts
         adapter = self._kept["adapter"] + wrong * (factor - 1) * self.effect
         return self._with(self._kept | {"adapter": adapter}, self.bias)
@@ -134,12 +125,7 @@ class Recorded:
         return ratios
 
     def multiples(self, arm: str, chosen: NDArray[np.int64]) -> Floats:
-        """What most positions of each prompt are off by at least, as a multiple of the noise there or of all prompts.
-
-        Args:
-            arm: What is served.
-            chosen: Indices of the prompts in each set.
-        """
+        """What most positions of each prompt are off by at least, in multiples of the noise there or of all prompts."""
         off = np.sort(np.sqrt(np.square(self._off(arm)).mean(-1)), axis=-1)
         middle, base = off[:, (off.shape[1] - 1) // 2][chosen], _rms(self._kept["base"])[chosen]
         usual = np.sqrt(np.square(base).mean(-1, keepdims=True))
@@ -151,13 +137,6 @@ class Recorded:
 
         The noise of each prompt has a random sign, so that a set is not one of few, and what it has along the effect in
         all prompts, such as rounding's own bias, stays.
-
-        Args:
-            arm: What is served.
-            draw: Source of the draws.
-            runs: Number of sets.
-            prompts: Number of prompts in a set.
-            repeats: Whether prompts are drawn with replacement.
         """
         number = len(self._kept["base"])
         if repeats:
@@ -234,12 +213,6 @@ def _explained(found: Projections) -> NDArray[np.bool_]:
 
 
 def _as_base(to_base: Floats, to_adapter: Floats, size: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Numbers of answers that are the base model's, and of those at which that would be seen, in each set.
-
-    Args:
-        to_base: Distance of each change from none.
-        to_adapter: Its distance from the effect.
-        size: Size of the effect.
-    """
+    """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
     clear = size > CLEAR * np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
     return (clear & (to_base < to_adapter / AS_BASE)).sum((-2, -1)), clear.sum((-2, -1))

@@ -57,13 +57,7 @@ class FromReference:
 
 
 class Chatting:
-    """A server that answers as another one does, and renders chats in a template of its own.
-
-    Args:
-        served: What it answers to all other requests.
-        tokenizer: Tokenizer with the template.
-        tells: What it tells of a chat's tokens: one of TELLS.
-    """
+    """A server that answers as another one does, and renders chats in a template of its own."""
 
     TELLS = ("ids", "tokenize", "apply", "number", "number, strictly", "nothing", "no route")
 
@@ -101,11 +95,7 @@ class Chatting:
 
 
 class Fleet:
-    """Servers behind one address, which answer by chance; a header names each, and another one each request.
-
-    Args:
-        servers: The servers.
-    """
+    """Servers behind one address, which answer by chance; a header names each, and another one each request."""
 
     def __init__(self, servers: Sequence[Callable[[dict[str, Any]], int | bytes]]) -> None:
         self._servers, self._draw = servers, random.Random(1)

@@ -226,12 +226,7 @@ def fleet_report() -> FleetReport:
 
 
 def canary(now: float, text: str | None = None) -> Canary:
-    """A canary with an adapter of each verdict, one of a short interval and one that was not checked yet.
-
-    Args:
-        now: The time.
-        text: Text in place of all names.
-    """
+    """A canary with an adapter of each verdict, one of a short interval and one that was not checked yet."""
     verdicts = ("as trained", "differs", "inconclusive", "failed", "as trained", None)
     settings = AdapterSettings(reference=Path("reference.json.gz"))
     server = ServerSettings(name=text or "production-europe-1", url="http://localhost:8000", adapters=[settings])
@@ -252,13 +247,7 @@ def canary(now: float, text: str | None = None) -> Canary:
 
 @dataclass(frozen=True)
 class Made:
-    """How a report's page is made.
-
-    Args:
-        title: Beginning of the page's title.
-        page: Makes the page.
-        hostile: Makes it with hostile texts wherever a file may supply one.
-    """
+    """How a report's page is made."""
 
     title: str
     page: Callable[[], Page]

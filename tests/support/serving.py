@@ -28,16 +28,7 @@ B_SCALE = 0.05  # standard deviation of B: an effect on logprobs several times t
 
 @dataclass(frozen=True)
 class Served:
-    """A running server and its adapters.
-
-    Args:
-        client: Client of the server.
-        source: The base model.
-        adapters: Folders of the adapters that it was started with, by name.
-        sources: Folders that these adapters were made from.
-        guest: Folder of one more adapter, to load while the server runs.
-        prompts: Token ids of the prompts.
-    """
+    """A running server and its adapters."""
 
     client: VllmServer
     source: ModelSource

@@ -12,12 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[Path]:
-    """Mount a file system in memory for a block; skips where that is not permitted.
-
-    Args:
-        folder: A new folder for it.
-        kib: Its size in KiB.
-    """
+    """Mount a file system in memory for a block; skips where that is not permitted."""
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
     try:

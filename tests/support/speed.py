@@ -22,10 +22,5 @@ def simulations(number: int) -> int:
 
 
 def examples(number: int, **options: Any) -> settings:
-    """Settings of a property that `make test` tries on that many examples; deadlines are off, as clocks are noisy.
-
-    Args:
-        number: Examples of the profile "full".
-        options: Other settings of Hypothesis.
-    """
+    """Settings of a property that `make test` tries on that many examples; deadlines are off, as clocks are noisy."""
     return settings(max_examples=simulations(number), deadline=None, **options)

@@ -57,12 +57,7 @@ def expert_lora(model: Any, folder: Path, **lora: Any) -> PeftModel:
 
 
 def flip(folder: Path, version: str | None) -> None:
-    """Rewrite an adapter of experts as PEFT before 0.19 would have saved the same function.
-
-    Args:
-        folder: Folder of the adapter.
-        version: Version of PEFT to record; None removes it.
-    """
+    """Rewrite an adapter of experts as PEFT before 0.19 would have saved the same function."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config.pop("peft_version", None)
     (folder / "adapter_config.json").write_text(json.dumps(config | ({"peft_version": version} if version else {})))

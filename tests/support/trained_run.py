@@ -24,12 +24,7 @@ MODELS = {"llama": transformers.AutoModelForCausalLM, "t5": transformers.AutoMod
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run.
-
-    Args:
-        trainer: As it was left.
-        start: A and B when training began.
-    """
+    """A finished run."""
 
     kind: str
     method: str

@@ -78,13 +78,7 @@ def save_adapter(folder: Path, base: Path, seed: int = 2, **lora: Any) -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter, its base model, and what PyTorch answers to questions.
-
-    Args:
-        base: Folder of the base model.
-        adapter: Folder of the adapter or checkpoint.
-        models: The questions, and what PyTorch answers.
-    """
+    """An adapter, its base model, and what PyTorch answers to questions."""
 
     base: Path
     adapter: Path
@@ -118,14 +112,7 @@ def prompts(model: ModelSource) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Planted:
-    """A fault in the files of an adapter.
-
-    Args:
-        fault: Name under which it must be found.
-        words: Beginning of its description.
-        config: Changed values of `adapter_config.json`.
-        change: Change of the tensors.
-    """
+    """A fault in the files of an adapter."""
 
     fault: str
     words: str

@@ -25,13 +25,7 @@ VERSION = "0.32.0+cpu"
 
 
 def stand_in(folder: Path, mode: str, *, after: int = 0) -> str:
-    """The path of a command that can be started in place of `vllm`.
-
-    Args:
-        folder: Folder for the command and its files: `pids`, and `failing` once it fails.
-        mode: "answers", or the name of a fault.
-        after: Number of completions that succeed before the fault.
-    """
+    """The path of a command that can be started in place of `vllm`."""
     path = folder / "vllm"
     tests = str(Path(__file__).parents[1])
     path.write_text(LAUNCHER.format(python=sys.executable, tests=tests, mode=mode, folder=str(folder), after=after))

@@ -58,13 +58,7 @@ CHANGES: dict[str, Callable[[Optimizer], None]] = {
 
 
 def trained(change: Callable[[Optimizer], None] | None, decomposition: str, *, alone: bool) -> dict[str, Tensor]:
-    """Train four steps, with a change of the groups after the second.
-
-    Args:
-        change: Change to make.
-        decomposition: Decomposition of the run.
-        alone: Whether each matrix has a group of its own from the start, whose rate is that of the changed groups.
-    """
+    """Train four steps, with a change of the groups after the second."""
     model = tiny_net(dtype=torch.float64)
     a, b = trainable(model)[::2], trainable(model)[1::2]
     optimizer = AdamW([{"params": a, "lr": RATES[0]}, {"params": b, "lr": RATES[1]}])

@@ -40,11 +40,7 @@ Build = Callable[[list[nn.Parameter]], Any]
 
 
 def jacobian(case: Case, cores: Sequence[Tensor]) -> Tensor:
-    """d vec(M) / d vec(centre) of one matrix, (m n, p q), by autograd through the contraction.
-
-    Args:
-        cores: Cores of the matrix; core k has shape (1, p_k, q_k).
-    """
+    """d vec(M) / d vec(centre) of one matrix, (m n, p q), by autograd through the contraction."""
     decomposition, k = case.decomposition, case.decomposition.centre(case.m, case.n)
 
     def contract(centre: Tensor) -> Tensor:

@@ -193,13 +193,31 @@ def test_the_recipe_of_a_run_is_there_from_its_first_step(halted: dict[str, Path
         assert not (out / "run.json").exists()
 
 
-def test_another_recipe_does_not_resume_the_run(
-    recipe: Path, halted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("runs", "options", "said"),
+    [
+        ("whole", ("--resume",), "finished already"),
+        ("halted", (), "exists already"),
+        (
+            "halted",
+            ("--resume", "--seed", 3, "--set", "over.decomposition=svd"),
+            "another recipe (over, training differ)",
+        ),
+    ],
+    ids=["finished", "interrupted", "another recipe"],
+)
+def test_a_run_is_not_started_over_or_resumed_by_mistake(
+    runs: str,
+    options: tuple[Any, ...],
+    said: str,
+    recipe: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = Path(shutil.copytree(halted["llama"], tmp_path / "out"))
+    out = request.getfixturevalue(runs)["llama"]
     before = tree(out)
-    assert train(recipe, out, "--resume", "--seed", 3, "--set", "over.decomposition=svd") == 2
-    assert "another recipe (over, training differ)" in capsys.readouterr().err
+    assert train(recipe, out, *options) == 2
+    assert said in capsys.readouterr().err
     assert tree(out) == before
 
 
@@ -221,16 +239,6 @@ def test_changed_data_do_not_resume_the_run(
     assert named in (error := capsys.readouterr().err)
     assert f"file {kind}.jsonl" in error
     assert tree(tmp_path / "out") == before
-
-
-def test_a_finished_run_is_not_resumed(
-    recipe: Path, whole: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = whole["llama"]
-    before = tree(out)
-    assert train(recipe, out, "--resume") == 2
-    assert "finished already" in capsys.readouterr().err
-    assert tree(out) == before
 
 
 def test_a_run_that_another_process_trains_is_not_resumed(
@@ -272,13 +280,3 @@ def test_a_run_whose_recipe_is_damaged_is_not_resumed(
     (out / "recipe.yaml").write_text(content)
     assert train(recipe, out, "--resume") == 2
     assert str(out / "recipe.yaml") in capsys.readouterr().err
-
-
-def test_an_interrupted_run_is_not_started_over_by_mistake(
-    recipe: Path, halted: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = halted["llama"]
-    before = tree(out)
-    assert train(recipe, out) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert tree(out) == before

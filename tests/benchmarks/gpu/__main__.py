@@ -30,18 +30,7 @@ RESULTS = PAGE.with_name("results-gpu.md")
 
 
 def run_plan(plan: str, names: tuple[str, ...], page: Path, records: Path, until: float) -> list[str]:
-    """Take the measurements of a plan, write the page after each, and return the names of those that failed.
-
-    Args:
-        plan: Name of the plan.
-        names: Names of the measurements; none: all. The page has records that are kept of others, too.
-        page: Page to write, and beside it a JSON file of its name.
-        records: Folder of the records, which a later run keeps.
-        until: Time at which all have to be ended, as `time.time` tells it.
-
-    Raises:
-        ConfigError: The device is not there, or this is no git checkout.
-    """
+    """Take the measurements of a plan, write the page after each, and return the names of those that failed."""
     device = choose_device(DEVICES[plan])
     os.environ["LORAOVER_DEVICE"] = device.type
     origin = find_origin(page=page if page.is_relative_to(ROOT) else RESULTS)

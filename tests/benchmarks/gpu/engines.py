@@ -43,17 +43,7 @@ class Steps(NamedTuple):
 
 
 def measure(size: str, length: int, rate: float, engines: Sequence[str]) -> Iterator[Table | Numbers]:
-    """Train a few steps under each engine.
-
-    Args:
-        size: Size of the model, a key of `SIZES`.
-        length: Tokens of a row; a step has one.
-        rate: Learning rate.
-        engines: Names of engines, as `distributed.engine` takes them.
-
-    Raises:
-        RuntimeError: An engine's last loss differs, or nothing was learnt.
-    """
+    """Train a few steps under each engine."""
     quiet_libraries()
     device = find_device()
     table = table_of(

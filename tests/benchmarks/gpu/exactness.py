@@ -26,15 +26,7 @@ FILES = {
 
 
 def measure(files: Sequence[str], chosen: str = "") -> Iterator[Table | Numbers]:
-    """Run the tests, and count what passed.
-
-    Args:
-        files: Keys of `FILES`.
-        chosen: Expression that chooses tests by their names, as pytest's -k; empty: all.
-
-    Raises:
-        RuntimeError: A test failed, or none was there.
-    """
+    """Run the tests, and count what passed."""
     device = find_device()
     table = table_of(f"Tests on {device.type}", "tests", "passed", "skipped", "seconds")
     numbers, is_wrong = {}, False

@@ -22,12 +22,7 @@ from benchmarks.shown import Numbers, table_of
 
 
 def measure(size: str, dtypes: Sequence[str]) -> Iterator[Table | Numbers]:
-    """Fold and check in each data type.
-
-    Args:
-        size: Size of the model, a key of `SIZES`.
-        dtypes: Data types to compute in, such as "bf16".
-    """
+    """Fold and check in each data type."""
     quiet_libraries()
     device = find_device()
     columns = ("computed in", "verdict", "seconds", "peak memory", "largest logit error", "allowed", "adapter moves")

@@ -22,16 +22,7 @@ rounds.
 
 
 def write_page(page: Path, origin: str, outcomes: Mapping[str, Outcome]) -> None:
-    """Write the page, and a JSON file of the same name.
-
-    Args:
-        page: The page.
-        origin: Where and when was measured, in one line.
-        outcomes: What became of each measurement, by its name in `PARTS`.
-
-    Raises:
-        OutputError: A file cannot be written.
-    """
+    """Write the page, and a JSON file of the same name."""
     texts = [HEAD.format(origin=origin)]
     for name, (seconds, found, reason) in outcomes.items():
         contents = [part for part in found.get("parts", []) if isinstance(part, str)]

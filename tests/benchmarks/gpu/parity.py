@@ -19,16 +19,7 @@ from support.vllm_command import vllm_command
 
 
 def measure(size: str, prompts: int, options: Sequence[str]) -> Iterator[Table | Numbers]:
-    """Measure with the command in $LORAOVER_VLLM.
-
-    Args:
-        size: Size of the model, a key of `SIZES`.
-        prompts: Number of requests that each arm answers.
-        options: Further options of `vllm serve`.
-
-    Raises:
-        RuntimeError: The verdict is "different" or "failed", or answers differ from PyTorch's.
-    """
+    """Measure with the command in $LORAOVER_VLLM."""
     quiet_libraries()
     device = find_device().type
     with tempfile.TemporaryDirectory() as scratch:

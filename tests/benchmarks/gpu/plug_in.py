@@ -23,15 +23,7 @@ KINDS = ("plain", "loha", CHECKPOINT)
 
 
 def measure(size: str, options: Sequence[str]) -> Iterator[Table | Numbers]:
-    """Serve the adapters with the command in $LORAOVER_VLLM, and verify each.
-
-    Args:
-        size: Size of the model, a key of `SIZES`.
-        options: Further options of `vllm serve`.
-
-    Raises:
-        RuntimeError: An adapter does not answer as it was trained.
-    """
+    """Serve the adapters with the command in $LORAOVER_VLLM, and verify each."""
     quiet_libraries()
     columns = ("adapter", "verdict", "RMS distance from PyTorch, nats", "allowed", "effect of the adapter")
     table = table_of(f"Adapters of the plug-in, {size}, on {find_device().type}", *columns, words=2)

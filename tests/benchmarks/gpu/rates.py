@@ -20,12 +20,7 @@ REPEATS = 7
 
 
 def measure(square: int, mib: int) -> Iterator[Table | Numbers]:
-    """Measure copies and products.
-
-    Args:
-        square: Size of the matrices that are multiplied.
-        mib: Size of what is copied, in MiB.
-    """
+    """Measure copies and products."""
     device = find_device()
     there, other = (torch.zeros(2**20 * mib, dtype=torch.uint8, device=device) for _ in range(2))
     here = torch.zeros(2**20 * mib, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -18,14 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def measure(target: str | None) -> Iterator[Table | Numbers]:
-    """Install vLLM, and show which version $LORAOVER_VLLM starts.
-
-    Args:
-        target: Target of the Makefile that installs it; None: it is there.
-
-    Raises:
-        CalledProcessError: It cannot be installed.
-    """
+    """Install vLLM, and show which version $LORAOVER_VLLM starts."""
     if target is not None:
         subprocess.run(["make", "--no-print-directory", target], cwd=ROOT, check=True)
     command = str(vllm_command())
