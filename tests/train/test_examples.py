@@ -8,7 +8,6 @@ import math
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -29,18 +28,22 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 import loraover
 import loraover_serve
 from loraover import read_checkpoint
-from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.files import REFERENCE_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
-from loraover_serve import record_adapter, serve_adapters
-from loraover_serve.judge.names import SCALED
+from loraover_serve import serve_adapters
+from loraover_serve.judge.names import STALE_OF_EARLIER
 from loraover_serve.vllm.client import VllmServer
+from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.serve import example_request
+from loraover_serve.vllm.server import free_port
 
+from support.long_questions import make_long_case
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
-from support.reports import DEMO_METRICS, DEMO_RUN, demo_check, fold_certificate, verification
+from support.plugin import with_entry_points
+from support.reports import DEMO_METRICS, DEMO_RUN, demo_checks, fold_certificate
 from support.tiny_models import lora_matrices
 from support.vllm_command import vllm_command
 
@@ -266,55 +269,62 @@ def test_an_export_for_llama_cpp_from_python(
 
 @pytest.mark.matrix
 @pytest.mark.engine
-def test_serving_from_python(
-    folded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_replaced_adapter_is_caught_and_cured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LORAOVER_VLLM", str(vllm_command()))
+    long_case = make_long_case(tmp_path)
+    (tmp_path / "installed").mkdir()
+    for name, value in {
+        "LORAOVER_VLLM": str(vllm_command()),
+        "PYTHONPATH": with_entry_points(tmp_path / "installed"),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)  # for the log
-    with socket.socket() as probe:  # other tests start servers on port 8000 at the same time
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", probe.getsockname()[1])
-    mine = Path(shutil.copytree(folded, tmp_path / "mine"))
-    capsys.readouterr()
+    monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))  # other tests start servers, too
+    mine = Path(shutil.copytree(long_case.adapter, tmp_path / "mine"))
+    shutil.copy(long_case.recorded, mine / REFERENCE_FILE)
     started: list[psutil.Process] = []
 
     @contextmanager
-    def asked_once_more(adapters: Sequence[Path], **given: Any) -> Iterator[VllmServer]:
+    def asked_once_more(adapters: Sequence[Path] = (), **given: Any) -> Iterator[VllmServer]:
         """At the end of the script's block: the request that users are shown, and the server's processes."""
         with serve_adapters(adapters, **given) as server:
             yield server
-            assert server.names == ("mine", "mine-scaling-lost")
-            curl = f"{example_request(server)} --silent"
+            curl = f"{example_request(server)} --silent".replace("NAME", "demo")
             answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
             assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
             started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
 
     monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
-    record_adapter(mine, prompts=EXAMPLES / "questions.txt", device="cpu")
-    report = run_script("catch_a_fault", mine, tmp_path / "verified")["report"]
-    right, lost = report.engines
-    assert (right.verdict, lost.verdict, lost.fault) == ("as trained", "differs", SCALED), report
-    assert (tmp_path / "verified" / "verify.html").is_file()
-    assert len(started) > 1
+    found = run_script("catch_a_fault", mine, long_case.earlier, tmp_path / "verified")
+    ((stock,), (cured,)) = found["stock"].engines, found["cured"].engines
+    assert (stock.verdict, stock.fault) == ("differs", STALE_OF_EARLIER), stock.reason
+    assert (cured.verdict, cured.fault) == ("as trained", None), cured.reason
+    assert "answers on kept keys and values are off by" in capsys.readouterr().out
+    assert all((tmp_path / "verified" / kind / "verify.html").is_file() for kind in ("stock", "plug-in"))
+    assert len(started) > 2
     assert not [process for process in started if runs(process)], "nothing is left afterwards"
 
 
-@pytest.mark.parametrize(("fault", "word"), [("wrong scaling", "nothing was lost"), ("another", "not what this demo")])
+@pytest.mark.parametrize(("fault", "word"), [(STALE_OF_EARLIER, "nothing was lost"), (None, "not what this demo")])
 def test_the_demo_ends_with_one_page(fault: str | None, word: str, tmp_path: Path) -> None:
-    right, wrong = demo_check().engines
-    check = verification(right, wrong.model_copy(update={"fault": fault}))
+    stock, cured = demo_checks(fault)
     for file, content in {
         "lora-over/run.json": json.dumps(DEMO_RUN),
         "lora-over/metrics.jsonl": "\n".join(map(json.dumps, DEMO_METRICS)),
         "folded/fold_certificate.json": fold_certificate().model_dump_json(),
-        "verified/verify.json": check.model_dump_json(),
+        "verified/stock/verify.json": stock.model_dump_json(),
+        "verified/plug-in/verify.json": cured.model_dump_json(),
     }.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(content)
     run_script("demo_page", tmp_path)
     page = (tmp_path / "demo.html").read_text()
     assert f"<title>Demo: {word}" in page
-    assert page.count("<figure>") == 4, "training, fold, distances and faults"
+    assert page.count("<figure>") == 3, "training, fold, and answers on kept keys and values"
+    assert (tmp_path / "caught.svg").read_text().startswith("<svg xmlns=")
 
 
 def runs(process: psutil.Process) -> bool:

@@ -136,10 +136,14 @@ class Engine(ABC):
         """
         return self.installed()
 
-    def program(self) -> tuple[str, str] | None:
-        """Engine that answers, by the name that `--engine` takes, and its version; None if they are not known."""
+    def program(self, name: str) -> tuple[str, str] | None:
+        """Engine that answers, by the name that `--engine` takes, and its version; None if they are not known.
+
+        Args:
+            name: Name by which this engine was asked for.
+        """
         version = self.version()
-        return None if version is None else (self.name, version)
+        return None if version is None else (name, version)
 
     @abstractmethod
     def logprobs(self, arm: str, models: Models) -> Rows:

@@ -115,7 +115,7 @@ class EndpointEngine(OpenAiEngine):
     def version(self) -> str | None:
         return None  # of the packages here
 
-    def program(self) -> tuple[str, str] | None:
+    def program(self, name: str) -> tuple[str, str] | None:
         return self.speaker.endpoint.engine()
 
     @classmethod

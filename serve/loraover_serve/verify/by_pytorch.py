@@ -205,7 +205,10 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
     assert isinstance(request, VerifyRequest)
     with engine_class(name).start(setting) as engine:
         request.report.line(f"asking {name}, the base model first")
-        answers, known = engine.answers(models, without_mixed=request.without_mixed), faults_known_of(engine.program())
+        answers, known = (
+            engine.answers(models, without_mixed=request.without_mixed),
+            faults_known_of(engine.program(name)),
+        )
     seconds = time.perf_counter() - start
     request.report.line(f"comparing the answers of {name} with PyTorch's")
     found = judge_answers(name, answers, models, request.declared_format)

@@ -102,13 +102,13 @@ class EngineResult(StrictModel):
         found = [] if self.strength is None else [self.strength.plainly]
         low, high = self.allowed_strength or (0.0, 0.0)
         warm = self.caches if self.fault in STALE_CACHES else None
-        if warm is not None and warm.noise is not None:
-            off = f"off by {short(warm.farthest)} nats, where noise explains {short(warm.noise.rms)}"
-            found.append(f"answers on kept keys and values are {off}")
-        elif self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
+        if warm is None and self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
             off = f"off by {short(self.adapter.rms)} nats, where noise explains {short(self.allowed)}"
             found += [f"answers are {off}"] if self.verdict == "differs" or self.strength is None else []
         sentences: list[str] = [self.verdict, *([", and ".join(found)] if found else [])]
+        if warm is not None and warm.noise is not None:
+            off = f"off by {short(warm.farthest)} nats, where noise explains {short(warm.noise.rms)}"
+            sentences.append(f"answers on kept keys and values are {off}")
         if self.verdict == "differs":
             sentences.append(f"likely fault: {self.fault}" if self.fault else "no known fault explains it")
         elif self.mixed_failure:

@@ -154,8 +154,7 @@ def _caches(results: Sequence[EngineResult]) -> list[Figure]:
         ]
         points = [Point(max(value, LOWEST), color, shape) for value, color, shape in shown if value is not None]
         note = f"{short(caches.farthest)}, noise {short(caches.noise.rms)}"
-        label = ", ".join(filter(None, (f"{result.engine}: {caches.verdict}", caches.fault)))
-        rows.append(FigureRow(label, note, points))
+        rows.append(FigureRow(f"{result.engine}: {caches.fault or caches.verdict}", note, points))
         drawn += [point.value for point in points]
     keys: list[Key] = [
         ("answers on kept keys and values", "subject", "circle"),
