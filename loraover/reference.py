@@ -256,7 +256,7 @@ def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[Factor, Factor]:
 
 
 def multiplications(source: Checkpoint, tokens: int) -> int:
-    """Number of multiplications that apply a checkpoint's cores to a number of tokens in every layer."""
+    """Count the multiplications that apply the cores of all layers to `tokens` tokens."""
     of_site = source.decomposition.of_site
     return sum(of_site(name).multiplications(site.m, site.n, tokens) for name, site in source.sites.items())
 

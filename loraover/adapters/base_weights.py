@@ -166,10 +166,6 @@ def stored_keys(skeleton: Any, keys: Collection[str]) -> dict[str, str]:
 
     transformers renames them as it loads and saves the model. A parameter that it makes of several tensors, or changes,
     has no key.
-
-    Args:
-        skeleton: The model, without weights.
-        keys: All keys in the files.
     """
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     loaded = loaded_names(skeleton, keys).items()
@@ -299,11 +295,7 @@ class BaseWeights:
 
 @contextmanager
 def open_base(source: ModelSource, *, may_be_quantised: bool = False) -> Iterator[BaseWeights]:
-    """Open the weights of a base model.
-
-    Raises:
-        ConfigError: The model's configuration cannot be used; see `load_skeleton`.
-    """
+    """Open the weights of a base model; its configuration is read as `load_skeleton` does."""
     with ExitStack() as files:
         yield BaseWeights(source, files, may_be_quantised=may_be_quantised)
 
@@ -314,12 +306,6 @@ def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -
     PEFT saves it beside an adapted embedding, in the type that training loaded it in, and loads it over the base
     model's. An adapter's new or changed rows are there and nowhere else, as is a head that the base model's files lack,
     where the head was tied and their configuration does not say so.
-
-    Args:
-        key: Key of the weight in the adapter's file.
-        stored: The adapter's open file.
-        path: Path of the module in the base model, whose weight has the same shape.
-        base: The base model.
     """
     if not base.holds(path):
         return f"{key}: its {stored.shape(key)[0]} rows are not in the files of {base.source.name}"
@@ -334,18 +320,7 @@ def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -
 
 
 def check_base_weights(adapter: AdapterDir, keys: Sequence[str], source: ModelSource, remedy: str) -> None:
-    """Refuse base weights in an adapter's file that are not the base model's.
-
-    Args:
-        adapter: The adapter.
-        keys: Keys of its base weights, each of the shape of the base model's.
-        source: The base model, whose weights are read if there are such keys.
-        remedy: What to do instead.
-
-    Raises:
-        ExportError: A changed weight.
-        ConfigError: No safetensors files of the base model; see `BaseWeights.weight`.
-    """
+    """Refuse base weights in an adapter's file, of the shape of the base model's, that are not the base model's."""
     if not keys:
         return
     with open_base(source, may_be_quantised=True) as base, open_tensors(adapter.tensors_path) as file:

@@ -102,11 +102,7 @@ def read_prompts(
 
 
 def prompt_lines(file: Path) -> list[str]:
-    """Return the lines of a text file that are not blank; nothing but a line break ends a line.
-
-    Raises:
-        DataError: A file that cannot be read as UTF-8 text, with or without a byte order mark.
-    """
+    """Return the lines of a UTF-8 text file that are not blank; nothing but a line break ends a line."""
     try:
         return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -161,14 +157,7 @@ def pieces(model: Any, ids: Tensor) -> Iterator[Tensor | None]:
 def walked(
     prompts: Prompts, model: Any, work: str, report: Reporter
 ) -> Iterator[Iterator[tuple[Tensor, Tensor | None]]]:
-    """Walk over prompts on a model's device, with the positions of `pieces`, and report how many tokens are done.
-
-    Args:
-        prompts: The prompts.
-        model: The model.
-        work: What is run on the prompts, in words.
-        report: Receiver of progress.
-    """
+    """Walk over prompts on a model's device, with the positions of `pieces`, and report how many tokens are done."""
     with report.task(f"running {work} on {prompts.source}, tokens", prompts.tokens) as advance:
 
         def steps() -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -43,13 +43,7 @@ def show_place(proof: Proof, output: Path, console: Console, *, reason: str = ""
 def deviations_table(
     rows: Sequence[tuple[str, Deviation]], title: str, head: str = "distance"
 ) -> Table[tuple[str, Deviation]]:
-    """Return a table of distances of logits.
-
-    Args:
-        rows: The distances with their names.
-        title: Text above it.
-        head: Head of the column of names.
-    """
+    """Return a table of distances of logits, with their names."""
 
     def figure(head: str, value: Callable[[Deviation], float]) -> Column[tuple[str, Deviation]]:
         return Column(head, lambda row: short(value(row[1]), ".2e"))

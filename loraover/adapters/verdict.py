@@ -45,12 +45,7 @@ class RunningDeviation:
         self._logits = self._positions = self._same = 0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Add a piece.
-
-        Args:
-            reference: Logits of shape (positions, vocabulary), on any device.
-            other: The other model's logits of the same positions.
-        """
+        """Add a piece: two models' logits (positions, vocabulary) of the same positions, on any device."""
         if reference.device.type in WITHOUT_FLOAT64:
             reference, other = reference.cpu(), other.cpu()
         rows = max(1, ELEMENTS_AT_ONCE // reference.shape[-1])
@@ -130,10 +125,7 @@ class Certificate(Proof):
     def keep(self, file: Path) -> Self:
         """Write the certificate beside the output, and return it with the digests of the output's files.
 
-        It names no reference, which may be recorded again.
-
-        Raises:
-            AbandonedError: The verdict is "failed".
+        It names no reference, which may be recorded again. A verdict "failed" raises AbandonedError.
         """
         if self.verdict == "failed":
             raise AbandonedError

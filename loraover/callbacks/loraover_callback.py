@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
+from peft import (
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraover.callbacks.calibration import calibration_batches
-from loraover.callbacks.trainer_checkpoint import adapter_folder, checkpoint_folder, load_best, save_adapter
+from loraover.callbacks.seal_checkpoints import checkpoint_folder
 from loraover.checkpoint.checkpoint import read_checkpoint
-from loraover.checkpoint.training_state import restore, write_checkpoint
+from loraover.checkpoint.files import TENSORS_FILE
+from loraover.checkpoint.peft_adapter import KEY_PREFIX, read_adapter_dir
+from loraover.checkpoint.tensor_file import save_tensors
+from loraover.checkpoint.training_state import restore, stored_dtypes, write_checkpoint
+from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError
 from loraover.overparam.config import LoraOverConfig
 from loraover.overparam.eigenbases import with_measured_bases
@@ -22,7 +32,7 @@ from loraover.overparam.parameterization import OverParameterization
 from loraover.overparam.probe import Loss, Probe, model_loss
 from loraover.overparam.schedule import runs_model
 from loraover.overparam.sharding import is_sharded, trainable_state_dict
-from loraover.overparam.sites import find_sites, only_adapter, peft_root
+from loraover.overparam.sites import base_model_name, find_sites, only_adapter, peft_root
 
 
 class LoraOverCallback(TrainerCallback):
@@ -219,3 +229,39 @@ class LoraOverCallback(TrainerCallback):
 
 def _seeded(config: LoraOverConfig, seed: int) -> LoraOverConfig:
     return config if config.seed is not None else config.model_copy(update={"seed": seed})
+
+
+def adapter_folder(directory: Path, adapter: str) -> Path:
+    """Return the folder in which `model.save_pretrained(directory)` puts an adapter."""
+    return directory if adapter == "default" else directory / adapter
+
+
+def save_adapter(model: nn.Module, directory: Path, adapter: str, weights: dict[str, Tensor] | None) -> None:
+    """Save an adapter of any model as `PeftModel.save_pretrained` does; `weights` replace the state dict."""
+    root: Any = peft_root(model)
+    if isinstance(root, PeftModel):
+        root.save_pretrained(str(directory), state_dict=weights, selected_adapters=[adapter])
+        return
+    folder = adapter_folder(directory, adapter)
+    config = copy.copy(root.peft_config[adapter])
+    config.inference_mode, config.base_model_name_or_path = True, base_model_name(root)
+    config.save_pretrained(str(folder))
+    found = get_peft_model_state_dict(root, weights, adapter)
+    tensors = {f"{KEY_PREFIX}{key}": value.contiguous() for key, value in found.items()}
+    publish_file(folder / TENSORS_FILE, lambda draft: save_tensors(tensors, draft))
+
+
+def load_best(model: nn.Module, directory: Path, adapter: str) -> None:
+    """Put the adapter of the Trainer's best checkpoint into a PeftModel, as it was evaluated.
+
+    The Trainer does not find an adapter that is not named "default", and PEFT widens 16-bit matrices to float32 when it
+    loads one. Any other model, and one that is sharded, holds what the Trainer has loaded into it.
+    """
+    sites = find_sites(model)
+    if not isinstance(model, PeftModel) or any(site.is_cut for site in sites.values()):
+        return
+    folder = adapter_folder(directory, adapter)
+    dtypes = stored_dtypes(read_adapter_dir(folder), [site.path for site in sites.values()])
+    for site in sites.values():
+        site.parameter.data = site.parameter.data.to(dtypes[site.path])
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=adapter)

@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import BaseModel, Field
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraover.callbacks.trainer_checkpoint import checkpoint_folder
 from loraover.checkpoint.checkpoint import SEAL_FILE
 from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import publish_text, sync
@@ -164,11 +163,24 @@ def remove_incomplete(directory: str | os.PathLike[str], step: int) -> None:
     """Remove the checkpoints of later steps than the newest complete one, from which a run continues.
 
     Otherwise files that only another number of processes writes would stay in the new checkpoint of that step.
-
-    Args:
-        directory: Folder that holds the `checkpoint-N` folders.
-        step: Step of the newest complete checkpoint; 0 without one.
     """
     for folder in checkpoints(directory):
         if int(folder.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(folder)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the Trainer's checkpoint at the present step.
+
+    A trial of `hyperparameter_search` has a folder of its own in the output folder, whose name callbacks are not given:
+    it is the one in which the Trainer has written the state of this trial last.
+    """
+    output, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return output / name
+    written = [
+        path
+        for path in output.rglob(f"{name}/trainer_state.json")
+        if TrainerState.load_from_json(str(path)).trial_params == state.trial_params
+    ]
+    return max(written, key=lambda path: path.stat().st_mtime_ns).parent if written else output / name

@@ -40,14 +40,7 @@ class Factors:
 
 @torch.no_grad()
 def factors(model: nn.Module) -> dict[str, Factors]:
-    """Copy A and B of the active adapter of every module; of several, the first one's.
-
-    Args:
-        model: PEFT model, or a wrapper of it.
-
-    Returns:
-        The copies by the module's path; experts of one parameter have a path each.
-    """
+    """Copy A and B of the active adapter, or the first one, of every module or expert, by its path."""
     found = {}
     for module, layer in lora_layers(model).items():
         name = layer.active_adapters[0]

@@ -98,11 +98,7 @@ class AdapterConfig(BaseModel):
 
 
 def first_match(pattern: Mapping[str, Any], module: str, default: float) -> float:
-    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default.
-
-    Raises:
-        SlowPatternError: A pattern takes too long to be matched.
-    """
+    """Return the value of the first pattern that matches the end of a module's path, as in PEFT, or the default."""
     return next(
         (float(value) for key, value in pattern.items() if match_path(ENDING, key, module) is not None), default
     )

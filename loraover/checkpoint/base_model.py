@@ -135,12 +135,7 @@ def move(trained: Collection[str], source: ModelSource, say: Callable[[str], Non
 
 
 def base_facts(name: str | None, source: ModelSource | None) -> dict[str, str]:
-    """Return rows of an adapter's model card about the stand-in that it names or was trained on, if there is one.
-
-    Args:
-        name: Base model that the adapter names.
-        source: Result of `resolve_base`, or None if it was not called.
-    """
+    """Return rows of a model card about the stand-in that an adapter names or was trained on, if there is one."""
     if source is not None and source.moved is not None:
         return source.facts()
     stand_in = None if name is None else find_stand_in(name)
@@ -196,14 +191,8 @@ def described(trained: Collection[tuple[str | None, str | None]]) -> str:
 def model_digest(source: ModelSource, *, weights: bool) -> str:
     """Commit of a base model on the hub, or SHA-256 over the names and the SHA-256 of the files in its folder.
 
-    Only files of which answers depend are read: the configurations, the tokenizer, the chat template and the weights.
-
-    Args:
-        source: The base model.
-        weights: Whether the weights are read, which takes seconds; a model on a server has other files.
-
-    Raises:
-        ConfigError: A file of the folder cannot be read.
+    Only files of which answers depend are read: the configurations, the tokenizer, the chat template and, which takes
+    seconds, the weights; a model on a server has other files.
     """
     if source.revision is not None:
         return source.revision

@@ -20,16 +20,7 @@ CLASSIFIERS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "Au
 
 
 def target_module(base: nn.Module, adapter: AdapterDir, module: str) -> nn.Module:
-    """Return a module of the base model that an adapter changes.
-
-    Args:
-        base: The base model.
-        adapter: The adapter.
-        module: Path of the module.
-
-    Raises:
-        CheckpointError: The base model has no such module, or one of other dimensions.
-    """
+    """Return a module of the base model that an adapter changes; a CheckpointError if there is none of its size."""
     from transformers.pytorch_utils import Conv1D
 
     m, n = adapter.modules[module].shape
@@ -121,13 +112,8 @@ def replaced_parameters(base: nn.Module, adapter: AdapterDir, plain: TensorFile)
 def load_others(base: nn.Module, exact: ExactAdapter) -> dict[str, nn.Parameter]:
     """Put an adapter's other trained parameters (`modules_to_save`, biases, embeddings) into the base model.
 
-    A parameter that modules share stays shared if all its names are replaced by equal values.
-
-    Returns:
-        The parameters that were replaced, by name.
-
-    Raises:
-        CheckpointError: See `replaced_parameters`; nothing has been replaced then.
+    A parameter that modules share stays shared if all its names are replaced by equal values. Returned are the replaced
+    parameters, by name. Where `replaced_parameters` raises, nothing has been replaced.
     """
     parameters = dict(base.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}

@@ -46,14 +46,7 @@ class KeptReference(StrictModel):
 
 
 def adapter_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's configuration and tensors.
-
-    Args:
-        adapter: The adapter's folder.
-
-    Raises:
-        CheckpointError: Not an adapter directory with safetensors.
-    """
+    """SHA-256 of an adapter's configuration and tensors."""
     read_json(adapter / CONFIG_FILE, AdapterConfig)
     digest = hashlib.sha256()
     try:
@@ -65,11 +58,7 @@ def adapter_digest(adapter: Path) -> str:
 
 
 def reference_digests(reference: Path) -> dict[str, Any]:
-    """Return the digests that a reference names: of the adapter that was recorded, of its base model, and others.
-
-    Raises:
-        CheckpointError: A file that is no reference.
-    """
+    """Return the digests that a reference names: of the adapter that was recorded, of its base model, and others."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(reference.read_bytes())) as file:
             raw = file.read(MAX_JSON_BYTES + 1)
@@ -84,10 +73,7 @@ def reference_digests(reference: Path) -> dict[str, Any]:
 def misfit(reference: Path) -> str | None:
     """Say why a reference does not belong to the adapter beside it; None if it does.
 
-    It is if it names the digest of this adapter, or if an export kept it and the files are still those of the export.
-
-    Args:
-        reference: The reference, in the adapter's folder.
+    It does if it names the digest of this adapter, or if an export kept it and the files are still those of the export.
     """
     try:
         recorded = reference_digests(reference)["adapter"]
@@ -104,14 +90,7 @@ def misfit(reference: Path) -> str | None:
 
 
 def covered_files(reference: Path) -> list[str]:
-    """Return the paths of the files that `misfit` compares with a reference that fits.
-
-    Args:
-        reference: The reference, in the adapter's folder.
-
-    Raises:
-        CheckpointError: A file that cannot be read.
-    """
+    """Return the paths of the files that `misfit` compares with a reference that fits."""
     if not _is_kept(reference, reference_digests(reference)["adapter"]):
         return list(ADAPTER_FILES)
     return [*read_json(_kept_beside(reference), KeptReference).files, _kept_beside(reference).name]
@@ -175,15 +154,7 @@ def keep_reference(
 
 
 def record_beside(adapter: Path, **options: Any) -> None:
-    """Record the reference of an adapter beside it, in place of one that is there.
-
-    Args:
-        adapter: Folder of the adapter.
-        options: Keywords of `loraover_serve.record_adapter`.
-
-    Raises:
-        LoraOverError: As `record_adapter` does.
-    """
+    """Record the reference of an adapter beside it as `record_adapter` does, in place of one that is there."""
     later_step("record")(adapter, force=True, **options)
     (adapter / KEPT_FILE).unlink(missing_ok=True)
 
@@ -191,14 +162,7 @@ def record_beside(adapter: Path, **options: Any) -> None:
 def keep_chat_template(adapter: Path, written: Path, *, stem: str | None = None) -> None:
     """Copy the chat template of an adapter, if it has one, into the folder of its export.
 
-    Args:
-        adapter: Folder of the adapter.
-        written: Folder of the export.
-        stem: Beginning of the file's name, where the folder may hold several adapters. An earlier file of this name
-            is removed.
-
-    Raises:
-        OutputError: The file cannot be read or written.
+    The file's name begins with `stem` where the folder may hold several adapters; an earlier one is replaced.
     """
     template, place = adapter / TEMPLATE_FILE, written / TEMPLATE_FILE
     if stem is not None:
@@ -209,15 +173,7 @@ def keep_chat_template(adapter: Path, written: Path, *, stem: str | None = None)
 
 
 def tokenizer_of(adapter: Path, tokenizer: Any) -> Any:
-    """Return a base model's tokenizer; if an adapter has another chat template, a copy with that one.
-
-    Args:
-        adapter: Folder of the adapter.
-        tokenizer: The tokenizer.
-
-    Raises:
-        CheckpointError: A template that cannot be read.
-    """
+    """Return a base model's tokenizer; if an adapter has another chat template, a copy with that one."""
     path, known = adapter / TEMPLATE_FILE, tokenizer.chat_template
     try:
         template = path.read_text(encoding="utf-8") if path.is_file() else None

@@ -79,24 +79,12 @@ class Checkpoint(AdapterDir):
 
     @contextmanager
     def open(self) -> Iterator[ExactAdapter]:
-        """Open the files, to read tensors; a matrix that has cores is their contraction in float64.
-
-        Raises:
-            CheckpointError: A file is missing or damaged.
-        """
+        """Open the files, to read tensors; a matrix that has cores is their contraction in float64."""
         with open_tensors(self.tensors_path) as plain, open_tensors(self.cores_path) as cores:
             yield ExactCheckpoint(self, plain, cores)
 
     def check_sum(self, name: str, ending: Event | None = None) -> None:
-        """Compare a file's SHA-256 with the one that the checkpoint was written with.
-
-        Args:
-            name: Name of the file.
-            ending: Event that makes the comparison stop early, without a result.
-
-        Raises:
-            CheckpointError: The file is damaged, or was changed after training.
-        """
+        """Compare a file's SHA-256 with the one in the metadata; `ending` stops the comparison without a result."""
         found = sha256_of(self.path / name, ending)
         if found != self.meta.sha256.get(name) and not (ending is not None and ending.is_set()):
             raise CheckpointError(
@@ -105,11 +93,7 @@ class Checkpoint(AdapterDir):
             )
 
     def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
-        """Read the cores of one matrix.
-
-        Returns:
-            The cores; core k has shape (1, p_k, q_k) and the checkpoint's `core_dtype`.
-        """
+        """Read the cores of one matrix; core k has shape (1, p_k, q_k) and the checkpoint's `core_dtype`."""
         dtype = getattr(torch, self.meta.core_dtype)
         cores = []
         for k, shape in enumerate(self.decomposition.of_site(site.name).core_shapes(site.m, site.n)):
@@ -124,10 +108,6 @@ class Checkpoint(AdapterDir):
 
     def contract(self, cores: Sequence[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
         """Contract the cores of one matrix in float64.
-
-        Args:
-            cores: Cores of the matrix, as `read_cores` returns them.
-            site: Record of the matrix.
 
         Returns:
             The contraction (m, n), and a bound of the contraction of the cores' absolute values, which scales error

@@ -67,9 +67,10 @@ class SlowPatternError(CheckpointError):
 def match_path(form: str, entry: str, path: str) -> Mapping[str, str | None] | None:
     """Return the named groups of the match of a path as PEFT finds it; None if it does not match.
 
-    Raises:     re.error, OverflowError, RecursionError: The entry is not a regular expression in that form.
-    SlowPatternError: It takes more than `LIMIT_S` of processor time.     ProcessError: Somebody has ended the process
-    that matches.
+    Raises:
+        re.error, OverflowError, RecursionError: The entry is not a regular expression in that form.
+        SlowPatternError: It takes more than `LIMIT_S` of processor time.
+        ProcessError: Somebody has ended the process that matches.
     """
     pattern, is_all = form.replace("{}", entry), form == ALL
     compiled = _compiled(pattern)

@@ -151,16 +151,12 @@ class AdapterDir:
 
     @property
     def is_run_by_peft(self) -> bool:
-        """Whether PEFT computes what the adapter was trained to: it knows no cores, and would swap flipped stacks."""
+        """Whether PEFT alone runs the adapter as trained: it reads no cores, and swaps A and B of flipped stacks."""
         return not any(stack.is_flipped for stack in self.stacks)
 
     @contextmanager
     def open(self) -> Iterator[ExactAdapter]:
-        """Open the files, to read tensors.
-
-        Raises:
-            CheckpointError: A file is missing or damaged.
-        """
+        """Open the files, to read tensors."""
         with open_tensors(self.tensors_path) as plain:
             yield ExactAdapter(self, plain)
 
@@ -180,13 +176,7 @@ class AdapterDir:
         return self.path / TENSORS_FILE
 
     def check_complete(self, modules: Iterable[str], model_type: str, experts: Collection[str] = ()) -> None:
-        """Raise CheckpointError if the file lacks what the configuration names; see `target_modules.check_complete`.
-
-        Args:
-            modules: Paths of all modules of the base model.
-            model_type: Its type, such as "llama".
-            experts: Paths of its parameters that hold all experts.
-        """
+        """Raise CheckpointError if the file lacks what the configuration names; see `target_modules.check_complete`."""
         check_complete(self.path / CONFIG_FILE, self.modules.keys(), modules, experts, model_type)
 
     def check_keeps_base(self) -> None:
@@ -215,11 +205,7 @@ class ExactAdapter:
         self._stack = lru_cache(maxsize=STACKS)(plain.read)
 
     def stored(self, key: str) -> Tensor:
-        """Return a tensor by its key as the file holds it; the A or B of one expert is taken from its stack.
-
-        Raises:
-            CheckpointError: The tensor, or another of its stack, holds NaN or infinity.
-        """
+        """Return a tensor by its key as the file holds it; the A or B of one expert is taken from its stack."""
         part = self.adapter.parts.get(key)
         if part is None:
             return self.plain.read(key)
@@ -249,12 +235,7 @@ class ExactAdapter:
 
 
 def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors in which the matrices of all experts have become stacks, in the layout since PEFT 0.19.
-
-    Args:
-        stacks: The stacks.
-        tensors: Tensors by key, among them A and B of each expert of each stack.
-    """
+    """Return tensors in which the matrices of all experts have become stacks, in the layout since PEFT 0.19."""
     found = dict(tensors)
     for stack in stacks:
         sites = list(replace(stack, is_flipped=False).sites())
@@ -290,11 +271,7 @@ def _sites(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
 
 
 def saved_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """Return the number of rows of a classification head that an adapter replaces; None if it replaces none.
-
-    Args:
-        shapes: Shapes of an adapter's tensors, by key.
-    """
+    """Return the number of rows of a classification head that an adapter replaces; None if it replaces none."""
     heads = [key for key in shapes if key.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]
     return next((shapes[key][0] for key in heads if "lora" not in key), None)
 

@@ -81,9 +81,7 @@ class Targets(BaseModel):
     def resolved(self, model_type: str | None, adapted: Collection[str]) -> Targets:
         """Return the fields with the modules that PEFT adapts by default, if they name none.
 
-        Args:
-            model_type: Type of the base model; None stands for the one whose defaults fit the adapted modules best.
-            adapted: Paths of the adapted modules.
+        Without a `model_type`, the defaults are those that fit the adapted modules best.
         """
         if not self.is_default:
             return self
@@ -155,11 +153,7 @@ def _matches(targets: Sequence[str], module: str) -> bool:
 
 
 def check_named(config: Path, adapted: Collection[str], model_type: str | None = None) -> None:
-    """Refuse matrices of modules that the configuration does not name; see `unnamed_modules`.
-
-    Raises:
-        CheckpointError: PEFT would ignore some of the matrices.
-    """
+    """Refuse matrices of modules that the configuration does not name; see `unnamed_modules`."""
     others = unnamed_modules(config, adapted, model_type)
     if others is not None:
         raise CheckpointError(
@@ -174,16 +168,7 @@ def left_to_the_type(config: Path) -> bool:
 
 
 def unnamed_modules(config: Path, adapted: Collection[str], model_type: str | None = None) -> str | None:
-    """Return which modules a file has matrices for and the configuration does not name, in words; None if none.
-
-    Args:
-        config: Path of `adapter_config.json`.
-        adapted: Paths of the modules that the adapter's file has matrices for.
-        model_type: Type of the base model, such as "llama"; None if it is not known yet.
-
-    Raises:
-        CheckpointError: A regular expression that Python cannot read.
-    """
+    """Return which modules a file has matrices for and the configuration does not name, in words; None if none."""
     targets = read_json(config, Targets).resolved(model_type, adapted)
     if targets.ensure_weight_tying:  # PEFT adds the modules that share a weight with a named one
         return None
@@ -212,15 +197,7 @@ def lost_modules(
 ) -> str | None:
     """Return which modules or experts the configuration names and a file lacks, in words; None if it lacks none.
 
-    Args:
-        config: Path of `adapter_config.json`.
-        adapted: Paths of the modules that the adapter's file has matrices for, and of each expert.
-        modules: Paths of all modules of the base model.
-        experts: Paths of its parameters that hold all experts.
-        model_type: Its type, such as "llama".
-
-    Raises:
-        CheckpointError: A regular expression that Python cannot read.
+    `adapted` has the paths of the modules, and of each expert, that the file has matrices for.
     """
     targets = read_json(config, Targets).resolved(model_type, adapted)
     alone = targets.model_copy(update={"target_parameters": None})
@@ -237,7 +214,7 @@ def lost_modules(
 
 
 def _parameter(path: str) -> str:
-    """Return the parameter that holds all experts, where a path is that of one expert's part of it."""
+    """Return the path of the parameter that holds all experts, from the path of one expert."""
     owner, _, name = path.rpartition(".")
     return f"{owner.rpartition('.')[0]}.{name}"
 
@@ -253,11 +230,9 @@ def check_complete(
 ) -> None:
     """Refuse a file that lacks matrices of modules or experts that the configuration names; see `lost_modules`.
 
-    Where the configuration leaves them to the model's type, the file may not have others either. An adapter none of
-    whose modules is in the model belongs to another one, which its readers say.
-
-    Raises:
-        CheckpointError: PEFT would start these modules again, as if they had not been trained, or ignore some matrices.
+    PEFT would start these modules again, as if they had not been trained. Where the configuration leaves them to the
+    model's type, the file may not have others either. An adapter none of whose modules is in the model belongs to
+    another one, which its readers say.
     """
     found = {*modules}
     if {*adapted}.isdisjoint(found.union(map(_first_expert, experts))):
@@ -281,26 +256,14 @@ def lost_parameters(config: Path, saved: Collection[str], parameters: Iterable[s
 
 
 def check_saved(config: Path, saved: Collection[str], parameters: Iterable[str]) -> None:
-    """Refuse a file that lacks parameters that were trained in full, which PEFT does not load; see `lost_parameters`.
-
-    Raises:
-        CheckpointError: The trained values of such a parameter are lost.
-    """
+    """Refuse a file without parameters that were trained in full, which PEFT does not load; see `lost_parameters`."""
     lost = lost_parameters(config, saved, parameters)
     if lost is not None:
         raise CheckpointError(f"{config}: {lost}: {LOST}.")
 
 
 def check_patterns(config: Path, modules: Collection[str]) -> None:
-    """Refuse regular expressions that PEFT would match with a base model's modules for too long.
-
-    Args:
-        config: Path of `adapter_config.json` of an adapter of any kind.
-        modules: Paths of all modules of the base model.
-
-    Raises:
-        CheckpointError: Such an expression, or one that Python cannot read.
-    """
+    """Refuse regular expressions that PEFT would match with a base model's modules for too long."""
     _chosen(config, read_json(config, Targets), modules, is_named=True)
     fields = read_json(config, _Fields).model_extra or {}
     patterns = [value for name, value in fields.items() if name.endswith("_pattern") and isinstance(value, dict)]
@@ -348,10 +311,6 @@ def absent_layers(paths: Iterable[str], names: Collection[str]) -> list[str]:
     """Return the modules of layers that a base model lacks, while its first layer has such modules.
 
     PEFT and vLLM ignore their matrices, which is right for a base model of fewer layers.
-
-    Args:
-        paths: Paths of adapted modules.
-        names: Paths of all modules of the base model.
     """
     split = {path: re.match(r"(.+?\.)(\d+)\.(.+)", path) for path in paths}
     return [

@@ -64,11 +64,7 @@ class TensorFile:
         return [key for key in self.keys if key.startswith(prefix)]
 
     def renamed(self, keys: Mapping[str, str]) -> TensorFile:
-        """Return the same open file, with other keys for some of its tensors.
-
-        Args:
-            keys: New keys by those in the file.
-        """
+        """Return the same open file, with other keys for some of its tensors: new keys by those in the file."""
         header = {keys.get(key, key): entry for key, entry in self._header.items()}
         return TensorFile(self.path, self._file, header, self._start)
 
@@ -112,11 +108,7 @@ class TensorFile:
         return tensor
 
     def bytes(self, key: str) -> bytearray:
-        """Return a tensor's bytes, of any dtype and any values.
-
-        Raises:
-            CheckpointError: The file has no such key, or became shorter.
-        """
+        """Return a tensor's bytes, of any dtype and any values."""
         data = bytearray(self.size(key))
         self._fill(memoryview(data), self._place(key)[0])
         return data
@@ -173,11 +165,7 @@ class TensorFile:
             rest, at = rest[count:], at + count
 
     def copy(self, key: str, target: BinaryIO) -> None:
-        """Append a tensor's bytes, of any dtype and any values, to an open file.
-
-        Raises:
-            CheckpointError: The file has no such key, or became shorter.
-        """
+        """Append a tensor's bytes, of any dtype and any values, to an open file."""
         begin, end = self._place(key)
         for at in range(begin, end, COPIED_AT_ONCE):
             piece = bytearray(min(COPIED_AT_ONCE, end - at))
@@ -274,12 +262,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def sha256_of(path: Path, ending: Event | None = None) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits.
-
-    Args:
-        path: The file.
-        ending: Event that makes it stop early, with the digest of the bytes so far.
-    """
+    """Return the SHA-256 of a file, in hexadecimal digits; `ending` stops it early, with the bytes so far."""
     digest, block = hashlib.sha256(), bytearray(HASHED_AT_ONCE)
     with path.open("rb", buffering=0) as file:
         while (count := file.readinto(block)) and not (ending is not None and ending.is_set()):
@@ -290,13 +273,7 @@ def sha256_of(path: Path, ending: Event | None = None) -> str:
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, str] = ("format", "pt")) -> None:
     """Write a safetensors file; callers use it through `atomic_output`, whose errors name the destination.
 
-    Args:
-        tensors: Tensors by key.
-        path: The file to write.
-        metadata: Key and value of its metadata. safetensors 0.8 writes several in random order.
-
-    Raises:
-        OSError: The disk is full or the file cannot be written.
+    `metadata` has one key, since safetensors 0.8 writes several in random order.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -310,8 +287,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, st
 def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
     """Return the beginning of a safetensors file, after which the tensors' bytes follow in the same order.
 
-    Args:
-        tensors: Key, safetensors' name of the data type, shape and size in bytes of each tensor.
+    Of each tensor it is given the key, safetensors' name of the data type, the shape and the size in bytes.
     """
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -324,10 +300,6 @@ def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
 
 
 def first_difference(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the key of the first tensor that a safetensors file does not hold bit for bit; None if it holds all.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
+    """Return the key of the first tensor that a safetensors file does not hold bit for bit; None if it holds all."""
     with open_tensors(path) as written:
         return next((key for key, tensor in tensors.items() if not written.holds(key, tensor)), None)

@@ -105,7 +105,7 @@ class Connections:
             connection.close()
 
     def _connection(self, path: str, silence_s: float) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-        """A connection that is not open yet, and the target and the further headers of a request through it."""
+        """Make a connection without opening it; return it with a request's target and the proxy's headers."""
         host, port, headers = self._proxy or (self._host, self._port, {})
         if self._context is None:
             plain = http.client.HTTPConnection(host, port, timeout=silence_s)

@@ -118,9 +118,9 @@ class Dialect(NamedTuple):
 
 
 def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
-    """Id of a token that a server names by its id or its text; None if no token is known by that text.
+    """Return the id of the token that a server names, by an id, a text, or an object with either; None if unknown.
 
-    The name is an id, a text, or an object with either; `by_text` has the ids of tokens whose text no other token has.
+    `by_text` has only those tokens whose text no other token has.
     """
     if isinstance(entry, Mapping):
         entry = entry["id"] if isinstance(entry.get("id"), int) else entry.get("token")
@@ -133,11 +133,7 @@ def token_id(entry: Any, by_text: Mapping[str, int]) -> int | None:
 
 
 def alone_with_text(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Ids of the tokens whose text no other token has, by these texts.
-
-    Args:
-        pairs: A text of a token and its id; a token may have several texts.
-    """
+    """Ids of the tokens whose text no other token has, by these texts, from pairs of a text and an id."""
     found: dict[str, set[int]] = {}
     for text, index in pairs:
         found.setdefault(text, set()).add(index)

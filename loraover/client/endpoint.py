@@ -190,11 +190,7 @@ class Endpoint:
         return self.exchange(path, body, timeout_s=timeout_s)[0]
 
     def page(self, path: str) -> str:
-        """Text of a page of the server, such as "/metrics"; empty if it has none, or the time for all requests is over.
-
-        Args:
-            path: Path on the server.
-        """
+        """Text of a page of the server, such as "/metrics"; empty if it has none, or the time for requests is over."""
         now = time.monotonic()
         deadline = min(now + self._timeout_s, self._ends)
         if now < deadline:
@@ -206,9 +202,6 @@ class Endpoint:
         """Names of the models that the server lists, with that of an adapter's base model where the list has it.
 
         The result is empty if the server has no such list.
-
-        Raises:
-            EngineError: No answer, or a key that the server refuses.
         """
         try:
             listed = self.request("/v1/models")

@@ -288,9 +288,7 @@ def _as_os_error(error: Exception) -> OSError | None:
 def unwritable(error: BaseException, target: Path) -> BaseException:
     """Return an OutputError for an exception that says that a disk is full or read-only; any other exception itself.
 
-    Args:
-        error: What has ended work that writes into a folder piece by piece, such as training.
-        target: The folder, which keeps what it holds.
+    The folder `target`, into which work such as training writes piece by piece, keeps what it holds.
     """
     failure = _as_os_error(error) if isinstance(error, Exception) else None
     if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save says only where it was cut

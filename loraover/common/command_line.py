@@ -127,14 +127,10 @@ class LazyGroup(Command, click.Group):
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
-    """Run a click command, and show its errors as one message each.
-
-    Args:
-        command: The command, whose function returns an exit code or None for 0.
-        arguments: Command line without the program's name; by default the process's own.
+    """Run a click command, by default with the process's own arguments, and show each error as one message.
 
     Returns:
-        The exit code.
+        The exit code; a command's function returns it, or None for 0.
     """
     with _noticing_interrupts() as interrupted:
         try:

@@ -103,3 +103,27 @@ def printable(text: str) -> str:
 def own_kind(error: BaseException) -> type[BaseException]:
     """Return an error's class directly below LoraOverError, which another process raises by its name."""
     return next((kind for kind in type(error).__mro__ if kind in LoraOverError.__subclasses__()), type(error))
+
+
+PHRASES = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Words of PyTorch's RuntimeErrors. Nothing else distinguishes these errors from others."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory could not be allocated."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        is_torchs = isinstance(error, RuntimeError) and not isinstance(error, LoraOverError)
+        if is_torchs and any(phrase in str(error) for phrase in PHRASES):
+            return True
+        error = error.__cause__
+    return False

@@ -29,12 +29,7 @@ def install(extra: str) -> str:
 
 
 def missing_package(error: BaseException, extra: str | None = None) -> str | None:
-    """Return what to install after an import that failed; None for any other error.
-
-    Args:
-        error: The error.
-        extra: Extra of the command that was called.
-    """
+    """Return what to install, for the command of an extra, after an import that failed; None for any other error."""
     if not isinstance(error, ModuleNotFoundError) or error.name not in EXTRAS:
         return None
     extras = EXTRAS[error.name]

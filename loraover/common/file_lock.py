@@ -54,15 +54,7 @@ def hold_lock(path: Path, *, wait: bool) -> Iterator[int]:
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
-    """Take the lock of an open file, as `hold_lock` does; it is held until no process has the file open.
-
-    Args:
-        file: The file.
-        wait: Whether to wait for another process that holds the lock.
-
-    Raises:
-        BlockingIOError: Without `wait`, another process holds the lock.
-    """
+    """Take the lock of an open file, as `hold_lock` does; it is held until no process has the file open."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:

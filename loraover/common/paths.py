@@ -33,10 +33,9 @@ def without_secrets(text: str) -> str:
 
 
 def one_below(file: Path) -> str:
-    """Return the end of a message about a missing file: a folder just below the given one has a file of this name.
+    """Return a question that ends a message about a missing file: is a folder just below, with such a file, meant?
 
-    Returns:
-        A question, such as for the folder of a run, whose adapter is in a folder of it; empty if there is none.
+    It is empty if there is none. The folder of a run has its adapter in such a folder.
     """
     try:
         found = min(file.parent.glob(f"*/{file.name}"), default=None)
@@ -107,11 +106,7 @@ class Listing(NamedTuple):
 
 
 def list_folder(folder: Path) -> Listing:
-    """Return what is in a folder. A clone has git's files in a hidden folder, and a download those of the hub's client.
-
-    Raises:
-        OSError: A folder that cannot be read.
-    """
+    """Return what is in a folder, apart from the hidden folders that git and the hub's client keep in their copies."""
     listing = Listing({}, [])
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):

@@ -20,8 +20,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, ParamSpec
 
-from loraover.common.errors import ConfigError, LoraOverError, ProcessError, own_kind
-from loraover.common.memory import is_out_of_memory
+from loraover.common.errors import ConfigError, LoraOverError, ProcessError, is_out_of_memory, own_kind
 from loraover.common.reporter import SILENT, Reporter
 
 P = ParamSpec("P")

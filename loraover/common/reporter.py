@@ -34,19 +34,11 @@ class Reporter:
         return False
 
     def line(self, text: str) -> None:
-        """Receive one line of text about the work.
-
-        Args:
-            text: The line.
-        """
+        """Receive one line of text about the work."""
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Follow one piece of work, done in the `with` block.
-
-        Args:
-            label: Name of the work.
-            total: Amount of work, in units such as steps or files.
+        """Follow one piece of work, done in the `with` block, of `total` units such as steps or files.
 
         Yields:
             A function to call with the amount done so far.

@@ -238,7 +238,7 @@ class Declared:
 
     @property
     def help(self) -> str:
-        """Description with the default, as the function's `Args:` have it."""
+        """Description of the field with its default, as it stands in the docstring of the verb's function."""
         text = self.spec.default_text or ("none" if self.default is None else repr(self.default))
         if self.spec.default_text is None and (self.default is MISSING or self.default is False or self.default == ()):
             return self.spec.description

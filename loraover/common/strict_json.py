@@ -39,15 +39,7 @@ def read_json(path: Path, model: type[Model], *, finite: bool = True) -> Model:
 
 
 def read_json_lines(path: Path, model: type[Model]) -> list[Model]:
-    """Read a file of one JSON object a line, and validate each.
-
-    Args:
-        path: The file.
-        model: Type of a line.
-
-    Raises:
-        CheckpointError: As in `read_json`; the message has the line's number.
-    """
+    """Read a file of one JSON object a line, and validate each as `read_json` does; errors have the line's number."""
     lines = enumerate(_read(path).splitlines(), start=1)
     return [_parse(line, model, f"{path}, line {number}", _finite) for number, line in lines]
 

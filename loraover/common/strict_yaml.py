@@ -13,14 +13,7 @@ MISFITS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, 
 
 
 def parse_yaml(content: str | bytes) -> Any:
-    """Return the value of a YAML text, as `yaml.safe_load` does.
-
-    Args:
-        content: The text.
-
-    Raises:
-        ValueError: Not YAML, or a mapping that has a key twice.
-    """
+    """Return the value of a YAML text, as `yaml.safe_load` does; a ValueError also if a mapping has a key twice."""
     import yaml
 
     try:

@@ -455,11 +455,7 @@ def check_encodes(text: str, name: str, where: str) -> None:
 
 
 def later_turn(rows: Sequence[Row]) -> int | None:
-    """Return the index of the first example that is a later turn of the conversation before it, or None.
-
-    Args:
-        rows: Examples in the order of the data, in which the turns of a conversation are neighbours.
-    """
+    """Return the index of the first example that is a later turn of the conversation before it, or None."""
     for i, (one, following) in enumerate(pairwise(rows), 1):
         if {"prompt", "completion"} <= one.keys() & following.keys():
             messages = [*one["prompt"], *one["completion"]]

@@ -392,11 +392,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def count_hub_rows(name: str, split: str, subset: str | None, revision: str | None) -> int:
-    """Return the number of rows of a split, as the hub states it, without reading them.
-
-    Raises:
-        DataError: The hub cannot be reached, or does not state the number.
-    """
+    """Return the number of rows of a split, as the hub states it, without reading them."""
     from datasets import load_dataset_builder
 
     with _hub_errors(name):

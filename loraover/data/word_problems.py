@@ -1,9 +1,11 @@
-"""Generated arithmetic word problems, whose answers can be checked."""
+"""Generated arithmetic word problems, and the final numbers in texts, by which answers are checked; without PyTorch."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
+from decimal import Decimal
 
 from loraover.common.errors import DataError
 
@@ -18,11 +20,7 @@ STORIES = (
 
 
 def word_problems(seed: int) -> Iterator[dict[str, str]]:
-    """Yield rows with `prompt` and `completion` without end; a completion ends in `#### answer`, as in GSM8K.
-
-    Args:
-        seed: Seed of the problems, which are the same on every machine.
-    """
+    """Yield rows with `prompt` and `completion` without end; a completion ends in `#### answer`, as in GSM8K."""
     draw = random.Random(seed)
     while True:
         story, sign = draw.choice(STORIES)
@@ -46,20 +44,9 @@ DISTINCT = 638_976
 
 
 def split_word_problems(train: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Generate training rows, and held-out rows, which are the same for every seed.
+    """Return generated training rows, and held-out rows, which are the same for every seed.
 
-    No problem occurs twice, and no held-out problem occurs in training.
-
-    Args:
-        train: Number of training rows.
-        held_out: Number of held-out rows.
-        seed: Seed of the training rows.
-
-    Returns:
-        The training rows and the held-out rows.
-
-    Raises:
-        DataError: There are not so many different problems.
+    No problem occurs twice, and no held-out problem occurs in training. A DataError says that there are not so many.
     """
     if train + held_out > DISTINCT:
         raise DataError(
@@ -78,3 +65,33 @@ def _distinct(count: int, seed: int, without: set[str]) -> list[dict[str, str]]:
         if row["prompt"] not in without:
             rows.setdefault(row["prompt"], row)
     return list(rows.values())
+
+
+_NUMBER = re.compile(r"(?P<number>[-+−]?\s?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+−]?\.\d+)")
+_MARKED = re.compile(
+    rf"(?<!#)####[^\S\n]*(?:[$€£][^\S\n]*)?{_NUMBER.pattern}(?:[^\S\n]*(?:[^\s\d.#][^\s#]*|\.))?[^\S\n]*$",
+    re.MULTILINE,
+)
+
+
+def final_number(text: str) -> Decimal | None:
+    """Read the number of the last line that ends in `####` and a number, or else the last number; None without any.
+
+    Thousands separators, currency signs and one word after the number are ignored: "#### $1,234.50 each" is 1234.50.
+    `####` also begins headings of Markdown; "#### Step 1: add" and "#### 3. Add up" give no number.
+    A sign counts where it stands before a number as in "is -3"; "9-5", "9 - 5", "(9)-5" and "9%-5%" end in 5, and so
+    does a list's item "- 5".
+    """
+    found = list(_MARKED.finditer(text)) or list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    written = found[-1]["number"]
+    digits = re.sub(r"[^\d.]", "", written)
+    before, sign = text[: found[-1].start("number")], written[:2]
+    is_item = False
+    if sign[1:].isspace():
+        before = before.rstrip(" \t")
+        is_item = before.endswith("\n")
+        before = before.rstrip()
+    negative = sign[0] in "-−" and not (is_item or before[-1:].isalnum() or before.endswith((")", "%")))
+    return Decimal(digits).copy_negate() if negative else Decimal(digits)

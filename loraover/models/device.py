@@ -26,14 +26,7 @@ WITHOUT_FLOAT64 = ("mps",)
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of a name.
-
-    Args:
-        name: One of `DEVICES`, or one GPU of several, such as "cuda:1".
-
-    Raises:
-        ConfigError: The name is unknown, or this machine or this installation of PyTorch has no such device.
-    """
+    """Return the device of a name: one of `DEVICES`, or one GPU of several, such as "cuda:1"."""
     found = found_devices()
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if found.get(kind)))
@@ -56,15 +49,7 @@ def is_one_gpu(name: str) -> bool:
 
 
 def choose_compute(device: str, compute_dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the data type to run a model in.
-
-    Args:
-        device: Name of the device; see `choose_device`.
-        compute_dtype: Data type: fp32, bf16, fp16 or fp64.
-
-    Raises:
-        ConfigError: A name is unknown, the device is not there, or it does not compute in that type.
-    """
+    """Return the device and the data type to run a model in."""
     name = as_written("compute_dtype")
     if compute_dtype not in COMPUTE_DTYPES:
         raise ConfigError(f"{name} is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}.")

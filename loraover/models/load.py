@@ -131,11 +131,8 @@ AUTO_CLASSES = {
 def takes_images(source: ModelSource) -> bool:
     """Whether a model reads images beside text, by the kind that its configuration names.
 
-    A model that transformers also loads as one of texts alone, with other names of its modules, such as Llama 4, is
-    taken as that.
-
-    Raises:
-        ConfigError: The configuration cannot be loaded; see `load_config`.
+    Some models, such as Llama 4, can also be loaded by transformers for text alone, with other names of their modules.
+    They count as models of text.
     """
     from transformers.models.auto import modeling_auto as classes
 
@@ -290,20 +287,12 @@ def load_config(source: ModelSource) -> Any:
 
 
 def is_encoder_decoder(source: ModelSource) -> bool:
-    """Whether the model has an encoder and a decoder, as T5 has.
-
-    Raises:
-        ConfigError: The configuration cannot be loaded; see `load_config`.
-    """
+    """Whether the model has an encoder and a decoder, as T5 has."""
     return bool(load_config(source).is_encoder_decoder)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a model's tokenizer, and give it a padding token if it has none.
-
-    Raises:
-        ConfigError: The model has no tokenizer.
-    """
+    """Load a model's tokenizer, and give it a padding token if it has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -317,11 +306,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_processor(source: ModelSource) -> Any:
-    """Load what turns texts and images into a model's inputs, with its tokenizer.
-
-    Raises:
-        ConfigError: The model has no processor, or a package that it needs is not installed, such as torchvision.
-    """
+    """Load what turns texts and images into a model's inputs, with its tokenizer."""
     from transformers import AutoProcessor, ProcessorMixin
 
     try:

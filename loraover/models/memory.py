@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from loraover.common.errors import ConfigError, LoraOverError
-from loraover.common.memory import is_out_of_memory
+from loraover.common.errors import ConfigError, LoraOverError, is_out_of_memory
 from loraover.common.request import as_written
 from loraover.models.device import found_devices, free_memory, total_memory
 from loraover.models.load import ModelSource, load_config, load_skeleton

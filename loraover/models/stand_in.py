@@ -69,12 +69,6 @@ def find_stand_in(name: str) -> StandIn | None:
     """Return the record of a stand-in, or None for any other folder or name.
 
     A stand-in that does not exist any more, or whose folder cannot be entered, is recognised by the folder's name.
-
-    Args:
-        name: Folder or hub name of a base model.
-
-    Raises:
-        CheckpointError: The record cannot be read.
     """
     folder = Path(name)
     with suppress(ConfigError):

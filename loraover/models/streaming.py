@@ -96,12 +96,7 @@ class StreamedWeight(Tensor):
 
 
 def change_rows(weight: Tensor, change: Change) -> Tensor:
-    """Return a weight with a function applied to its rows; those of a streamed weight change when they are read.
-
-    Args:
-        weight: The weight.
-        change: The function, whose result for a row depends on no other row.
-    """
+    """Return a weight with a function of single rows applied; rows of a streamed weight change when they are read."""
     if not isinstance(weight, StreamedWeight):
         return change(weight)
     return StreamedWeight(weight._stored, weight, weight.device, change)

@@ -103,7 +103,7 @@ class SideBases(ABC):
     @property
     @abstractmethod
     def rule(self) -> MomentRule:
-        """Rule by which the second moments are kept whose eigenvectors are the bases."""
+        """How the second moments are kept; their eigenvectors are the bases."""
 
     @property
     @abstractmethod

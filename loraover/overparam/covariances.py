@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.common.errors import ConfigError
-from loraover.common.memory import is_out_of_memory
+from loraover.common.errors import ConfigError, is_out_of_memory
 from loraover.overparam.block_bases import MAX_BLOCK, SIDES, Bases, Blocks, Side, eigenvectors
 from loraover.overparam.core_group import full_precision
 from loraover.overparam.decompositions import Decomposition

@@ -228,12 +228,7 @@ class Followers(dict[CoreGroup, BasisFollower]):
 
 
 def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOverConfig:
-    """Return a configuration whose bases are measured before the run where they could not follow gradients.
-
-    Args:
-        config: Configuration of a run.
-        optimizer: PyTorch's optimizer of the run.
-    """
+    """Return a configuration whose bases are measured before the run where they could not follow gradients."""
     kind, bases = type(optimizer), config.make_decomposition().bases
     if kind not in (*BLIND, *ROTATED) and bases is not None and (changed := bases.unfollowed()):
         logger.warning(
@@ -247,5 +242,5 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
 
 
 def _wide(flags: Tensor) -> Tensor:
-    """(G,) as a shape that goes with (G, count, size, size)."""
+    """Reshape a vector (G,) to (G, 1, 1, 1), to multiply it with blocks (G, count, size, size)."""
     return flags[:, None, None, None]

@@ -87,11 +87,7 @@ def is_skipped(optimizer: Optimizer) -> bool:
 
 
 def ordinary_optimizer(optimizer: Any) -> Optimizer:
-    """Return the innermost PyTorch optimizer, if cores can be trained through it.
-
-    Raises:
-        ConfigError: Its step is not an ordinary PyTorch step.
-    """
+    """Return the innermost PyTorch optimizer; a ConfigError if its step is not an ordinary PyTorch step."""
     optimizer = unwrapped(optimizer)
     kind = type(optimizer)
     if kind.__module__.startswith("deepspeed."):

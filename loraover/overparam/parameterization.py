@@ -164,8 +164,7 @@ class OverParameterization:
         """Give sites cores as a checkpoint has them; the values of the cores are loaded afterwards.
 
         Args:
-            owners: Site with which the basis of columns is kept, by the name of each site; the site itself where none
-                is shared.
+            owners: For each site, the site whose basis of columns it shares; itself if it shares none.
             step: Optimizer steps taken when they were injected.
         """
         for sites in grouped([self.sites[name] for name in owners], owners):
@@ -342,8 +341,8 @@ class OverParameterization:
             if not is_checked and any(bool(group.differs().any()) for group in self.groups):
                 raise ConfigError(
                     f"{type(view.optimizer).__name__} cannot be used: its step moves the parameters by gradients from "
-                    "before the step, which the cores do not have, and then calls the closure. Use an optimizer that "
-                    "calls its closure first."
+                    "before the step, and calls the closure only then. The cores have no gradients before the closure "
+                    "is called: use an optimizer that calls it first."
                 )
             is_checked = True
             for group in self.groups:

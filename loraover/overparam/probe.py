@@ -40,11 +40,7 @@ def model_loss(model: Any, batch: Any) -> Tensor:
 
 
 def check_collated(batch: Any) -> None:
-    """Check that a batch holds the arguments of a model's forward by name.
-
-    Raises:
-        ConfigError: It is something else, such as the rows from which an online trainer will make its samples.
-    """
+    """Refuse a batch that does not hold a model's arguments by name, such as an online trainer's rows of prompts."""
     if not isinstance(batch, Mapping):
         raise ConfigError(
             f"no loss can be computed from a batch that is a {type(batch).__name__} and not a dict; give a function of "
@@ -126,9 +122,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
     """Seed all random generators for a block, and restore their states (Python's, NumPy's, PyTorch's) after it.
 
-    Args:
-        seed: Seed of every generator.
-        devices: Devices of the model. The CPU's generator is always included.
+    The CPU's generator is always included.
     """
     used = set(devices)
     gpus = sorted({device.index or 0 for device in used if device.type == "cuda"})

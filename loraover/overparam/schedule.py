@@ -115,13 +115,7 @@ class Schedule:
         return bool(self.round_steps) and not self.is_over and step >= self.round_steps[len(self.rounds)]
 
     def choose(self, step: int) -> Round | None:
-        """Make the next decision.
-
-        Args:
-            step: Number of optimizer steps taken.
-
-        Returns:
-            The decision; None if the scores of all A or of all B are still zero, so that the round has to wait.
+        """Make the next decision; None if all scores of A or of B are still zero, so that the round has to wait.
 
         Raises:
             ConfigError: The scores of a static schedule stay zero after its warm-up steps.

@@ -189,12 +189,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(parameters: Sequence[Tensor], values: Tensor) -> None:
-    """Write full matrices into parameters of one type; of sharded ones, each process keeps its part.
-
-    Args:
-        parameters: G parameters of shape (m, n).
-        values: Their new values, (G, m, n).
-    """
+    """Write full matrices (G, m, n) into parameters of one type; of sharded ones, each process keeps its part."""
     values = values.to(parameters[0].dtype)
     if not is_sharded(parameters[0]):
         torch._foreach_copy_(list(parameters), list(values.unbind()))

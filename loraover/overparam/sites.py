@@ -129,12 +129,7 @@ class Site:
 
 
 def write_matrices(sites: Sequence[Site], values: Tensor) -> None:
-    """Write full matrices into the parameters of sites of one type; each process keeps its part of those that are cut.
-
-    Args:
-        sites: G sites of shape (m, n).
-        values: Their new values, (G, m, n).
-    """
+    """Write matrices (G, m, n) into the parameters of G sites of one type; a process keeps its part of a cut one."""
     if sites[0].piece is None:
         assign([site.tensor for site in sites], values)
         return
@@ -232,11 +227,7 @@ def matrices_of(module: str, layer: Any, matrix: MatrixName) -> list[tuple[str, 
 
 
 def only_adapter(sites: Iterable[Site]) -> str:
-    """Return PEFT's name of the adapter that all these sites belong to.
-
-    Raises:
-        ConfigError: The sites belong to several adapters.
-    """
+    """Return PEFT's name of the adapter that all these sites belong to; a ConfigError if there are several."""
     adapters = list(dict.fromkeys(site.adapter for site in sites))
     if len(adapters) > 1:
         raise ConfigError(

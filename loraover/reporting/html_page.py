@@ -68,11 +68,7 @@ class Page:
     figures: Sequence[Figure]
 
     def write(self, path: Path) -> None:
-        """Write the page, and each figure into a folder beside it.
-
-        Args:
-            path: File of the page, in a folder that is published later.
-        """
+        """Write the page, in a folder that is published later, and each figure into a folder beside it."""
         for file, content in self.files(path).items():
             file.parent.mkdir(exist_ok=True)
             file.write_text(content, encoding="utf-8")
@@ -145,11 +141,7 @@ def make_page(
 
 
 def clauses(text: str) -> list[str]:
-    """Return the clauses that semicolons join, outside of brackets.
-
-    Args:
-        text: The clauses, such as "off by 0.1 nats; no known fault explains it".
-    """
+    """Return the clauses that semicolons join, outside of brackets."""
     return re.split(r";\s+(?![^()]*\))", text.rstrip("."))
 
 

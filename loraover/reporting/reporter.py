@@ -51,11 +51,7 @@ class ConsoleReporter(Reporter):
         return self.console.is_terminal
 
     def line(self, text: str) -> None:
-        """Print one line.
-
-        Args:
-            text: The line; markup in it is not interpreted.
-        """
+        """Print one line; markup in it is not interpreted."""
         if "console" in vars(self):
             print_line(self.console, text)
         else:
@@ -63,15 +59,7 @@ class ConsoleReporter(Reporter):
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Show a progress bar during the `with` block; on a console that is not a terminal, print the label once.
-
-        Args:
-            label: Name of the work.
-            total: Amount of work, in units such as steps or files.
-
-        Yields:
-            A function to call with the amount done so far.
-        """
+        """Show a progress bar during the `with` block; on a console that is not a terminal, print the label once."""
         if not self.console.is_terminal:
             self.line(f"{label}: {total}")
             yield lambda done: None
@@ -88,21 +76,15 @@ class ConsoleReporter(Reporter):
 def print_line(console: Console, text: str, style: str | None = None) -> None:
     """Print a text that may quote a file: of markup and control characters, only line breaks are interpreted.
 
-    Args:
-        console: Console to print to.
-        text: The text, which is not wrapped.
-        style: rich's name of a style for all of it.
+    Its lines are not wrapped.
     """
     console.print(_shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_rows(console: Console, rows: Sequence[tuple[str, str]], *, wraps: bool = False) -> None:
-    """Print names and values, one below the other; a terminal's lines are broken between words.
+    """Print names and values, which may quote a file, one below the other.
 
-    Args:
-        console: Console to print to.
-        rows: Names and values, which may quote a file.
-        wraps: Whether lines are broken in files and pipes too.
+    A terminal's lines are broken between words; those of files and pipes only if it `wraps`.
     """
     width = max(len(name) for name, _ in rows) + 2
     for name, value in rows:

@@ -22,12 +22,7 @@ Body = Callable[[Any, bool], int | None]
 
 
 def request_command(request: type[Request], body: Body) -> click.Command:
-    """Make the command of a verb.
-
-    Args:
-        request: Class of its request. The command's name is the last word of its `verb`, and its docstring the help.
-        body: Function that does the command's work; see `Body`.
-    """
+    """Make the command of a verb; its name is the last word of the request's `verb`, its help the class's docstring."""
 
     @click.pass_context
     def callback(context: click.Context, /, as_json: bool = False, **values: Any) -> int | None:

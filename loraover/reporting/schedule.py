@@ -74,10 +74,6 @@ def show_schedule(meta: Meta, console: Console) -> None:
     """Print a table of the schedule's decisions, and the map, unless it says the same of every matrix.
 
     In the map, a number is the round in which a matrix got cores, and a point is a matrix without cores.
-
-    Args:
-        meta: Metadata of the checkpoint.
-        console: Console to print to.
     """
     config = meta.config
     what = config.schedule if config.schedule == "all" else f"{config.schedule} by {config.score}"
@@ -148,25 +144,13 @@ def _shown(name: str) -> str:
 
 
 def schedule_figures(meta: Meta) -> list[Figure]:
-    """Draw the map, unless it says the same of every matrix, and the mean scores of each kind of module at each round.
-
-    Args:
-        meta: Metadata of the checkpoint.
-    """
+    """Draw the map, unless it says the same of every matrix, and the mean scores of each kind of module by round."""
     rounds = placed(meta)
     return [*([_map(rounds)] if is_worth_a_map(rounds) else []), *_scores(meta)]
 
 
 def plot_schedule(meta: Meta, path: Path) -> None:
-    """Write the figures of a schedule to one file, one below the other.
-
-    Args:
-        meta: Metadata of the checkpoint.
-        path: New file, whose name ends in .svg.
-
-    Raises:
-        ConfigError: The file exists, or its name has another ending.
-    """
+    """Write the figures of a schedule to one new .svg file, one below the other."""
     check_new(path, ".svg")
     publish_text(path, stacked("schedule", schedule_figures(meta) or [_map(placed(meta))]).file())
 

@@ -127,14 +127,7 @@ class Table(Generic[Row]):
 def facts_table(
     facts: Sequence[tuple[str, str]], heads: tuple[str, str] = ("what", "value"), title: str = "", note: str = ""
 ) -> Table[tuple[str, str]]:
-    """Return a table of two columns.
-
-    Args:
-        facts: Names and values.
-        heads: Heads of the columns.
-        title: Text above it.
-        note: Explanation below it on a page.
-    """
+    """Return a table of names and values, with a title above it and, on a page, a note below it."""
     columns: list[Column[tuple[str, str]]] = [
         Column(heads[0], lambda fact: fact[0], "word"),
         Column(heads[1], lambda fact: fact[1], "name"),

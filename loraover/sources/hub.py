@@ -24,11 +24,7 @@ class HubUnreachableError(SourceError):
 
 
 def pinned_commit(name: str, revision: str | None, kind: Kind) -> str:
-    """Return the present commit of a repository's revision, or the cached one if the hub cannot be reached.
-
-    Raises:
-        ConfigError: As `fetch_repository` does.
-    """
+    """Return the present commit of a repository's revision, or the cached one if the hub cannot be reached."""
     return fetch_repository(name, revision, kind, ("config.json", "modules.json", "README.md")).name
 
 
@@ -86,11 +82,7 @@ def pushes(product: str) -> Any:
 
 
 def keeps_private(needs: str | None = PUSH) -> Any:
-    """Declare the field `private` of a verb with the field `push_to_hub`.
-
-    Args:
-        needs: Name of the field that has to be given with this one; None: a recipe may have it.
-    """
+    """Declare the field `private` of a verb with the field `push_to_hub`."""
     return option("Make the repository private if the upload creates it.", default=False, needs=needs)
 
 

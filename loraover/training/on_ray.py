@@ -141,14 +141,7 @@ def _take_part(work: Mapping[str, Any]) -> None:
 
 @contextmanager
 def ray_cluster(address: str) -> Iterator[Any]:
-    """Connect to a Ray cluster for a block, and yield the module `ray`.
-
-    Args:
-        address: Address of the cluster, or "local" for one on this machine.
-
-    Raises:
-        ConfigError: Ray is not installed, or there is no cluster at the address.
-    """
+    """Connect to a Ray cluster, or start a "local" one, for a block, and yield the module `ray`."""
     try:
         import ray as imported
     except ImportError as error:

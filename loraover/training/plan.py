@@ -295,12 +295,7 @@ def size_text(count: int) -> str:
 
 
 def to_page(plan: TrainingPlan, command: str) -> Page:
-    """Make the page of a plan; every text is escaped.
-
-    Args:
-        plan: The plan.
-        command: Command line that makes the page.
-    """
+    """Make the page of a plan; every text is escaped."""
     facts, lengths = plan.facts(with_bars=False) | {"estimate": ASSUMPTION}, plan.lengths
     sentence = f"The run takes {plan.steps:,} steps of {plan.method}. Memory in all: {facts['in all']}."
     if plan.fits is not None:

@@ -110,11 +110,7 @@ class Recipe(MethodKeys):
         return METHODS[self.method].count_clients(self) if self.method in METHODS else 1
 
     def steps(self, examples: int) -> int:
-        """Count the run's optimizer steps, which are those of each client where there are several.
-
-        Args:
-            examples: Number of training examples.
-        """
+        """Count the run's optimizer steps, which are those of each client where there are several."""
         return self.training.steps(math.ceil(examples / self.clients), self.distributed.processes or 1)
 
     @property
@@ -145,11 +141,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """YAML of a recipe that ships, with its comments.
-
-    Raises:
-        ConfigError: No such recipe.
-    """
+    """YAML of a recipe that ships, with its comments."""
     if name not in recipe_names():
         raise ConfigError(f"recipe {name!r}: not one that ships{_near(name)}")
     return files("loraover.training").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
@@ -252,11 +244,7 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split "training.seed=1" into its key and its YAML value.
-
-    Raises:
-        ConfigError: No key, or a value that is not YAML.
-    """
+    """Split "training.seed=1" into its key and its YAML value."""
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise ConfigError(f"{text!r}: expected key=value, e.g. training.seed=1.")

@@ -290,12 +290,7 @@ class Training(OpenPart):
         return self.max_length
 
     def steps(self, examples: int, processes: int = 1) -> int:
-        """Count the run's optimizer steps, as the Trainer does: an epoch's last step may be smaller.
-
-        Args:
-            examples: Number of training examples.
-            processes: Number of processes whose micro-batches make a step.
-        """
+        """Count the run's optimizer steps, as the Trainer does: an epoch's last step may be smaller."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_train_epochs is not None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from loraover.common.errors import DataError, EngineError
-from loraover.data.final_number import final_number
+from loraover.data.word_problems import final_number
 from loraover.training.run.answers import greedy_answers
 from loraover.training.run.measure import exact_match, example_losses, token_loss
 

@@ -9,8 +9,8 @@ import datasets
 import pytest
 from datasets import ReadInstruction
 
-from loraover.data.final_number import final_number
 from loraover.data.sources import MAX_LINE_BYTES, read_raw
+from loraover.data.word_problems import final_number
 
 from support.real_data import real_data
 from support.rows import GSM8K, MESSAGES, PAIR, TURNS, Write, fault, lines, load

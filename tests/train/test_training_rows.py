@@ -13,10 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loraover.common.errors import DataError
-from loraover.data.final_number import final_number
 from loraover.data.formats import RowForm, later_turn
 from loraover.data.sources import Counted
-from loraover.data.word_problems import DISTINCT, NAMES, STORIES, THINGS, split_word_problems, word_problems
+from loraover.data.word_problems import (
+    DISTINCT,
+    NAMES,
+    STORIES,
+    THINGS,
+    final_number,
+    split_word_problems,
+    word_problems,
+)
 from loraover.sources.hub import HubUnreachableError
 from loraover.training.recipe import Recipe
 from loraover.training.rows.data import load_examples, load_held_out

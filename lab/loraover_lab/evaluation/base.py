@@ -74,7 +74,7 @@ class Task(ABC):
         """Check before anything is loaded that no option is missing, unusable or without effect in this task."""
         if request.judge_url is not None:
             asked, task = request.named("judge_url"), request.named("task", "mtbench")
-            raise ConfigError(f"{asked} is for {task}; no answer of this task is rated.")
+            raise ConfigError(f"{asked} is for {task}; answers of this task get no ratings.")
 
     @abstractmethod
     def read(self, request: EvaluationRequest) -> Questions:
@@ -104,8 +104,9 @@ class Task(ABC):
     def rate(self, answered: list[Example], questions: Questions, request: EvaluationRequest) -> TaskScores:
         """Score answers that were kept, in the order of the questions; only tasks that another service scores do this.
 
-        Raises:     DataError: The answers belong to other questions, or to another task.     EngineError: The service
-        scores none of them.
+        Raises:
+            DataError: The answers belong to other questions, or to another task.
+            EngineError: The service scores none of them.
         """
         raise DataError("the file holds answers without scores, which this task never writes; name a new file.")
 

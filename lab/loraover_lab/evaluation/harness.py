@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraover.common.errors import ConfigError, DataError, EngineError
-from loraover.data.final_number import final_number
+from loraover.data.word_problems import final_number
 from loraover_lab.evaluation.base import (
     IN_CHAT_TEMPLATE,
     Example,

@@ -175,7 +175,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _publish(output: Path | None, before: Evaluation, after: list[ModelResult], result: ModelResult) -> None:
-    """Write the results: the finished ones, the new one, and known ones of models that come later."""
+    """Write a file with the finished results, the new one, and kept results of models whose turn comes later."""
     if output is not None:
         content = before.model_copy(update={"results": [*before.results, result, *after]})
         publish_text(output, content.model_dump_json(indent=1) + "\n")

@@ -104,8 +104,9 @@ class EndpointAnswerer(Answerer):
 def in_memory(source: ModelSource, tokenizer: Any, adapter: Path | None, *, dtype: str, batch_size: int) -> InMemory:
     """Load the base model, with the PEFT adapter of a folder if there is one.
 
-    Raises:     ConfigError: No such model.     CheckpointError: The folder holds no adapter, or one for another model,
-    or one with NaN or infinity.
+    Raises:
+        ConfigError: No such model.
+        CheckpointError: The folder holds no adapter, or one for another model, or one with NaN or infinity.
     """
     import torch
 

@@ -18,10 +18,10 @@ Source: Qi et al. 2025, arXiv:2506.16456. Its abstract, overviews of it (delta_W
 Gaussian noise) and the authors' public code for quantum dots (jqi41/TT2LoRA, the method's first name: shapes of the
 cores, order of y, frozen z) were read; the paper's equations and its settings for GPT-2 were not.
 
-Departures: B_y at the start is taken off B, since both factors start non-zero (the code's train stands in for the whole
-head of a classifier, and keeps no base's function); cores start with the deviation that gives A the variance of PEFT's
-(the code's is 0.1); each mode of z is 2, and modes m_k are as even as prime factors allow (the code names all by hand);
-z and the cores are drawn for each module by itself.
+Departures: B is B_y minus its first value, since both factors start non-zero (in the code, the train is the whole head
+of a classifier, and no base model's function has to be kept); cores start with the deviation that gives A the variance
+of PEFT's (the code's is 0.1); each mode of z is 2, and modes m_k are as even as prime factors allow (the code names all
+by hand); z and the cores are drawn for each module by itself.
 """
 
 from __future__ import annotations

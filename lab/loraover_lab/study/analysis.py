@@ -89,7 +89,7 @@ class Spread:
     freedom: tuple[int, int]
 
     def half(self, level: float) -> float:
-        """Half the width of the interval that leaves out a share `level`."""
+        """Half the width of the interval whose confidence is 1 - `level`."""
         quantiles = stats.t.isf(level / 2, self.freedom)
         return float(np.hypot(*(quantiles * np.sqrt(self.variances))))
 

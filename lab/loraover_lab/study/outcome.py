@@ -91,9 +91,11 @@ class RunOutcome(StrictModel):
 def execute(recipe: Recipe, folder: Path, threads: int) -> RunOutcome:
     """Train in a new process, or continue a run that was stopped; a finished run's outcome is read from its folder.
 
-    Raises:     ConfigError: The run was begun with another recipe.     DataError: The held-out data cannot be read, or
-    hold several turns of one conversation.     OutputError: The folder cannot be made.     LoraOverError: The run
-    failed for another reason than its rate or its size.
+    Raises:
+        ConfigError: The run was begun with another recipe.
+        DataError: The held-out data cannot be read, or hold several turns of one conversation.
+        OutputError: The folder cannot be made.
+        LoraOverError: The run failed for another reason than its rate or its size.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +263,8 @@ class KeptRun(RunOutcome):
 def finished(grid: Sequence[Run], folder: Path, reuse: Sequence[Path] = ()) -> dict[Run, RunOutcome]:
     """Read the outcomes of all runs that are finished, in the study's folder or in those to reuse.
 
-    Raises:     ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
+    Raises:
+        ConfigError: A run of this study was begun with another recipe, or a study to reuse has no finished run.
     """
     own = {kept.run: kept for kept in read_kept(folder)}
     others: dict[str, RunOutcome] = {}

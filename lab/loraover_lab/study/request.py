@@ -256,11 +256,7 @@ class StudyRequest(Request):
     )
 
     def whole(self) -> StudyRequest:
-        """Return this request with its open arguments filled from the paper's table or the defaults.
-
-        Raises:
-            ConfigError: What it asks for cannot be used.
-        """
+        """Return this request with its open arguments filled from the paper's table or the defaults."""
         if self.is_whole:
             return self
         table: dict[str, Any] = {"methods": DEFAULT_METHODS, "lr_sweep": DEFAULT_SWEEP}
@@ -315,13 +311,7 @@ class StudyRequest(Request):
             yield f"{asked}: {error}"
 
     def evaluation(self, model: str, adapters: Sequence[str], output: Path | None) -> EvaluationRequest:
-        """Return the request of the benchmark for some adapters.
-
-        Args:
-            model: Base model.
-            adapters: Folders of the adapters.
-            output: File of the results.
-        """
+        """Return the request of the benchmark for the folders of some adapters, with its file of results."""
         assert self.benchmark is not None
         asked: dict[str, Any] = dict(self.benchmark_settings or {})
         places: dict[str, Any] = {"adapters": adapters, "output": output, "report": self.report}

@@ -69,7 +69,7 @@ class Sources:
         return found[0].choice if is_one and not found[0].is_open else None
 
     def output(self, request: CombineRequest | ShrinkRequest, title: str, **more: Any) -> LoraOutput:
-        """Return the destination of a LoRA that is made of these adapters, with the base weights of `held_weights`."""
+        """Return where and how to write a LoRA made of these adapters, with the base weights that their files hold."""
         held = held_weights(self)
         notes = [f"base weights that the sources hold were taken over as they are: {', '.join(held)}"] if held else []
         return LoraOutput(
@@ -129,11 +129,7 @@ def read_sources(paths: Sequence[Path]) -> Sources:
 
 
 def check_plain(sources: Sources) -> None:
-    """Refuse adapters that are more than A and B, and the base weights of `held_weights`.
-
-    Raises:
-        ExportError: Another field of PEFT's configuration, or a tensor, that a sum of deltas cannot hold.
-    """
+    """Refuse adapters that are more than A and B, and the base weights of `held_weights`."""
     for adapter in sources.adapters:
         allowed = {"target_parameters"} if has_targets(adapter) else set()
         check_fields(adapter, MERGE, allowed=allowed, remedies=REMEDIES)

@@ -50,26 +50,13 @@ def read_method(path: Path) -> tuple[AnyMethod, AdapterLayout[Any]]:
 
 
 def named_base(path: Path) -> MethodConfig:
-    """Return the configuration of an adapter of any kind, which names its base model.
-
-    Raises:
-        CheckpointError: The folder holds no adapter.
-    """
+    """Return the configuration of an adapter of any kind, which names its base model."""
     read_peft_type(path)
     return read_json(path / CONFIG_FILE, MethodConfig)
 
 
 def why_convert(path: Path, shapes: Mapping[str, tuple[int, int]]) -> str | None:
-    """Return the reason for which an adapter has to be converted, as a noun phrase; None if the exports take it.
-
-    Args:
-        path: Folder of a LoRA-Over checkpoint, or of an adapter of any kind.
-        shapes: Shapes of the base model's linear layers and embeddings, by path.
-
-    Raises:
-        CheckpointError: The folder holds no adapter.
-        ExportError: The adapter's modules have another prefix than the base model's, and several fit.
-    """
+    """Return the reason for which an adapter has to be converted, as a noun phrase; None if the exports take it."""
     kind = read_peft_type(path)
     if kind != "LORA":
         return f"an adapter of the kind {kind}"

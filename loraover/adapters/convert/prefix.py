@@ -51,7 +51,7 @@ def mend_prefix(layout: AdapterLayout[Any], base: BaseWeights) -> tuple[AdapterL
     """Return an adapter's layout with the base model's names of the adapted modules, and what was changed in words."""
     notes = []
     if layout.keys:
-        notes.append(f"The adapter's file has no {KEY_PREFIX!r} before its keys, which was added.")
+        notes.append(f"The keys in the adapter's file lack the prefix {KEY_PREFIX!r}; it was added.")
     move = find_move(layout, base.shapes) or _renaming(layout, base)
     if move is None:
         return layout, notes
@@ -77,10 +77,6 @@ def part_below(prefix: str, names: Iterable[str]) -> list[str]:
 
 def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]]) -> Move | None:
     """Return the one other prefix under which the base model has all modules that it lacks; None if there is none.
-
-    Args:
-        layout: The adapter.
-        shapes: Shape of the weight of every module of the base model that can be adapted, by path.
 
     Raises:
         ExportError: Several prefixes fit.

@@ -74,11 +74,7 @@ class AdapterLayout(Generic[Config]):
 
 
 def read_peft_type(path: Path) -> str:
-    """Return the kind of an adapter, as `adapter_config.json` names it.
-
-    Raises:
-        CheckpointError: The folder holds no adapter.
-    """
+    """Return the kind of an adapter, as `adapter_config.json` names it."""
     if kind_of(path) != "folder":
         raise CheckpointError(f"{path}: no such folder; expected a PEFT adapter directory.")
     return read_json(path / CONFIG_FILE, MethodConfig).peft_type

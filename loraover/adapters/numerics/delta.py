@@ -59,12 +59,7 @@ class Delta:
 
 
 def read_deltas(adapter: AdapterDir) -> Iterator[Delta]:
-    """Yield the delta of every adapted module of an adapter, one at a time.
-
-    Raises:
-        ExportError: A LoRA with a bias, which B @ A cannot express.
-        CheckpointError: Files that cannot be trusted.
-    """
+    """Yield the delta of every adapted module of an adapter, one at a time."""
     check_no_bias(adapter)
     with adapter.open() as exact:
         for module in adapter.modules:

@@ -122,9 +122,6 @@ def decompose(b: Tensor, a: Tensor) -> SingularValues:
     """Decompose B @ A from its factors, (m, r) and (r, n) in float64.
 
     It takes some 6 (m + n) r^2 multiplications, where a dense SVD takes some 14 m n min(m, n).
-
-    Raises:
-        FoldError: The product is beyond the range of float64.
     """
     _check_range(float(b.norm()) * float(a.norm()))
     # Each column of B and its row of A get norms of one size, by powers of two, which keep the product exactly.

@@ -26,15 +26,10 @@ STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 
 def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round each element to the nearest number of `dtype`, ties to even.
+    """Round each element to the nearest number of `dtype`, ties to even; a FoldError names one that is too large.
 
     PyTorch converts float64 to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first
-    step makes the result of the second correct.
-
-    Source: Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819.
-
-    Raises:
-        FoldError: An element beyond the type's largest number.
+    step makes the result of the second correct (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
     """
     is_direct = x.dtype != torch.float64 or dtype in (torch.float32, torch.float64)
     rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
@@ -74,16 +69,7 @@ def _round_to_odd(x: Tensor) -> Tensor:
 
 
 def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
-    """Round a tensor to the nearest numbers of `dtype`; integers stay unchanged.
-
-    Args:
-        key: Name of the tensor, for the message.
-        exact: The tensor, in float64 or float32 unless it holds integers.
-        dtype: Data type to store: fp32, bf16 or fp16.
-
-    Raises:
-        FoldError: An element beyond the range of `dtype`.
-    """
+    """Round a tensor to the nearest numbers of fp32, bf16 or fp16; integers stay unchanged. The key is for messages."""
     if not exact.is_floating_point() or exact.dtype == STORAGE_DTYPES[dtype]:
         return exact.contiguous()
     try:
@@ -127,11 +113,7 @@ def write_rounded(
 
 
 def save_and_compare(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a safetensors file, and read it back.
-
-    Raises:
-        FoldError: The file does not hold the tensors bit for bit.
-    """
+    """Write a safetensors file, and read it back; a FoldError if it does not hold the tensors bit for bit."""
     save_tensors(tensors, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back
@@ -150,12 +132,9 @@ def round_exact(
     on_tensor: Callable[[int], None],
     beside: Sequence[Callable[[Event], None]] = (),
 ) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
-    """Round tensors of an adapter once from their exact values, and certify the A and B matrices.
+    """Return tensors of an adapter, rounded once from their exact values, and a certificate for each A and B.
 
     Args and errors are those of `write_rounded`.
-
-    Returns:
-        The rounded tensors by key, and one certificate for each A and B.
     """
 
     def round_one(opened: ExactAdapter, key: str) -> tuple[Tensor, MatrixCertificate | None]:

@@ -28,15 +28,7 @@ class SourceRecord(StrictModel):
 
 
 def record_source(folder: Path, ending: Event | None = None) -> SourceRecord:
-    """Return the record of an adapter, a plain one or a LoRA-Over checkpoint.
-
-    Args:
-        folder: Its folder.
-        ending: Event that makes it stop early; the record is worthless then.
-
-    Raises:
-        CheckpointError: A file that cannot be read.
-    """
+    """Return the record of an adapter, a plain one or a LoRA-Over checkpoint; it is worthless once `ending` is set."""
     try:
         files = [folder / name for name in READ_FILES if (folder / name).is_file()]
         return SourceRecord(path=str(folder), sha256={file.name: sha256_of(file, ending) for file in files})
@@ -71,7 +63,7 @@ class ModuleCertificate(StrictModel):
 
     @property
     def relative_error_bound(self) -> float:
-        """The same bound, relative to the norm of the exact delta_W."""
+        """`error_bound`, divided by the norm of the exact delta_W."""
         return self.error_bound / (self.norm or 1.0)
 
 

@@ -218,14 +218,8 @@ def plain_config(
 def name_modules(adapted: Collection[str], others: Collection[str]) -> list[str]:
     """Return the shortest suffixes that match every adapted module and no other.
 
-    PEFT adapts a module whose path equals an entry, or ends with "." and an entry.
-
-    Args:
-        adapted: Paths of the adapted modules.
-        others: Paths of all other modules of the model.
-
-    Raises:
-        ExportError: An adapted module whose every suffix matches another module too.
+    PEFT adapts a module whose path equals an entry, or ends with "." and an entry. An ExportError names an adapted
+    module whose every suffix matches another module too.
     """
     forbidden = {suffix for path in others for suffix in _suffixes(path)}
     chosen = set()
@@ -303,10 +297,6 @@ def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[di
     """Return a function that gives every projection of every expert its pair: experts.3.gate_proj.lora_A, and so on.
 
     Gate and up have the same A, and the upper and the lower half of the rows of B.
-
-    Args:
-        adapter: The adapter whose experts the function gets, by their keys.
-        projections: Names of the three projections.
     """
 
     def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

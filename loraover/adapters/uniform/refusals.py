@@ -48,12 +48,6 @@ def is_inert(config: AdapterConfig, field: str, value: Any, keys: Iterable[str])
 
     A field that LoraConfig does not have is ignored by PEFT, unless a later release may have written it. Tied matrices
     are those of an embedding and a head.
-
-    Args:
-        config: Configuration of a LoRA.
-        field: Name of one of its fields that `AdapterConfig` does not have.
-        value: Its value.
-        keys: Keys of the file's tensors.
     """
     if not value or field in TRAINING_ONLY:
         return True
@@ -126,15 +120,7 @@ def written_parameters(adapter: AdapterDir) -> set[str]:
 
 
 def check_no_experts(adapter: AdapterDir, reader: str) -> None:
-    """Refuse LoRA of experts that share one parameter.
-
-    Args:
-        adapter: The adapter.
-        reader: What cannot read it, as the subject of "does not support LoRA".
-
-    Raises:
-        ExportError: An adapter with stacked pairs.
-    """
+    """Refuse LoRA of experts that share one parameter; `reader` is the subject of "does not support LoRA"."""
     if adapter.stacks:
         raise ExportError(
             f"{adapter.tensors_path}: adapts {adapter.stacks[0].path}, which holds all experts; {reader} does not "
@@ -175,18 +161,7 @@ def check_tensors(
 
 
 def check_shape(adapter: AdapterDir, path: str, shape: tuple[int, ...], *, is_embedding: bool, base: str) -> None:
-    """Compare the shape of B @ A with that of the weight that it is for.
-
-    Args:
-        adapter: The adapter.
-        path: Path of the module.
-        shape: Shape of its weight, (out_features, in_features) or (tokens, dimension).
-        is_embedding: Whether it is an embedding.
-        base: Name of the base model.
-
-    Raises:
-        ExportError: An adapter of another model.
-    """
+    """Refuse an adapter of a model whose weight there has another shape: (out_features, in_features), (tokens, m)."""
     module = adapter.modules[path]
     if module.is_embedding != is_embedding or module.weight_shape != shape:
         raise ExportError(

@@ -95,10 +95,7 @@ def check_faults(request: Request, switch: str, *names: str) -> Iterator[str]:
 def export_command(folder: Path, *words: str, ending: str) -> str:
     """Return an export command for an adapter, such as "loraover export gguf /a -o /a.gguf".
 
-    Args:
-        folder: Folder of the adapter; its path is resolved, so that the output lies beside it and not in it.
-        words: Name of the command, then options.
-        ending: Ending of the output's name.
+    The folder's path is resolved, so that the output lies beside it and not in it.
     """
     path = folder.resolve()
     name, *options = words

@@ -136,7 +136,8 @@ def write_lora(
     matrices, and the factors in float64 of a few modules, since `work` is read a few modules ahead of the threads.
     `check` sees an adapter whose matrices passed, before it is published.
 
-    Returns:     The certificate, which the output holds too. If its verdict is "failed", nothing was written.
+    Returns:
+        The certificate, which the output holds too. If its verdict is "failed", nothing was written.
     """
     target.check()
     with publish_directory(target.output, replace=target.force) as draft:

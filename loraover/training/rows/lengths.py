@@ -24,7 +24,7 @@ KEPT = 0.99
 
 
 class Tokens(NamedTuple):
-    """Tokens of an example: of its prompt, which has no labels, and in all."""
+    """Numbers of tokens of an example: those of its prompt, which are not learned, and all of them."""
 
     prompt: int
     total: int

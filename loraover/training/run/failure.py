@@ -10,8 +10,14 @@ from typing import Literal
 from pydantic import Field
 
 from loraover.common.atomic_output import publish_directory, publish_text
-from loraover.common.errors import ConfigError, DivergedError, LoraOverError, OutputError, ProcessError
-from loraover.common.memory import is_out_of_memory
+from loraover.common.errors import (
+    ConfigError,
+    DivergedError,
+    LoraOverError,
+    OutputError,
+    ProcessError,
+    is_out_of_memory,
+)
 from loraover.common.strict_json import StrictModel, read_json
 
 FAILURE_FILE = "failure.json"
@@ -96,12 +102,5 @@ def has_no_work(folder: Path) -> bool:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Read why the last attempt at a run failed; None if it did not, or was interrupted.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
+    """Read why the last attempt at a run failed; None if it did not, or was interrupted."""
     return read_json(folder / FAILURE_FILE, Failure) if (folder / FAILURE_FILE).is_file() else None

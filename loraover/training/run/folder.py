@@ -62,16 +62,7 @@ def is_finished(output: Path) -> bool:
 
 
 def run_folder(recipe: str, *, resume: bool | Literal["auto"]) -> Path:
-    """Return the folder of a run whose user named none.
-
-    Args:
-        recipe: Name or path of the recipe.
-        resume: Whether a run is to be continued; "auto": if there is one.
-
-    Raises:
-        ConfigError: There is no run to continue.
-        OutputError: The folder cannot be made.
-    """
+    """Return the folder of a run whose user named none; `resume` may be "auto": continue one if there is one."""
     if not resume or (resume == "auto" and not _unfinished(recipe)):
         return new_run_folder(recipe)
     return newest_unfinished(recipe)
@@ -276,13 +267,6 @@ def keep_digests(output: Path, examples: Examples, template: str | None) -> None
 
 
 def read_digests(folder: Path) -> RowDigests | None:
-    """Read the digests of a run's rows; None if they were not kept.
-
-    Args:
-        folder: The run's folder.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
+    """Read the digests of a run's rows; None if they were not kept."""
     path = folder / DATA_FILE
     return read_json(path, RowDigests) if path.is_file() else None

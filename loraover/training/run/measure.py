@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import DataError, DivergedError
 from loraover.common.ranks import launched
-from loraover.data.final_number import final_number
 from loraover.data.formats import Row
+from loraover.data.word_problems import final_number
 from loraover.training.launch.distribution import CUTS_WEIGHTS
 from loraover.training.recipe import LEARNS_TOKENS
 from loraover.training.run.answers import answer_rooms, greedy_answers
@@ -39,16 +39,9 @@ def check_room(run: Prepared) -> None:
 
 
 def measure(run: Prepared, when: str, *, has_begun: bool) -> Measures | None:
-    """Measure loss and exact match on the held-out rows, and log them.
+    """Measure loss and exact match on the held-out rows `BEFORE` or `AFTER`, and log them.
 
-    Args:
-        run: The run.
-        when: `BEFORE` or `AFTER`.
-        has_begun: Whether this process has taken a step, with which DeepSpeed or FSDP places the weights.
-
-    Raises:
-        DataError: No held-out example has room for its completion.
-        DivergedError: The loss is not finite.
+    DeepSpeed and FSDP place the weights with a step, so that it matters whether this process `has_begun`.
     """
     recipe, report = run.recipe, run.report
     if run.examples.test is None or (when == BEFORE and not recipe.evaluation.before):
