@@ -17,9 +17,8 @@ from loraover.common.command_line import quiet_libraries
 from loraover.models.load import load_tokenizer, resolve_model
 from loraover_serve.engines.vllm import VllmEngine
 from loraover_serve.parity.blocks import measure
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement, make_requests
 from loraover_serve.parity.statistics import overall, results
-from loraover_serve.parity.workload import make_requests
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 

@@ -18,10 +18,9 @@ from loraover_serve.engines.base import Sample, Timed, TokenRequest
 from loraover_serve.parity.answers import Distance, agrees, is_base, is_changed
 from loraover_serve.parity.blocks import block_orders, measure
 from loraover_serve.parity.report import ParityReport
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement, make_requests
 from loraover_serve.parity.servers import mean_interval
 from loraover_serve.parity.statistics import latencies, log_ratios, overall, results, throughputs
-from loraover_serve.parity.workload import make_requests
 
 from support.clockwork import ARMS, Clockwork
 from support.tiny_hub import tiny_tokenizer

@@ -189,7 +189,7 @@ def test_a_report_that_cannot_be_written_is_shown_and_kept(
     def fill_the_disk(report: VerifyReport) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("loraover_serve.verify.run.to_page", fill_the_disk)
+    monkeypatch.setattr("loraover_serve.verify.show.to_page", fill_the_disk)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert verify(adapter, "--engine", "torch", "--json", "-o", tmp_path / "out") == 2
     shown = capsys.readouterr()

@@ -79,11 +79,7 @@ def as_served(name: str, computed: str) -> NumberFormat:
     if name not in COMPUTE_DTYPES:
         return NumberFormat(FORMATS[name].weights, _at_random())
     mine, theirs = (torch.finfo(getattr(torch, COMPUTE_DTYPES[kind])).eps for kind in (computed, name))
-    return NumberFormat(_unchanged, _at_random()) if mine >= theirs else FORMATS[name]
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+    return NumberFormat(lambda x: x, _at_random()) if mine >= theirs else FORMATS[name]
 
 
 def _at_random() -> Round:

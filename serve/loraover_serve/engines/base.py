@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from loraover.common.errors import EngineError, LoraOverError
 from loraover.common.extras import install
 from loraover.models.load import ModelSource
+from loraover_serve.engines import EngineRequest
 from loraover_serve.engines.answers import kept_rows
 from loraover_serve.engines.installed import installed_version
-from loraover_serve.engines.request import EngineRequest
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, Greedy, Models, Rows
 
@@ -81,6 +81,9 @@ class Setting:
 
 class Engine(ABC):
     """A running engine with all arms loaded; an arm is one of the adapters, or the base model."""
+
+    name: str
+    """Name that `--engine` takes."""
 
     distributions: ClassVar[tuple[str, ...]] = ()
     """The engine's distributions on PyPI, the usual one first."""
@@ -189,8 +192,6 @@ class Engine(ABC):
 
 class LogitEngine(Engine):
     """An engine that gives the logits of the entire vocabulary."""
-
-    name: str
 
     @abstractmethod
     def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[Any]:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from loraover.common.errors import EngineError
-from loraover_serve.engines import runner
+from loraover_serve.engines import EngineRequest, runner
 from loraover_serve.engines.base import Engine
 from loraover_serve.engines.installed import installed_version, version_beside
-from loraover_serve.engines.request import EngineRequest
 
 TAIL = 1500  # characters of a log in a message
 ENDING_S = 10.0

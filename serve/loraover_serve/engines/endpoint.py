@@ -20,8 +20,8 @@ from loraover.client.speaker import Speaker, find_models
 from loraover.common.errors import ConfigError, EngineError, LoraOverError, UnscoredError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_tokenizer
+from loraover_serve.engines import EngineRequest
 from loraover_serve.engines.base import Engine, Setting
-from loraover_serve.engines.request import EngineRequest
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.judge.models import Answers, Models, Rows

@@ -12,8 +12,7 @@ from pathlib import Path
 from loraover.common.errors import EngineError
 from loraover.common.provenance import environment, hardware, processor
 from loraover_export.known_faults import faults_of
-from loraover_serve.engines import ENGINES, engine_class
-from loraover_serve.engines.request import EngineRequest
+from loraover_serve.engines import ENGINES, EngineRequest, engine_class
 
 
 @dataclass(frozen=True)

@@ -135,18 +135,17 @@ class OnnxEngine(LogitEngine, TimedEngine):
             yield found
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+        answers = []
         with engine_errors(self.name):
-            return [self._greedy(arm, prompt, tokens) for prompt in prompts]
-
-    def _greedy(self, arm: str, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
-        """An answer with an exact number of tokens, any of which may be a token that ends a text."""
-        generator = self._generator(arm, len(prompt) + tokens)
-        appended, found = list(prompt), []
-        for _ in range(tokens):
-            generator.append_tokens(np.array(appended, dtype=np.int64))
-            appended = [int(np.argmax(generator.get_logits()[0, -1]))]
-            found += appended
-        return tuple(found)
+            for prompt in prompts:  # each answer has that number of tokens, any of which may end a text
+                generator = self._generator(arm, len(prompt) + tokens)
+                appended, found = list(prompt), []
+                for _ in range(tokens):
+                    generator.append_tokens(np.array(appended, dtype=np.int64))
+                    appended = [int(np.argmax(generator.get_logits()[0, -1]))]
+                    found += appended
+                answers.append(tuple(found))
+        return answers
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         with engine_errors(self.name):

@@ -84,7 +84,24 @@ class TorchEngine(LogitEngine, TimedEngine):
     @torch.inference_mode()
     def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
         with engine_errors(self.name), self._switches[arm]() as model:
-            return [_answer(model, arm, block, first + i, request) for i, request in enumerate(requests)]
+            samples = []
+            for index, request in enumerate(requests, first):
+                ids = torch.tensor([request.prompt], device=model.device)
+                cache: dict[str, Any] = {}
+                chosen: list[int] = []
+                times: list[float] = []
+                logprobs: list[float] = []
+                start = time.perf_counter()
+                while len(chosen) < request.new_tokens:
+                    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
+                    cache = {"past_key_values": output.past_key_values}
+                    scores = output.logits[0, -1].float()
+                    chosen.append(int(scores.argmax()))
+                    times.append(time.perf_counter())
+                    logprobs.append(float(scores[chosen[-1]] - scores.logsumexp(-1)))
+                    ids = torch.tensor([[chosen[-1]]], device=model.device)
+                samples.append(Sample(arm, block, index, start, tuple(times), tuple(chosen), tuple(logprobs)))
+        return samples
 
 
 def torch_engine(load_base: Callable[[], Any], adapters: Mapping[str, Path], checkpoint: Path | None) -> TorchEngine:
@@ -168,21 +185,3 @@ def _batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Seq
         batch.append(tokens)
     if batch:
         yield batch
-
-
-def _answer(model: Any, arm: str, block: int, index: int, request: TokenRequest) -> Sample:
-    ids = torch.tensor([request.prompt], device=model.device)
-    cache: dict[str, Any] = {}
-    chosen: list[int] = []
-    times: list[float] = []
-    logprobs: list[float] = []
-    start = time.perf_counter()
-    while len(chosen) < request.new_tokens:
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
-        cache = {"past_key_values": output.past_key_values}
-        scores = output.logits[0, -1].float()
-        chosen.append(int(scores.argmax()))
-        times.append(time.perf_counter())
-        logprobs.append(float(scores[chosen[-1]] - scores.logsumexp(-1)))
-        ids = torch.tensor([[chosen[-1]]], device=model.device)
-    return Sample(arm, block, index, start, tuple(times), tuple(chosen), tuple(logprobs))

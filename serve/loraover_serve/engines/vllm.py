@@ -18,10 +18,10 @@ from loraover.common.errors import EngineError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource
 from loraover_export.formats.vllm.run import export_vllm
+from loraover_serve.engines import EngineRequest
 from loraover_serve.engines.base import BatchingEngine, Sample, Setting, TokenRequest
 from loraover_serve.engines.endpoint import OpenAiEngine, speak_as
 from loraover_serve.engines.installed import installed_version, version_beside
-from loraover_serve.engines.request import EngineRequest
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import KEY_VARIABLE, vllm_command

@@ -208,19 +208,20 @@ class Asker:
         found: dict[str, Rows] = {}
         other = self.find_other()
         self.names |= {} if other is None else {OTHER: other}
-        for name, arm, companion in ((BASE, BASE, ADAPTER), (ADAPTER, ADAPTER, BASE), (OTHER, ADAPTER, OTHER)):
-            if companion in self.names:
-                with in_company(partial(self._accompany, companion)):
-                    found[name] = self.rounds(arm, self.places)[0].rows
-        return found
-
-    def _accompany(self, arm: str) -> None:
-        """Ask a model for a short answer, which the server's largest length allows."""
         longest = max(len(question.tokens) for question in self.models.questions)
         prompt, tokens = in_form(self.models, self.places[0], self.speaker.dialect), min(COMPANION_TOKENS, longest - 1)
         assert prompt is not None
         first = prompt if isinstance(prompt, str) else prompt[:1]
-        self.speaker.answer(self.names[arm], first, max(tokens, 1), is_base=arm == BASE)
+
+        def accompany(arm: str) -> None:
+            """Ask a model for a short answer, which the server's largest length allows."""
+            self.speaker.answer(self.names[arm], first, max(tokens, 1), is_base=arm == BASE)
+
+        for name, arm, companion in ((BASE, BASE, ADAPTER), (ADAPTER, ADAPTER, BASE), (OTHER, ADAPTER, OTHER)):
+            if companion in self.names:
+                with in_company(partial(accompany, companion)):
+                    found[name] = self.rounds(arm, self.places)[0].rows
+        return found
 
 
 def in_form(models: Models, place: int, dialect: Dialect) -> Prompt | None:

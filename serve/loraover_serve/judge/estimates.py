@@ -195,7 +195,8 @@ def share_found(answers: int) -> float:
         return 1.0
     low, high = 0.0, 1.0
     while low < (share := (low + high) / 2) < high:
-        low, high = (share, high) if _missed(answers, share) > 1 - CONFIDENCE else (low, share)
+        few = (math.comb(answers, k) * share**k * (1 - share) ** (answers - k) for k in range(FEW_AS_BASE))
+        low, high = (share, high) if sum(few) > 1 - CONFIDENCE else (low, share)  # the probability of fewer
     return high
 
 
@@ -218,8 +219,3 @@ def answers_that_show(share: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if share_found(middle) <= share else (middle, high)
     return high
-
-
-def _missed(answers: int, share: float) -> float:
-    """Probability that a number of answers holds fewer than FEW_AS_BASE without the adapter."""
-    return sum(math.comb(answers, k) * share**k * (1 - share) ** (answers - k) for k in range(FEW_AS_BASE))

@@ -16,7 +16,7 @@ from typing import NamedTuple, final
 
 from loraover.common.errors import EngineError
 from loraover_serve.judge.limits import ADAPTER, BASE
-from loraover_serve.judge.models import Answers, Greedy, Model, Models, Row, Rows
+from loraover_serve.judge.models import Answers, Model, Models, Row, Rows
 from loraover_serve.judge.results import Off
 
 
@@ -168,16 +168,16 @@ class Evidence:
 
     def generated(self) -> list[ComparedAnswer]:
         """The adapter's greedy answers."""
-        return [self._compared(answer) for answer in self.answers.greedy]
-
-    def _compared(self, answer: Greedy) -> ComparedAnswer:
-        found = ComparedAnswer(self.models.questions[answer.question].answer, answer.tokens, answer.length)
-        if (parted := found.parted) is None:
-            return found
-        place, token = self.models.first(answer.question) + parted, found.tokens[parted]
-        row, floor, base = self.adapter.rows[place], self.adapter.floors[place], self.base.rows[place]
-        gap = row.get(found.expected[parted], floor) - row.get(token, floor)
-        return found._replace(gap=gap, is_base=token == max(base, key=base.__getitem__))
+        compared = []
+        for answer in self.answers.greedy:
+            found = ComparedAnswer(self.models.questions[answer.question].answer, answer.tokens, answer.length)
+            if (parted := found.parted) is not None:
+                place, token = self.models.first(answer.question) + parted, found.tokens[parted]
+                row, floor, base = self.adapter.rows[place], self.adapter.floors[place], self.base.rows[place]
+                gap = row.get(found.expected[parted], floor) - row.get(token, floor)
+                found = found._replace(gap=gap, is_base=token == max(base, key=base.__getitem__))
+            compared.append(found)
+        return compared
 
     @cached_property
     def mixed(self) -> Mapping[str, Sequence[Off]]:

@@ -202,14 +202,12 @@ def logprob_rms(one: Sequence[Sample], other: Sequence[Sample]) -> float | None:
     Returns:
         The difference; None if there are no logprobs to compare.
     """
-    pairs = [(a, b, _alike(a, b)) for a, b in zip(one, other, strict=True)]
-    return _rms([p - q for a, b, n in pairs for p, q in zip(a.logprobs[:n], b.logprobs[:n], strict=True)])
-
-
-def _alike(one: Sample, other: Sample) -> int:
-    """Number of tokens before two answers first differ."""
-    pairs = zip(one.token_ids, other.token_ids, strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
+    apart: list[float] = []
+    for a, b in zip(one, other, strict=True):
+        pairs = zip(a.token_ids, b.token_ids, strict=True)
+        alike = next((i for i, (p, q) in enumerate(pairs) if p != q), len(a.token_ids))
+        apart += [p - q for p, q in zip(a.logprobs[:alike], b.logprobs[:alike], strict=True)]
+    return _rms(apart)
 
 
 def is_changed(base: Sequence[Sample], arm: Sequence[Sample], noise: float | None) -> bool:
@@ -257,17 +255,6 @@ def _chosen(logits: Tensor, sample: Sample) -> Tensor:
     return logits.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
 
 
-def _compared_answer(model: Any, requests: Sequence[TokenRequest], sample: Sample) -> tuple[Answer, list[float]]:
-    """Distance of one answer from PyTorch's model, and the differences of its tokens' logprobs."""
-    logits = _next_logits(model, requests, sample)
-    gaps = logits.amax(-1) - _chosen(logits, sample)
-    parted = gaps.nonzero()[:, 0].tolist()
-    scores = _chosen(logits.log_softmax(-1), sample).tolist()
-    differences = [served - score for served, score in zip(sample.logprobs, scores, strict=False)]
-    gap = float(gaps[parted[0]]) if parted else None
-    return Answer(request=sample.request, gap=gap, logprob_rms=_rms(differences)), differences
-
-
 def _moved(model: Any, requests: Sequence[TokenRequest], samples: Sequence[Sample]) -> float:
     """RMS change of the logprobs of answers' tokens by arithmetic that is coarser than the model's, in nats."""
     coarser = FORMATS["int8" if model.dtype == torch.bfloat16 else "bf16"]
@@ -294,8 +281,18 @@ def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], sa
         requests: The requests of the run.
         samples: The answers.
     """
-    answers, apart = zip(*(_compared_answer(model, requests, sample) for sample in samples), strict=True)
-    differences = np.concatenate(apart)
+    answers: list[Answer] = []
+    apart: list[float] = []
+    for sample in samples:
+        logits = _next_logits(model, requests, sample)
+        gaps = logits.amax(-1) - _chosen(logits, sample)
+        parted = gaps.nonzero()[:, 0].tolist()
+        scores = _chosen(logits.log_softmax(-1), sample).tolist()
+        mine = [served - score for served, score in zip(sample.logprobs, scores, strict=False)]
+        gap = float(gaps[parted[0]]) if parted else None
+        answers.append(Answer(request=sample.request, gap=gap, logprob_rms=_rms(mine)))
+        apart += mine
+    differences = np.array(apart)
     rms, error = root_mean((differences**2).tolist()) if len(differences) else (None, None)
     return Distance(
         reference=reference,
@@ -304,7 +301,7 @@ def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], sa
         logprob_rms=rms,
         logprob_error=error,
         logprob_largest=float(np.abs(differences).max()) if len(differences) else None,
-        answers=list(answers),
+        answers=answers,
     )
 
 

@@ -66,8 +66,11 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     second = read_adapter_dir(vanilla)
     for name, other in {"vanilla one": second, **others}.items():
         if first.shapes != other.shapes and not request.allow_unequal:
+            key = min(set(first.shapes.items()) ^ set(other.shapes.items()))[0]
+            found = [adapter.shapes.get(key, "missing") for adapter in (first, other)]
             raise ParityError(
-                f"{_difference(first, other, name)}, so a difference of speed would say nothing about folding; "
+                f"{key} is {found[0]} in the folded adapter and {found[1]} in the {name}, so a difference of speed "
+                "would say nothing about folding; "
                 f"compare adapters of equal ranks and targets, or add {request.named('allow_unequal', True)}."
             )
     checkpoint = request.checkpoint
@@ -129,9 +132,3 @@ def make_vanilla(like: AdapterDir, folder: Path, seed: int) -> Path:
             tensors[key] = drawn.to(matrix.dtype)
         tensors |= {key: file.read(key) for key in file.keys if key not in tensors}
     return write_like(like, tensors, folder)
-
-
-def _difference(folded: AdapterDir, other: AdapterDir, name: str) -> str:
-    key = min(set(folded.shapes.items()) ^ set(other.shapes.items()))[0]
-    found = [adapter.shapes.get(key, "missing") for adapter in (folded, other)]
-    return f"{key} is {found[0]} in the folded adapter and {found[1]} in the {name}"

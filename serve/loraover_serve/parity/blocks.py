@@ -110,16 +110,16 @@ class SeveralAdapters(Timed):
         self.arms = (*alone, SWITCHING, *(() if self._together is None else (MIXED,)))
 
     def run(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
-        waves = range(0, len(requests), self.concurrency)
-        found = [self._wave(arm, block, first + i, requests[i : i + self.concurrency]) for i in waves]
-        return [sample for wave in found for sample in wave]
-
-    def _wave(self, arm: str, block: int, first: int, requests: Sequence[TokenRequest]) -> list[Sample]:
-        if arm == MIXED and self._together is not None:
-            adapters = [self._adapter_of(arm, first + i) for i in range(len(requests))]
-            return self._together(adapters, arm, block, first, requests)
-        samples = self._engine.run(self._adapter_of(arm, first), block, first, requests)
-        return [replace(sample, arm=arm) for sample in samples]
+        found: list[Sample] = []
+        for start in range(0, len(requests), self.concurrency):
+            wave, at = requests[start : start + self.concurrency], first + start
+            if arm == MIXED and self._together is not None:
+                adapters = [self._adapter_of(arm, at + i) for i in range(len(wave))]
+                found += self._together(adapters, arm, block, at, wave)
+            else:
+                samples = self._engine.run(self._adapter_of(arm, at), block, at, wave)
+                found += [replace(sample, arm=arm) for sample in samples]
+        return found
 
     def _adapter_of(self, arm: str, request: int) -> str:
         return adapter_of(self.adapters, self.concurrency, arm, request)

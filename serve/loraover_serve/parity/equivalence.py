@@ -164,41 +164,22 @@ def compare(differences: Sequence[float], *, margin: float) -> Comparison:
     smallest = float(np.spacing(max(1.0, abs(mean))))
     draws = studentised(d) if error > smallest else np.zeros(RESAMPLES)
     error = max(error, smallest)  # the tests divide by it
-    upper, lower = (mean - limit) / error, (mean + limit) / error
+    upper, lower = (mean - limit) / error, (mean + limit) / error  # t against both ends of the margin
+    # Inequivalence has at most p = alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
+    student = max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))
+    inside = max(np.count_nonzero(draws <= upper), np.count_nonzero(draws >= lower))
+    # No difference has at most p = alpha where the interval of confidence 1 - alpha lies beyond the margin.
+    beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
     return Comparison(
         mean=mean,
         error=error,
         draws=draws,
         blocks=len(d),
-        equivalence_p=_equivalence_p(draws, upper, lower, freedom),
-        difference_p=_difference_p(draws, upper, lower),
+        equivalence_p=float(max(student, (1 + inside) / (1 + len(draws)))),
+        difference_p=float(min(1.0, 2 * (1 + beyond) / (1 + len(draws)))),
         needed_blocks=blocks_needed(spread, margin=margin),
         confidence=1 - ALPHA,
     )
-
-
-def _equivalence_p(draws: NDArray[np.float64], upper: float, lower: float, freedom: int) -> float:
-    """P-value of inequivalence: at most alpha where both intervals of confidence 1 - 2 alpha lie inside the margin.
-
-    Args:
-        draws: Studentised means of the resamples.
-        upper, lower: t of the observed mean against the upper and the lower end of the margin.
-        freedom: Degrees of freedom of t.
-    """
-    student = max(stats.t.cdf(upper, freedom), stats.t.sf(lower, freedom))
-    beyond = max(np.count_nonzero(draws <= upper), np.count_nonzero(draws >= lower))
-    return float(max(student, (1 + beyond) / (1 + len(draws))))
-
-
-def _difference_p(draws: NDArray[np.float64], upper: float, lower: float) -> float:
-    """P-value of no difference: at most alpha where the interval of confidence 1 - alpha lies beyond the margin.
-
-    Args:
-        draws: Studentised means of the resamples.
-        upper, lower: t of the observed mean against the upper and the lower end of the margin.
-    """
-    beyond = min(np.count_nonzero(draws >= upper), np.count_nonzero(draws <= lower))
-    return float(min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
 
 
 def blocks_needed(spread: float, *, margin: float) -> int | None:

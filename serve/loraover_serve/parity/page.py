@@ -36,11 +36,10 @@ SHOWN_SHARE = 0.99  # the slowest answers of an arm would stretch the axis
 
 
 def to_page(report: ParityReport) -> Page:
-    """Make the report's page; every text is escaped.
-
-    Args:
-        report: The report.
-    """
+    """Make the report's page; every text is escaped."""
+    names = dict.fromkeys(run.engine for run in report.runs)  # with versions of those that are packages of these names
+    packages = {name: {"onnx": "onnxruntime"}.get(name.split()[0], name.split()[0]) for name in names}
+    engines = [f"{name} {report.versions.get(package, '')}".strip() for name, package in packages.items()]
     changes = change_figures(report.results, report.margin)
     throughputs, times = throughput_figures(report.throughputs), time_figures(report.runs)
     return make_page(
@@ -48,7 +47,7 @@ def to_page(report: ParityReport) -> Page:
         title=f"Parity: {report.verdict}",
         heading="Is the folded adapter as fast as a plain LoRA, and are its answers the same?",
         verdict=verdict_of(report),
-        facts={"engine": _engines(report), "base model": report.base_model},
+        facts={"engine": ", ".join(engines), "base model": report.base_model},
         origin=Origin(report.command, report.date, report.hardware, report.versions),
         figures=[*changes, *throughputs, *times],
         report=report,
@@ -57,13 +56,6 @@ def to_page(report: ParityReport) -> Page:
         times=times,
         tables=tables,
     )
-
-
-def _engines(report: ParityReport) -> str:
-    """Names of the engines, with the versions of those that are packages of these names."""
-    names = dict.fromkeys(run.engine for run in report.runs)
-    packages = {name: {"onnx": "onnxruntime"}.get(name.split()[0], name.split()[0]) for name in names}
-    return ", ".join(f"{name} {report.versions.get(package, '')}".strip() for name, package in packages.items())
 
 
 class _Place(NamedTuple):
@@ -133,29 +125,29 @@ def _color(arm: str) -> str:
 
 def time_figures(runs: Sequence[Measurement]) -> list[Figure]:
     """Draw each arm's cumulative distribution of every time, without the base model's."""
-    return [_distribution(run, name) for run in runs if run.samples for name in DESCRIBED]
-
-
-def _distribution(run: Measurement, name: str) -> Figure:
-    found = [s.arm for s in run.samples if s.arm != BASE]
-    arms = sorted(set(found), key=lambda arm: (list(COLORS).index(arm) if arm in COLORS else len(COLORS), arm))
-    shares = np.linspace(0, 1, POINTS + 1)
-    curves = []
-    for arm in reversed(arms):  # the folded arm is drawn last, above the others
-        values = [1000 * v for s in run.samples if s.arm == arm for v in DESCRIBED[name](s)]
-        places = np.quantile(values, shares, method="inverted_cdf") if values else np.zeros(0)
-        points = [(float(x), 100 * float(share)) for x, share in zip(places, shares, strict=False)]
-        curves.append(Curve(arm, _color(arm), points, has_marks=False))
-    shown = [x for curve in curves for x, share in curve.points if share <= 100 * SHOWN_SHARE]
-    place = _Place(run.engine, run.concurrency)
-    return curves_figure(
-        f"{name.replace(' ', '-')}-{place.file}",
-        f"{name.capitalize()}: {place.title}",
-        curves,
-        Axis.around("milliseconds", shown, pad=0.02),
-        Axis("share of answers, %", 0, 100, ticks=(0, 25, 50, 75, 100)),
-        height=150,
-    )
+    figures, shares = [], np.linspace(0, 1, POINTS + 1)
+    for run, name in ((run, name) for run in runs if run.samples for name in DESCRIBED):
+        found = {s.arm for s in run.samples if s.arm != BASE}
+        arms = sorted(found, key=lambda arm: (list(COLORS).index(arm) if arm in COLORS else len(COLORS), arm))
+        curves = []
+        for arm in reversed(arms):  # the folded arm is drawn last, above the others
+            values = [1000 * v for s in run.samples if s.arm == arm for v in DESCRIBED[name](s)]
+            places = np.quantile(values, shares, method="inverted_cdf") if values else np.zeros(0)
+            points = [(float(x), 100 * float(share)) for x, share in zip(places, shares, strict=False)]
+            curves.append(Curve(arm, _color(arm), points, has_marks=False))
+        shown = [x for curve in curves for x, share in curve.points if share <= 100 * SHOWN_SHARE]
+        place = _Place(run.engine, run.concurrency)
+        figures.append(
+            curves_figure(
+                f"{name.replace(' ', '-')}-{place.file}",
+                f"{name.capitalize()}: {place.title}",
+                curves,
+                Axis.around("milliseconds", shown, pad=0.02),
+                Axis("share of answers, %", 0, 100, ticks=(0, 25, 50, 75, 100)),
+                height=150,
+            )
+        )
+    return figures
 
 
 def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
@@ -167,7 +159,11 @@ def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
         if len(levels) < 2:
             continue
         arms = sorted({t.arm for t in mine}, key=lambda arm: (arm == FOLDED, arm))
-        curves = [_rates(arm, [t for t in mine if t.arm == arm]) for arm in arms]
+        curves = []
+        for arm in arms:
+            measured = [t for t in mine if t.arm == arm]
+            points = [(float(t.concurrency), t.tokens_per_second) for t in measured]
+            curves.append(Curve(arm, _color(arm), points, [t.interval for t in measured]))
         highest = max(t.interval[1] for t in mine)
         x = Axis.around("requests at once", levels)
         figures.append(
@@ -181,8 +177,3 @@ def throughput_figures(throughputs: Sequence[Throughput]) -> list[Figure]:
             )
         )
     return figures
-
-
-def _rates(arm: str, throughputs: Sequence[Throughput]) -> Curve:
-    points = [(float(t.concurrency), t.tokens_per_second) for t in throughputs]
-    return Curve(arm, _color(arm), points, [t.interval for t in throughputs])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from loraover.adapters.uniform.request_fields import compute_dtype, device
 from loraover.common.request import AnyIntegers, AnyNames, AnyPath, AnyPaths, option
 from loraover.models.device import choose_compute
-from loraover_serve.engines import ENGINES
-from loraover_serve.engines.request import EngineRequest
+from loraover_serve.engines import ENGINES, EngineRequest
 from loraover_serve.vllm.request import SET_BY_SERVE
 
 PROMPT_TOKENS = 32

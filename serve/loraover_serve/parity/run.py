@@ -33,10 +33,9 @@ from loraover_serve.parity.equivalence import ALPHA
 from loraover_serve.parity.page import HTML_FILE, to_page
 from loraover_serve.parity.report import REPORT_FILE, EngineVerdict, ParityReport
 from loraover_serve.parity.request import MIN_BLOCKS, ParityRequest
-from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement
+from loraover_serve.parity.samples import CONTROL, FOLDED, VANILLA, Measurement, make_requests
 from loraover_serve.parity.servers import CrossCheck, PeakMemory, cross_check, measure_memory
 from loraover_serve.parity.statistics import Result, latencies, overall, results, throughputs
-from loraover_serve.parity.workload import make_requests
 
 COMPARED_PROMPTS = 8
 MEMORY_WAVES = 4

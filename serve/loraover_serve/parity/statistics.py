@@ -216,7 +216,9 @@ def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
     for run in runs:
         for arm, samples in _by_arm(run).items():
             waves = [samples[i : i + run.concurrency] for i in range(0, len(samples), run.concurrency)]
-            blocks = _by_block((wave[0].block, [_rate(wave)]) for wave in waves)
+            tokens = [sum(len(sample.token_ids) for sample in wave) for wave in waves]
+            seconds = [max(s.token_s[-1] for s in wave) - min(s.start_s for s in wave) for wave in waves]
+            blocks = _by_block((w[0].block, [n / time]) for w, n, time in zip(waves, tokens, seconds, strict=True))
             found.append(
                 Throughput(
                     engine=run.engine,
@@ -227,11 +229,6 @@ def throughputs(runs: Sequence[Measurement]) -> list[Throughput]:
                 )
             )
     return found
-
-
-def _rate(wave: Sequence[Sample]) -> float:
-    tokens = sum(len(sample.token_ids) for sample in wave)
-    return tokens / (max(sample.token_s[-1] for sample in wave) - min(sample.start_s for sample in wave))
 
 
 def _by_block(values: Iterable[tuple[int, Sequence[float]]]) -> list[list[float]]:

@@ -39,8 +39,8 @@ from loraover_serve.judge.templates import Conversations
 from loraover_serve.verify.chats import conversations
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
-from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, Found, copy_logs, faults_known_of
-from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, copy_logs, faults_known_of
+from loraover_serve.verify.request import Found, VerifyRequest
 from loraover_serve.verify.variants import read_lora
 from loraover_serve.vllm.server import signals_as_interrupts
 

@@ -259,21 +259,13 @@ def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
 def check_seals(request: VerifyRequest) -> None:
     """Check each reference that a published one seals: the one that is named, or one that lies beside it."""
     for place in request.references:
-        published = request.published
-        if published is None:
-            published = _beside(place)
+        published, beside = request.published, place.parent / REFERENCE_FILE
+        if published is None and place.is_file() and not place.name.endswith(REFERENCE_FILE) and beside.is_file():
+            mine, digests = _digests(place), _digests(beside)
+            published = beside if SEALED in digests and digests["adapter"] == mine["adapter"] else None
         if published is not None:
             check_seal(place, published)
             request.report.line(f"{place} is the sealed reference that {published} names")
-
-
-def _beside(place: Path) -> Path | None:
-    """The published reference beside a file that is not one itself, if it seals another reference of this adapter."""
-    beside = place.parent / REFERENCE_FILE
-    if place.is_dir() or place.name.endswith(REFERENCE_FILE) or not beside.is_file():
-        return None
-    mine, digests = _digests(place), _digests(beside)
-    return beside if SEALED in digests and digests["adapter"] == mine["adapter"] else None
 
 
 def check_seal(sealed: Path, published: Path) -> None:

@@ -69,7 +69,9 @@ def pack_chats(tokenizer: Any, vocabulary: int) -> dict[str, Any]:
         if is_new and 0 < len(tokens) <= MOST_TOKENS and max(tokens) < vocabulary:
             found.append(conversation)
     ids = sorted({token for each in found for token in each["tokens"]})
-    return {"chats": {"conversations": found, "pieces": {str(i): _piece(tokenizer, i) for i in ids}}} if found else {}
+    pieces = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in ids}  # with the space before a word, unlike decoding
+    texts = {str(i): "".join(MARKS.get(character, character) for character in piece) for i, piece in pieces.items()}
+    return {"chats": {"conversations": found, "pieces": texts}} if found else {}
 
 
 def conversations(tokenizer: Any, vocabulary: int) -> Conversations:
@@ -102,9 +104,3 @@ def _rendered(tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any]) -> 
         last = min(left, *(shared(today[::-1], other[::-1]) for other in others))
         date = [first, len(today) - last]
     return {"messages": messages, "tools": tools or None, "tokens": today, "date": date}
-
-
-def _piece(tokenizer: Any, index: int) -> str:
-    """Text of a token, with the space before a word that decoders strip."""
-    piece = str(tokenizer.convert_ids_to_tokens(index))
-    return "".join(MARKS.get(character, character) for character in piece)

@@ -98,7 +98,9 @@ def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:
         if key not in seen:
             seen.add(key)
             deltas = {module: delta.times(factors[module]) for module, delta in subject.deltas.items()}
-            yield FaultyAdapter(SCALED, f"{words} (times {_range(key)})", deltas)
+            low, high = min(key), max(key)
+            times = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+            yield FaultyAdapter(SCALED, f"{words} (times {times})", deltas)
 
 
 def transposed(subject: RightAdapter) -> Iterator[FaultyAdapter]:
@@ -210,8 +212,3 @@ def _reordered(b: Tensor, heads: int, order: tuple[int, int]) -> Tensor:
     size = rows // heads
     shape = [size // 2 if side == -1 else side for side in order]
     return b.reshape(heads, *shape, r).swapaxes(1, 2).reshape(rows, r)
-
-
-def _range(factors: tuple[float, ...]) -> str:
-    low, high = min(factors), max(factors)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

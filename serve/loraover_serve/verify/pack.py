@@ -67,16 +67,12 @@ def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expect
     """The positions of a reference; see docs/formats.md."""
     found = []
     for place in places:
-        values = {arm: _units(place.of(model)) for arm, model in ((BASE, base), (ADAPTER, adapter))}
+        logprobs = {arm: place.of(model) for arm, model in ((BASE, base), (ADAPTER, adapter))}
+        values = {arm: np.maximum(np.rint(-each / UNIT), 0).astype(np.int64) for arm, each in logprobs.items()}
         # no other token exceeds the last of the likeliest ones
         floors = {arm: int(np.sort(each)[min(kept, len(each)) - 1]) for arm, each in values.items()}
         ids = {"ids": place.ids.tolist()}
         found.append(ids | {arm: each.tolist() for arm, each in values.items()} | {"floors": floors})
-    return found
-
-
-def _units(logprobs: Floats) -> NDArray[np.int64]:
-    found: NDArray[np.int64] = np.maximum(np.rint(-logprobs / UNIT), 0).astype(np.int64)
     return found
 
 

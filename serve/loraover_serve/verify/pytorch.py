@@ -181,11 +181,11 @@ class TorchModels(Models):
         return self.model(expected)
 
     def base_faults(self) -> Iterator[FaultyModel]:
-        for fault, detail, run in self.variants.base_faults():
-            yield FaultyModel(fault, detail, partial(self._of, run))
+        def run(faulty: Callable[[int | None], Expected], questions: int | None) -> Model:
+            return self.model(faulty(questions))
 
-    def _of(self, run: Callable[[int | None], Expected], questions: int | None) -> Model:
-        return self.model(run(questions))
+        for fault, detail, faulty in self.variants.base_faults():
+            yield FaultyModel(fault, detail, partial(run, faulty))
 
     def with_coarse_caches(self) -> Iterator[Model]:
         return (self.model(expected) for _, expected in self.variants.with_coarse_caches())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field
 
 from loraover.common.atomic_output import publish_file
-from loraover.common.errors import LoraOverError
 from loraover.common.strict_json import StrictModel
 from loraover.reporting.html_page import clauses, in_sentences
 from loraover.reporting.svg import short
@@ -155,22 +154,6 @@ class VerifyReport(StrictModel):
     def exit_code(self) -> int:
         """0 as trained, 1 differs, 3 inconclusive, 2 failed."""
         return EXIT_CODES[self.verdict]
-
-
-class Found(NamedTuple):
-    """Findings of a verification.
-
-    Args:
-        facts: The fields of a report that say what was compared, and with what.
-        results: Result of each engine, or of each adapter on a server.
-        failures: Error of each of them that failed.
-        logs: Engines' logs.
-    """
-
-    facts: Mapping[str, Any]
-    results: Sequence[Any]
-    failures: Sequence[LoraOverError] = ()
-    logs: Sequence[Path] = ()
 
 
 def faults_known_of(program: tuple[str, str] | None) -> dict[str, Any]:

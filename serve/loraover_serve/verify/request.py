@@ -1,17 +1,19 @@
-"""The arguments of a verification and of a recording, checked before anything starts."""
+"""The arguments of a verification and of a recording, checked before anything starts, and what a verification finds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import TIMEOUT_MAX
+from typing import Any, NamedTuple
 
 from loraover.adapters.uniform.request_fields import compute_dtype, device, given_adapter, max_memory
 from loraover.checkpoint.files import REFERENCE_FILE
+from loraover.common.errors import LoraOverError
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
 from loraover.models.device import choose_compute
-from loraover_serve.engines import ENDPOINT, ENGINES
-from loraover_serve.engines.request import EngineRequest
+from loraover_serve.engines import ENDPOINT, ENGINES, EngineRequest
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.vllm.request import SET_BY_SERVE
 
@@ -219,6 +221,22 @@ class VerifyRequest(EngineRequest):
         """The engines with the server at the endpoint; ONNX Runtime if neither is given."""
         given = (*self.engines, *(() if self.endpoint is None else (ENDPOINT,)))
         return given or ("onnx",)
+
+
+class Found(NamedTuple):
+    """Findings of a verification.
+
+    Args:
+        facts: The fields of a report that say what was compared, and with what.
+        results: Result of each engine, or of each adapter on a server.
+        failures: Error of each of them that failed.
+        logs: Engines' logs.
+    """
+
+    facts: Mapping[str, Any]
+    results: Sequence[Any]
+    failures: Sequence[LoraOverError] = ()
+    logs: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)

@@ -166,22 +166,18 @@ class Variants:
 
 @contextmanager
 def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for module, delta in deltas.items():
-            target = target_module(model, adapter, module)
-            hooks.enter_context(target.register_forward_hook(_adder(delta)))
-        yield
-
-
-def _adder(delta: LowRankChange) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def add(delta: LowRankChange, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         a, b = delta.a.to(output), delta.b.to(output)
         if delta.is_embedding:
             scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
             return output + scale * (nn.functional.embedding(args[0], a.mT) @ b.mT)
         return output + (args[0] @ a.mT) @ b.mT
 
-    return hook
+    with ExitStack() as hooks:
+        for module, delta in deltas.items():
+            target = target_module(model, adapter, module)
+            hooks.enter_context(target.register_forward_hook(partial(add, delta)))
+        yield
 
 
 class RightLayers:

@@ -85,18 +85,16 @@ class Canary:
             self._plan = {}
             for target in watched.targets:
                 mine = before.get(target.key)
-                due = self._first(target, now) if mine is None else min(mine.due, now + self._interval(target))
+                if mine is not None:
+                    due = min(mine.due, now + self._interval(target))
+                else:
+                    due = now + self._draw.uniform(0, self.watched.config.jitter) * target.interval_s
+                    if (last := self.history.last(target.key)) is not None:
+                        interval = self._interval(target)
+                        due = min(max(due, last.at + interval), now + interval)
                 self._plan[target.key] = PlannedCheck(target, due, mine is not None and mine.is_running)
             for known in [key for key in self.checks if key[:2] not in self._plan]:
                 del self.checks[known]
-
-    def _first(self, target: WatchTarget, now: float) -> float:
-        last = self.history.last(target.key)
-        soon = now + self._draw.uniform(0, self.watched.config.jitter) * target.interval_s
-        if last is None:
-            return soon
-        interval = self._interval(target)
-        return min(max(soon, last.at + interval), now + interval)
 
     def _interval(self, target: WatchTarget) -> float:
         jitter = self.watched.config.jitter
