@@ -6,6 +6,24 @@ from mutants.mutant import Mutant, Selection
 
 WATCHING = (
     Mutant(
+        "watch-a-fault-of-a-cache-is-gone-with-the-next-check",
+        'last is None or last.caches != "as trained" or later + 1',
+        "last is None or later + 1",
+        Selection("test_verify_caches.py", "each_nth_check"),
+    ),
+    Mutant(
+        "watch-a-template-is-another-one-by-any-number-of-tokens",
+        "without_tools == faults or _is_system_prompt(known)",
+        "True",
+        Selection("test_templates.py", "own_tokenizer"),
+    ),
+    Mutant(
+        "watch-a-template-may-leave-tools-out",
+        "is_read_as(each, known, each.asked.messages)",
+        "is_read_as(each, (), each.asked.messages)",
+        Selection("test_templates.py", "mistake and tools"),
+    ),
+    Mutant(
         "watch-a-running-check-takes-no-budget",
         "self._used += one.target.most",
         "self._used += 0",

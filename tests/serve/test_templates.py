@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError
@@ -21,6 +23,9 @@ from loraover_serve.judge.names import TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.templates import Conversation, most_requests
 from loraover_serve.verify.chats import pack_chats
+from loraover_serve.verify.recorder import RecordReport
+from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.show import show_recording
 from loraover_serve.watch.canary import ask
 from loraover_serve.watch.config import read_config
 
@@ -227,6 +232,7 @@ def test_a_date_that_has_changed_is_no_fault(tells: str, told: dict[str, Any]) -
     for now in (NOW, "01 january 2027", "30 may 2030", "22 september 2028"):
         found = checked(reference, Chatting(right(reference), with_template(DATED.replace(NOW, now)), tells))
         assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
+        assert found["template"].endswith(", but for the date that it prints")
     for other, place in ((OWN, 1), (DATED.replace("<a>", "<model>"), None), (DATED.replace("is", "was"), 14)):
         found = checked(reference, Chatting(right(reference), with_template(other), tells))
         if tells == "number":
@@ -235,6 +241,16 @@ def test_a_date_that_has_changed_is_no_fault(tells: str, told: dict[str, Any]) -
             continue
         assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
         assert place is None or tells == "number" or f"differs at token {place} " in found["reason"]
+
+
+def test_a_recording_says_that_the_template_prints_a_date(tmp_path: Path) -> None:
+    report = RecordReport(
+        path=tmp_path, size_bytes=9000, questions=8, positions=32, variants=3, chats=5, has_date=True, seconds=12.4,
+        effect=0.5, half=None, decides=False,
+    )  # fmt: skip
+    show_recording(report, RecordRequest(tmp_path), Console(file=(shown := io.StringIO()), width=200))
+    assert "3 faults, 9 kB, in 12 s\n" in shown.getvalue()
+    assert "5 chats in the adapter's template, which prints a date; servers may print another one" in shown.getvalue()
 
 
 def test_the_day_that_llama_server_gives_a_template_is_a_date(told: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
                 else f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can "
                 "be asked for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
             )
-        probe = _Probe(asker)
+        probe = Probe(asker)
         reloaded = None if reload is None else probe.reload(reload)
         return judge_warm(asker.models, *probe.answers(), reloaded)  # type: ignore[arg-type]
     except CommandError:
@@ -162,7 +162,7 @@ def _unclear(why: str) -> Caches:
     return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
 
 
-class _Probe:
+class Probe:
     """Requests for long answers, one at a time: a server keeps what it has finished."""
 
     def __init__(self, asker: Asker) -> None:

@@ -206,7 +206,7 @@ def record(
             },
             "ends": sorted(models.ends),
             "power": power,
-            "questions": [_question(tokenizer, question) for question in models.questions],
+            "questions": [pack_question(tokenizer, question) for question in models.questions],
             "positions": pack_places(places, *right, KEPT),
             "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
             "variants": changes,
@@ -260,7 +260,7 @@ def _with_long(
             raise
         say(f"leaving out long questions: {error}")
         return {}
-    return {"caches": packed_long(recorded, partial(_question, tokenizer), partial(texts_of, tokenizer), KEPT)}
+    return {"caches": packed_long(recorded, partial(pack_question, tokenizer), partial(texts_of, tokenizer), KEPT)}
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:
@@ -336,7 +336,7 @@ def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
     return {str(i): text for i, text in decoded.items() if known.get(text) == i}
 
 
-def _question(tokenizer: Any, mine: Question) -> dict[str, Any]:
+def pack_question(tokenizer: Any, mine: Question) -> dict[str, Any]:
     """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
     texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
     return {"prompt": list(mine.prompt), "answer": list(mine.answer), "texts": texts, "message": mine.message}
