@@ -93,7 +93,7 @@ test:
 
 # The tests of studies, benchmarks and the methods of other papers alone.
 test-lab: installed
-	$(PYTEST) tests/lab $(foreach name,soma lorasc federated tensorguide,tests/train/test_$(name).py)
+	$(PYTEST) tests/lab
 
 installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm debian-packages
 

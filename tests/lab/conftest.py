@@ -1,4 +1,4 @@
-"""What tests of studies share: a small recipe, whose trainings are forks of the test's process."""
+"""What tests of the lab share: a base model, and a small recipe, whose trainings in studies are forks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import pytest
 from loraover.cli import cli
 from loraover.common.command_line import run
 
+from support.no_network import no_network as no_network
+from support.no_network import reached as reached
 from support.tiny_hub import save_llama, write_recipe
 
 
@@ -79,3 +81,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     evaluation = {"examples": 12, "exact_match": False}
     return write_recipe(folder / "words.yaml", save_llama(folder / "llama"), evaluation=evaluation)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, which tests only read."""
+    return save_llama(tmp_path_factory.mktemp("base") / "llama")

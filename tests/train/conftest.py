@@ -1,54 +1,25 @@
-"""Tiny base models, runs that several files look at, and no network."""
+"""Tiny base models, and runs that several files look at."""
 
 from __future__ import annotations
 
 import gzip
 import shutil
-import socket
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.no_network import no_network as no_network
+from support.no_network import reached as reached
+from support.no_network import without_network
 from support.processes import TESTS, TORCHRUN, launched
 from support.resumed_run import KINDS, STEPS, killed, stopped
 from support.rows import Write, lines
 from support.tiny_hub import save_llama, save_t5, write_recipe
 from support.train_command import METHODS, train
 from support.trained_run import MODELS, Trained, watched
-
-
-@contextmanager
-def without_network() -> Iterator[list[Any]]:
-    """Addresses that the main thread tries to reach in the block; every attempt fails."""
-    addresses: list[Any] = []
-
-    def refuse(*address: Any, **_: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            addresses.append(address)
-        raise OSError("the network is out of bounds")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", refuse)
-        patch.setattr(socket.socket, "connect", lambda self, address: refuse(address))
-        yield addresses
-
-
-@pytest.fixture(scope="module")
-def reached() -> Iterator[list[Any]]:
-    with without_network() as addresses:
-        yield addresses
-
-
-@pytest.fixture
-def no_network(reached: list[Any]) -> Iterator[None]:
-    yield
-    found, reached[:] = list(reached), []
-    assert found == []
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from oracles.methods import Matrix, slow_sum
 from support.make_checkpoint import numpy64
 from support.methods import PREFIX, RANK, SCALING, started, watched_steps
 from support.resumed_run import assert_resumes
-from support.tiny_hub import write_recipe
+from support.tiny_hub import save_t5, write_recipe
 from support.tiny_models import fill_b, tiny_llama
 from support.trained_run import loss, matrices
 from tolerances import UNIT
@@ -251,7 +251,7 @@ def test_stages_have_about_equal_numbers_of_steps() -> None:
     assert lengths.tolist() == [3, 3, 3, 2]
 
 
-def test_an_encoder_decoder_trains(bases: dict[str, Path], tmp_path: Path) -> None:
-    folder, stages = train(make(tmp_path / "r.yaml", bases["t5"], stages=2), tmp_path / "out")
+def test_an_encoder_decoder_trains(tmp_path: Path) -> None:
+    folder, stages = train(make(tmp_path / "r.yaml", save_t5(tmp_path / "t5"), stages=2), tmp_path / "out")
     assert len(stages) == 2
     assert read_run(folder).served_rank == 2 * RANK
