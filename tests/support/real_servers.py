@@ -70,14 +70,19 @@ def running(words: Sequence[str], port: int, path: str, log: Path, more: Mapping
 def llama_server(base: Path, adapter: Path | None, folder: Path, *others: Path) -> Iterator[str]:
     """llama.cpp's server with a tiny model, folder/base.gguf, and with an adapter and others if they are given."""
     python, port = python_of("LORAOVER_LLAMA_SERVER", "llama-server"), free_port()
-    exact = write_base(load_model(resolve_model(str(base))), folder / "exact.gguf")
-    model = rewrite(exact, folder / "base.gguf", _with_vocabulary)
+    model = llama_base(base, folder)
     words = [str(python), str(Path(__file__).with_name("llama_server.py")), str(model), str(port)]
     for index, each in enumerate(filter(None, (adapter, *others))):
         export_gguf(each, folder / f"{index}.gguf", model=str(base))
         words.append(str(folder / f"{index}.gguf"))
     with running(words, port, "/health", folder / "log", {}) as url:
         yield url
+
+
+def llama_base(base: Path, folder: Path) -> Path:
+    """A tiny model as llama.cpp's server takes it, folder/base.gguf."""
+    exact = write_base(load_model(resolve_model(str(base))), folder / "exact.gguf")
+    return rewrite(exact, folder / "base.gguf", _with_vocabulary)
 
 
 def _with_vocabulary(fields: dict[str, Any], _: object) -> None:

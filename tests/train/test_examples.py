@@ -34,7 +34,7 @@ from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import serve_adapters
-from loraover_serve.judge.names import STALE_OF_EARLIER
+from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_EARLIER
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.request import LOOPBACK
 from loraover_serve.vllm.serve import example_request
@@ -43,6 +43,7 @@ from loraover_serve.vllm.server import free_port
 from support.long_questions import make_long_case
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
 from support.plugin import with_entry_points
+from support.real_servers import llama_base, python_of
 from support.reports import DEMO_METRICS, DEMO_RUN, demo_checks, fold_certificate
 from support.tiny_models import lora_matrices
 from support.vllm_command import vllm_command
@@ -62,6 +63,7 @@ LIBRARY = EXPORTS | {
     "run_onnx",
     "run_onnxruntime",
     "catch_a_fault",
+    "llama_server_cache",
     "demo_page",
     "verify",
     "parity",
@@ -306,6 +308,19 @@ def test_a_replaced_adapter_is_caught_and_cured(
     assert all((tmp_path / "verified" / kind / "verify.html").is_file() for kind in ("stock", "plug-in"))
     assert len(started) > 2
     assert not [process for process in started if runs(process)], "nothing is left afterwards"
+
+
+@pytest.mark.matrix
+@pytest.mark.engine
+def test_llama_servers_cache_of_prompts_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_case = make_long_case(tmp_path)
+    monkeypatch.setenv("LORAOVER_LLAMA_SERVER", str(python_of("LORAOVER_LLAMA_SERVER", "llama-server")))
+    mine = Path(shutil.copytree(long_case.adapter, tmp_path / "mine"))
+    shutil.copy(long_case.recorded, mine / REFERENCE_FILE)
+    base = llama_base(long_case.base, tmp_path)
+    reports = run_script("llama_server_cache", mine, base, tmp_path / "verified")["reports"]
+    found = {kind: (report.engines[0].verdict, report.engines[0].fault) for kind, report in reports.items()}
+    assert found == {"stock": ("differs", STALE_OF_ADAPTER), "without-cache-ram": ("as trained", None)}
 
 
 @pytest.mark.parametrize(("fault", "word"), [(STALE_OF_EARLIER, "nothing was lost"), (None, "not what this demo")])
