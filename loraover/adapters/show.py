@@ -81,7 +81,22 @@ def show_left_out(keys: Sequence[str], console: Console) -> None:
 
 def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> None:
     """Print the modules with the largest errors, the verdict, and where the adapter is."""
-    console.print(_errors_table(certificate))
+    worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:SHOWN]
+    table: Table[ModuleCertificate] = Table(
+        [
+            Column("module", lambda m: m.module, "name"),
+            Column("shape", lambda m: f"{m.shape[0]} x {m.shape[1]}"),
+            Column("rank", lambda m: str(m.rank)),
+            Column("norm", lambda m: f"{m.norm:.3g}"),
+            Column("left out", lambda m: f"{m.truncation_error / (m.norm or 1.0):.2%}" if m.truncation_error else "0"),
+            Column("stored", lambda m: f"{m.storage_error / (m.norm or 1.0):.1e}"),
+            Column("in all", lambda m: f"{m.relative_error_bound:.1e}"),
+        ],
+        worst,
+        f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
+        caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
+    )
+    console.print(table)
     for note in certificate.notes:
         print_line(console, note)
     cancelled = [module.module for module in certificate.modules if module.rank == 0]
@@ -92,27 +107,6 @@ def show_lora(certificate: LoraCertificate, request: Any, console: Console) -> N
     if all(matrix.passed for matrix in certificate.matrices):
         reason = "the logits are further from the source's than rounding explains"
     show_place(certificate, request.output, console, reason=reason)
-
-
-def _errors_table(certificate: LoraCertificate) -> Table[ModuleCertificate]:
-    def left_out(module: ModuleCertificate) -> str:
-        return f"{module.truncation_error / (module.norm or 1.0):.2%}" if module.truncation_error else "0"
-
-    worst = sorted(certificate.modules, key=lambda module: -module.relative_error_bound)[:SHOWN]
-    return Table(
-        [
-            Column("module", lambda m: m.module, "name"),
-            Column("shape", lambda m: f"{m.shape[0]} x {m.shape[1]}"),
-            Column("rank", lambda m: str(m.rank)),
-            Column("norm", lambda m: f"{m.norm:.3g}"),
-            Column("left out", left_out),
-            Column("stored", lambda m: f"{m.storage_error / (m.norm or 1.0):.1e}"),
-            Column("in all", lambda m: f"{m.relative_error_bound:.1e}"),
-        ],
-        worst,
-        f"Largest errors, {len(worst)} of {len(certificate.modules)} modules",
-        caption="Shares of each delta's Frobenius norm. Left out: by a smaller rank. Stored: by rounding A and B.",
-    )
 
 
 def show_matrices(certificate: Any, console: Console) -> None:

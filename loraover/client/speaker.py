@@ -44,7 +44,7 @@ class Generated(NamedTuple):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The tokens before the first that the server does not identify."""
+        """Ids of the tokens up to the first one that the server does not identify."""
         return up_to_unknown(self.tokens)
 
     def along(self, expected: Sequence[int]) -> list[dict[int, float]]:

@@ -27,7 +27,7 @@ def _strict_loader() -> Any:
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
-        """Loader that looks at keys before `<<` merges others, which may repeat them."""
+        """Loader that looks for repeated keys before `<<` merges other mappings, which may repeat them."""
 
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)

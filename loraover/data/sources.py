@@ -73,7 +73,7 @@ class BadRows:
 
     @contextmanager
     def of(self, number: int | str, example: int | None = None) -> Iterator[None]:
-        """Add a row, by its number and the index of its example, if a DataError is raised within the block."""
+        """Note a row as bad, by its number and the index of its example, if the block raises a DataError."""
         try:
             yield
         except DataError as error:

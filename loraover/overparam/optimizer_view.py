@@ -119,8 +119,8 @@ class OptimizerView:
     def is_filled_by_this_step(self) -> bool:
         """Whether the step that begins only fills an empty state, as `torch.distributed.checkpoint` does at a save.
 
-        It gives every parameter a gradient of zeros and takes a step at the rate 0. The matrices themselves take it:
-        it leaves them as they are, but it would let the moments of cores decay.
+        That step has gradients of zero and the rate 0. The matrices take it, which leaves them as they are; cores must
+        not, since it would let their moments decay.
         """
         if self._is_filling:
             return True

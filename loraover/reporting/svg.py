@@ -171,7 +171,7 @@ class Drawing:
         self._parts.append(f'<svg {box} overflow="hidden">{part.parts}</svg>')
 
     def figure(self, name: str, description: str) -> Figure:
-        """Return the picture; what no file name should have is replaced in its name."""
+        """Return the picture; characters that do not belong in a file name are replaced in its name."""
         name = re.sub(r"[^\w-]+", "-", name)[:LONGEST_NAME]
         return Figure(name, description, self.parts, self.width, self.height)
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Questions:
-    """Checked rows, and their origin for people."""
+    """Checked rows, and their origin in words."""
 
     rows: list[Row]
     origin: str

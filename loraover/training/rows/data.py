@@ -131,7 +131,12 @@ def load_examples(recipe: Recipe, form: RowForm) -> Examples:
     if faults:
         raise DataError("\n".join(faults))
     if BUILT_IN in (data.train, data.test):
-        made, asked = _word_problems(recipe, form, wanted)
+        seed, origin = recipe.training.seed, f"built-in word problems, seed {recipe.training.seed}"
+        count = data.train_examples or WORD_PROBLEMS if is_built_in else 0
+        made, asked = (
+            Rows([one for row in part for one in read_row(row, PASSED, form, BUILT_IN)], origin)
+            for part in split_word_problems(count, wanted, seed)
+        )
         parts, test = [made] if is_built_in else parts, asked if wanted and test is None else test
     if is_divided:
         parts, test = _divided(parts, wanted)
@@ -213,18 +218,6 @@ def _joined(parts: Sequence[Rows], places: Sequence[tuple[int, int]]) -> Rows:
         },
         skipped=together((part.origin, part.skipped) for part in parts),
     )
-
-
-def _word_problems(recipe: Recipe, form: RowForm, wanted: int) -> tuple[Rows, Rows]:
-    """Make built-in training rows, if the recipe trains on them, and the given number of held-out rows."""
-    seed, is_trained = recipe.training.seed, recipe.data.train == BUILT_IN
-    count = recipe.data.train_examples or WORD_PROBLEMS if is_trained else 0
-    origin = f"built-in word problems, seed {seed}"
-    made, held_out = (
-        Rows([one for row in part for one in read_row(row, PASSED, form, BUILT_IN)], origin)
-        for part in split_word_problems(count, wanted, seed)
-    )
-    return made, held_out
 
 
 def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:

@@ -149,11 +149,17 @@ class Lora(ConversionMethod[LoraFields]):
         b = module.tensor(f"{kind}B{ending}", m, r) * s
         if module.config.use_dora and start is not None:
             raise module.refuse(
-                f"it has both use_dora and init_lora_weights {start!r}, so its DoRA is of what the start left of the "
-                f"base weight, which is not converted. {MERGE_THERE}"
+                f"it has both use_dora and init_lora_weights {start!r}, so its DoRA scales the base weight "
+                f"minus the first B A. This is not converted. {MERGE_THERE}"
             )
         if module.config.use_dora:
-            return _dora(module, b @ a)
+            if module.is_embedding:
+                raise module.refuse("DoRA of an embedding is not converted; train it without use_dora.")
+            name = "lora_magnitude_vector" + ("" if module.has("lora_magnitude_vector") else ".weight")
+            weight = module.weight()
+            adapted = weight + b @ a
+            magnitude = module.tensor(name, len(weight))
+            return Dense(adapted * (magnitude / adapted.norm(dim=1))[:, None] - weight, float(weight.norm()))
         if start is None:
             return LowRank(b, a)
         if kind != "lora_":
@@ -215,13 +221,3 @@ def _start(module: Module[Any], start: str, r: int, s: float) -> _Start:
     residual = (weight - s * b0 @ a0).to(stored.dtype).double()
     b0, a0 = b0.double() * s, a0.double()
     return _Start(b0, a0, float((residual - (stored.double() - b0 @ a0)).norm()), apart, reason)
-
-
-def _dora(module: Module[Any], product: Tensor) -> Dense:
-    if module.is_embedding:
-        raise module.refuse("DoRA of an embedding is not converted; train it without use_dora.")
-    name = "lora_magnitude_vector" + ("" if module.has("lora_magnitude_vector") else ".weight")
-    weight = module.weight()
-    adapted = weight + product
-    magnitude = module.tensor(name, len(weight))
-    return Dense(adapted * (magnitude / adapted.norm(dim=1))[:, None] - weight, float(weight.norm()))
