@@ -154,7 +154,8 @@ def rewrite(
     change(fields, tensors)
     writer = gguf.GGUFWriter(output, fields.pop("general.architecture"))
     for name, value in fields.items():
-        kind = reader.fields[name].types[0] if name in reader.fields else gguf.GGUFValueType.get_type(value)
+        new = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)  # as ids are
+        kind = reader.fields[name].types[0] if name in reader.fields else new
         writer.add_key_value(name, value, kind)
     for name, tensor in tensors.items():
         dtype = matrices_as if tensor.ndim == 2 and name.startswith("blk.") else gguf.GGMLQuantizationType.F32

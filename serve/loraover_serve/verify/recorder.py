@@ -251,7 +251,8 @@ def _with_long(
         say(f"leaving out long questions, since {why}; {named} records them")
         return {}
     say(
-        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: {seconds:.0f} s"
+        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: "
+        f"{seconds:.0f} s at most"
     )
     try:
         recorded = record_long(request, adapter, base, earlier, asked, device)
