@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.parity.statistics import Latency as Latency
     from loraover_serve.parity.statistics import Result as Result
     from loraover_serve.parity.statistics import Throughput as Throughput
+    from loraover_serve.rollouts.loop import RolloutJudge as RolloutJudge
+    from loraover_serve.rollouts.verdict import Finding as Finding
+    from loraover_serve.rollouts.verdict import judge_rollouts as judge_rollouts
+    from loraover_serve.rollouts.verdict import scale_faults as scale_faults
     from loraover_serve.verify.recorder import RecordReport as RecordReport
     from loraover_serve.verify.recorder import record_adapter as record_adapter
     from loraover_serve.verify.report import EngineResult as EngineResult

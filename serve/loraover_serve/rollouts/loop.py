@@ -1,0 +1,170 @@
+"""The judge of a loop: it pools steps, and learns the noise while the adapter is zero."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from loraover.common.errors import CheckpointError, ConfigError
+from loraover_serve.judge.names import SCALED
+from loraover_serve.rollouts.tokens import Logprobs, Tokens, read_tokens
+from loraover_serve.rollouts.verdict import Finding, judge_rollouts, judge_tokens
+
+SCHEMA = 1
+"""Version of what `state_dict` returns."""
+
+
+class RolloutJudge:
+    """Judge of a training loop that samples from an engine, step by step.
+
+    Each step is judged alone, and together with the 1, 3, 7, ... steps before it, up to the window. The shortest of
+    these that shows a fault decides, unless fewer and newer steps exclude it: a fault that has begun is named at once,
+    one that is small when enough steps show it, and one that is over no longer. While the adapter is zero, a and b are
+    equal, and what sets the engine apart is its noise.
+
+    Args:
+        window: Largest number of steps that are judged together.
+        tokens: Number of tokens of a step that are looked at, spread over all of its rows.
+        noise: RMS difference of e from a where the adapter is zero, in nats; None learns it from the steps where it is.
+    """
+
+    def __init__(self, window: int = 8, *, tokens: int = 512, noise: float | None = None) -> None:
+        if window < 1 or tokens < 1:
+            raise ConfigError(f"window is {window} and tokens {tokens}, expected at least 1 of each.")
+        self.window, self.tokens, self.given_noise = window, tokens, noise
+        self._steps = deque[Tokens](maxlen=window)
+        self._square, self._learned = 0.0, 0
+
+    @property
+    def noise(self) -> float | None:
+        """RMS difference of a right engine from the trainer, in nats, as given or learned; None if it is not known."""
+        if self.given_noise is not None or not self._learned:
+            return self.given_noise
+        return math.sqrt(self._square / self._learned)
+
+    def step(
+        self,
+        e: Logprobs,
+        a: Logprobs,
+        b: Logprobs,
+        prompt_ids: Sequence[Hashable],
+        *,
+        rows: Sequence[Hashable] | None = None,
+        positions: Sequence[int] | None = None,
+        earlier: Sequence[Logprobs] = (),
+        faults: Mapping[str, Logprobs | float] = {},
+        engine_prompt_ids: Sequence[Hashable] | None = None,
+    ) -> Finding:
+        """Judge a step. The arguments are those of `judge_rollouts`; `earlier` and `faults` may be left out at times.
+
+        Returns:
+            The finding. A step that cannot be judged is left out of the window.
+        """
+        tokens = read_tokens(e, a, b, prompt_ids, rows, positions, earlier, faults)
+        if isinstance(tokens, str) or engine_prompt_ids is not None:
+            found = judge_rollouts(
+                e, a, b, prompt_ids, rows=rows, positions=positions, engine_prompt_ids=engine_prompt_ids
+            )
+            if isinstance(tokens, str) or found.verdict == "not comparable":
+                return found
+        if tokens.right == tokens.base:
+            found = judge_tokens(tokens.thinned(self.tokens), self.noise)
+            if found.verdict is None:
+                self._square += math.fsum((e - a) ** 2 for e, a in zip(tokens.engine, tokens.right, strict=True))
+                self._learned += len(tokens.engine)
+            return found
+        self._steps.append(tokens.thinned(self.tokens))
+        return self._judged()
+
+    def _judged(self) -> Finding:
+        found: list[Finding] = []
+        for length in sorted({min(2**power, len(self._steps)) for power in range(self.window.bit_length() + 1)}):
+            each = judge_tokens(Tokens.pooled([*self._steps][-length:]), self.noise)
+            if each.verdict == "differs":
+                return found[-1] if any(_is_over(each, newer) for newer in found) else each
+            found.append(each)
+        return found[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a resumed loop needs, as plain JSON."""
+        steps = [
+            {
+                "engine": one.engine,
+                "right": one.right,
+                "base": one.base,
+                "prompts": [_to_json(each) for each in one.prompts],
+                "rows": [_to_json(each) for each in one.rows],
+                "models": {name: [v if v == v else None for v in each] for name, each in one.models.items()},
+                "factors": one.factors,
+            }
+            for one in self._steps
+        ]
+        return {"schema": SCHEMA, "noise": {"square": self._square, "tokens": self._learned}, "steps": steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            state: What it returned, also after a way through JSON.
+
+        Raises:
+            CheckpointError: Another schema, or contents that `state_dict` does not write.
+        """
+        if not isinstance(state, Mapping) or state.get("schema") != SCHEMA:
+            found = state.get("schema") if isinstance(state, Mapping) else type(state).__name__
+            raise CheckpointError(f"state of RolloutJudge: found schema {found!r}, expected {SCHEMA}; begin anew.")
+        try:
+            square, learned = float(state["noise"]["square"]), int(state["noise"]["tokens"])
+            steps = [_read_step(step) for step in state["steps"]]
+            if not (math.isfinite(square) and square >= 0 and learned >= 0):
+                raise ValueError(f"the noise is {square} of {learned} tokens")
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(
+                f"state of RolloutJudge: not as state_dict writes it ({error!r}); take an older one, or begin anew."
+            ) from error
+        self._square, self._learned = square, learned
+        self._steps = deque(steps, maxlen=self.window)
+
+
+def _is_over(older: Finding, newer: Finding) -> bool:
+    """Whether newer steps alone exclude a fault that they show together with older ones."""
+    if older.share is not None:
+        return newer.verdict == "as trained" and older.share > newer.visible_share
+    named = older.suspects[0].detail if older.fault not in (None, SCALED) else None
+    return newer.verdict == "as trained" if named is None else named in newer.excluded
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(each) for each in value]
+    return value if value is None or type(value) in (int, str, bool) else repr(value)
+
+
+def _from_json(value: Any) -> Hashable:
+    if isinstance(value, list):
+        return tuple(_from_json(each) for each in value)
+    if value is None or isinstance(value, int | str):
+        return value
+    raise ValueError(f"{value!r} is no prompt and no row")
+
+
+def _read_step(step: Mapping[str, Any]) -> Tokens:
+    engine, right, base = ([_finite(value) for value in step[name]] for name in ("engine", "right", "base"))
+    prompts, rows = ([_from_json(value) for value in step[name]] for name in ("prompts", "rows"))
+    models = {
+        str(name): [math.nan if value is None else _finite(value) for value in each]
+        for name, each in step["models"].items()
+    }
+    factors = {str(name): _finite(value) for name, value in step["factors"].items()}
+    lengths = {len(engine), len(right), len(base), len(prompts), len(rows), *map(len, models.values())}
+    if len(lengths) != 1 or not engine:
+        raise ValueError(f"arrays of the lengths {sorted(lengths)}")
+    return Tokens(engine, right, base, prompts, rows, models, factors)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
