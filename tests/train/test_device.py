@@ -212,7 +212,8 @@ def test_the_stand_in_refuses_float64(convert: Any) -> None:
 
 def trained(on_apple: bool, score: str, decomposition: str, schedule: str) -> dict[str, float]:
     """What a short run says of its cores, its scores and its change."""
-    with apple_gpu(model) if (model := tiny_net()) and on_apple else nullcontext():
+    model = tiny_net()
+    with apple_gpu(model) if on_apple else nullcontext():
         rounds = {"rounds": 1, "start": 0.5} if schedule == "dynamic" else {}
         config = LoraOverConfig.model_validate(
             {"decomposition": decomposition, "schedule": schedule, "score": score, "budget": {"sites": 2}} | rounds
