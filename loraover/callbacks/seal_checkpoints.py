@@ -69,11 +69,7 @@ class SealCheckpoints(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that this callback comes after the one that trains through cores.
-
-        Raises:
-            ConfigError: It comes before.
-        """
+        """Check that this callback comes after the one that trains through cores; a ConfigError if not."""
         if has_cores(kwargs.get("optimizer")) and not self._saw_cores:
             raise ConfigError(
                 "SealCheckpoints comes before LoraOverCallback, so it would seal checkpoints that lack their cores; "

@@ -79,12 +79,20 @@ class Checkpoint(AdapterDir):
 
     @contextmanager
     def open(self) -> Iterator[ExactAdapter]:
-        """Open the files, to read tensors; a matrix that has cores is their contraction in float64."""
+        """Open the files, to read tensors; a matrix that has cores is their contraction in float64.
+
+        Raises:
+            CheckpointError: A file is missing or damaged.
+        """
         with open_tensors(self.tensors_path) as plain, open_tensors(self.cores_path) as cores:
             yield ExactCheckpoint(self, plain, cores)
 
     def check_sum(self, name: str, ending: Event | None = None) -> None:
-        """Compare a file's SHA-256 with the one in the metadata; `ending` stops the comparison without a result."""
+        """Compare a file's SHA-256 with the one in the metadata; `ending` stops the comparison without a result.
+
+        Raises:
+            CheckpointError: The file is damaged, or was changed after training.
+        """
         found = sha256_of(self.path / name, ending)
         if found != self.meta.sha256.get(name) and not (ending is not None and ending.is_set()):
             raise CheckpointError(

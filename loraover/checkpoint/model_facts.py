@@ -137,11 +137,7 @@ _FACTS = TypeAdapter(ModelFacts)
 
 
 def read_served(source: ModelSource, supported: Container[str] | None = None) -> ServedModel:
-    """Read a model's configuration, and its modules if the architecture is supported.
-
-    Args:
-        source: Where the model is read from.
-        supported: Classes that take adapters; None means all classes.
+    """Read a model's configuration, and its modules if its class is among the `supported` ones; None supports all.
 
     Raises:
         ConfigError: No usable configuration, or a class that transformers cannot build.
@@ -160,9 +156,7 @@ def read_served(source: ModelSource, supported: Container[str] | None = None) ->
 def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
     """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
 
-    Args:
-        source: Where the model is read from.
-        wanted: Classes whose modules are looked at; None means all.
+    Only modules of the `wanted` classes are looked at; None wants all.
 
     Raises:
         ConfigError: No usable configuration, or a class that transformers cannot build.

@@ -10,11 +10,7 @@ from loraover.common.paths import kind_of
 
 
 def read_source(path: Path) -> AdapterDir:
-    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores.
-
-    Raises:
-        CheckpointError: The folder holds neither, or its files cannot be trusted.
-    """
+    """Read the LoRA-Over checkpoint in a folder, or the plain LoRA adapter if it holds no cores."""
     if kind_of(path / META_FILE) is None:
         return read_adapter_dir(path)
     from loraover.checkpoint.checkpoint import read_checkpoint

@@ -227,11 +227,7 @@ def have_same_bits(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a safetensors file.
-
-    Raises:
-        CheckpointError: The file is missing (perhaps there is a pickle instead), truncated or damaged.
-    """
+    """Open a safetensors file; a CheckpointError if it is missing (perhaps there is a pickle), truncated or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

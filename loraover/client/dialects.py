@@ -84,11 +84,7 @@ class Dialect(NamedTuple):
         return "/v1/completions", {"prompt": prompt, "logprobs": self.top} | body
 
     def read(self, answer: Any) -> Read:
-        """Return the contents of an answer.
-
-        Raises:
-            LookupError, TypeError, ValueError, AttributeError: An answer in another form.
-        """
+        """Return the contents of an answer; one in another form raises any error of a lookup or of a type."""
         if self.protocol == "sglang":
             meta = answer["meta_info"]
             tops = [[(token, value) for value, token, *_ in place] for place in meta["output_top_logprobs"]]

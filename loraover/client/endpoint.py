@@ -162,13 +162,7 @@ class Endpoint:
         return str(self.exchange("/v1/completions", body, timeout_s=timeout_s, text=("text",))[0])
 
     def chat(self, model: str, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float = 0.0) -> str:
-        """Ask for the answer to a conversation.
-
-        Args:
-            model: Name of the model on the server.
-            messages: The conversation, each message with `role` and `content`.
-            max_tokens: Largest number of tokens in the answer.
-            temperature: Temperature of sampling; 0 is greedy.
+        """Ask for the answer to a conversation of messages with `role` and `content`; the temperature 0 is greedy.
 
         Raises:
             EngineError: See `ask`.
@@ -177,12 +171,7 @@ class Endpoint:
         return str(self.exchange("/v1/chat/completions", body, text=("message", "content"))[0])
 
     def request(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Any:
-        """Send a request, again after a pause where that may help, and return the JSON of the answer.
-
-        Args:
-            path: Path on the server, such as "/v1/completions".
-            body: Contents of a POST; None sends a GET.
-            timeout_s: Longest time in seconds; None means that of the client.
+        """Send a POST of `body`, or a GET, again after a pause where that may help; return the JSON of the answer.
 
         Raises:
             EngineError: See `ask`.
@@ -233,10 +222,7 @@ class Endpoint:
     def readable(self, model: str, answer: Any, *, is_named: bool = True) -> Iterator[None]:
         """Raise an EngineError if another model answered, or if the answer lacks something that the block reads.
 
-        Args:
-            model: Name of the model that was asked.
-            answer: The answer.
-            is_named: Whether a model that the answer names has to be that one.
+        Without `is_named`, the answer may name another model.
         """
         try:
             speaker = answer.get("model")
@@ -251,9 +237,7 @@ class Endpoint:
     def hidden(self, text: str, is_cut: bool = False) -> str:
         """A message with the key and other secret headers replaced, since servers may repeat them.
 
-        Args:
-            text: The message.
-            is_cut: Whether it was cut off, so that it may end within a secret.
+        One that `is_cut` off may end within a secret.
         """
         for secret in sorted(self._secrets, key=len, reverse=True):  # one may be a part of another
             text = text.replace(secret, "***")

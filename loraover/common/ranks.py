@@ -241,11 +241,7 @@ def _stopped_by_launcher() -> Iterator[None]:
 
 
 def launched() -> Ranks:
-    """Return this process among those that a launcher has started; alone without a launcher.
-
-    Raises:
-        ConfigError: A launcher has given a number of processes, but not all that they need to find each other.
-    """
+    """Return this process among those that a launcher has started; alone without a launcher."""
     return _launched(os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0"))
 
 

@@ -82,8 +82,7 @@ def prefers_bf16(device: torch.device) -> bool:
 def total_memory(device: str) -> int | None:
     """Return the memory of a device in bytes, or what a container or a job may use of it; None if unknown.
 
-    Args:
-        device: "cpu", "cuda" (the first GPU), "cuda:1" or "mps".
+    A device is "cpu", "cuda" (the first GPU), "cuda:1" or "mps".
     """
     kind, _, index = device.partition(":")
     if kind == "cuda":
@@ -98,11 +97,7 @@ def total_memory(device: str) -> int | None:
 
 
 def free_memory(device: str) -> int | None:
-    """Return the memory of a device that this process can still take, in bytes; None if unknown.
-
-    Args:
-        device: As in `total_memory`.
-    """
+    """Return the memory of a device that this process can still take, in bytes; None if unknown."""
     kind, _, index = device.partition(":")
     if kind == "cuda":
         return torch.cuda.mem_get_info(int(index or 0))[0]

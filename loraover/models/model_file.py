@@ -40,9 +40,6 @@ def embeds_texts(source: ModelSource) -> bool:
     """Whether sentence-transformers saved a model with a pooling layer: it embeds texts, even if it could generate.
 
     Source: get_pooling_config in vllm/transformers_utils/config.py of vLLM 0.32, which serves such a model so.
-
-    Raises:
-        ConfigError: Its modules.json cannot be read.
     """
     file = find_model_file(source, MODULES_FILE)
     try:

@@ -87,14 +87,8 @@ def rows_figure(
 ) -> Figure:
     """Draw rows above one axis. Intervals that leave the axis end in an arrow.
 
-    Args:
-        name: Name of the figure's file, without the ending.
-        description: Text for readers who do not see it.
-        rows: The rows, from the top.
-        axis: The horizontal axis.
-        keys: Legend.
-        band: Range that is shaded in all rows.
-        reference: Value at which a vertical line stands.
+    The range `band` is shaded in all rows, and a vertical line stands at `reference`. The description is for readers
+    who do not see the figure.
     """
     lines = 2 if any(row.is_long for row in rows) else 1
     top, height = _legend_height(keys), lines * LINE + 26
@@ -227,13 +221,8 @@ def curves_figure(
 ) -> Figure:
     """Draw curves. Those of one colour differ in dashes and in the shape of their marks.
 
-    Args:
-        name: Name of the figure's file, without the ending.
-        description: Text for readers who do not see it.
-        curves: The curves.
-        x: The horizontal axis.
-        y: The vertical axis; what lies beyond it is cut off.
-        height: Height of the plot without legend and axes.
+    What lies beyond the axis y is cut off. The height is that of the plot without legend and axes. The description is
+    for readers who do not see the figure.
     """
     forms: list[tuple[Shape, str | None]] = []
     for i, curve in enumerate(curves):

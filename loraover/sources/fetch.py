@@ -302,11 +302,7 @@ class Fetched:
 
 
 def fetch_adapter(source: str | Path, say: Callable[[str], None]) -> Fetched:
-    """Return the folder of an adapter.
-
-    Args:
-        source: Folder, hub name such as "owner/name@revision", or address such as "s3://bucket/folder".
-        say: Function that shows a line to the user.
+    """Return the folder of an adapter: a folder, hub name such as "owner/name@revision", or address "s3://...".
 
     Raises:
         ConfigError: The adapter cannot be fetched.

@@ -20,9 +20,6 @@ def verb(request: Callable[P, Any]) -> Callable[[Callable[[Any], Result]], Calla
     """Give a function of a request the request's fields as its arguments; `perform` calls it with a request.
 
     The function's docstring gets an `Args:` section, before `Returns:` or `Raises:`.
-
-    Args:
-        request: Class of the request.
     """
     assert isinstance(request, type)
     kind: type[Request] = request

@@ -78,8 +78,7 @@ def part_below(prefix: str, names: Iterable[str]) -> list[str]:
 def find_move(layout: AdapterLayout[Any], shapes: Mapping[str, tuple[int, int]]) -> Move | None:
     """Return the one other prefix under which the base model has all modules that it lacks; None if there is none.
 
-    Raises:
-        ExportError: Several prefixes fit.
+    An ExportError says that several prefixes fit.
     """
     missing = [path for path in layout.modules if path not in shapes]
     if not missing or layout.config.task_type == "FEATURE_EXTRACTION":

@@ -78,13 +78,8 @@ def logits_dtype() -> Any:
 def check_faults(request: Request, switch: str, *names: str) -> Iterator[str]:
     """Yield what is wrong with the arguments of a check that runs models.
 
-    Args:
-        request: Request of the check.
-        switch: Name of the argument that asks for the check.
-        names: Names of the other arguments of the check; the last two are its device and its data type.
-
-    Raises:
-        ConfigError: The device is not there, or does not compute in that type.
+    `switch` is the argument that asks for the check; the last two of its other `names` are its device and data type. A
+    ConfigError says that the device is not there, or does not compute in that type.
     """
     if getattr(request, switch):
         choose_compute(*(getattr(request, name) for name in names[-2:]))

@@ -175,14 +175,7 @@ def _checked(part: OpenPart, kind: Any, name: str, reserved: Set[str]) -> dict[s
 def with_adapter(
     base: PreTrainedModel, recipe: Recipe, task: str, source: ModelSource, method: TrainingMethod | None = None
 ) -> PeftModel:
-    """Wrap the base model with the recipe's LoRA, untrained.
-
-    Args:
-        base: The base model; it is changed.
-        recipe: The recipe, whose `lora` decides.
-        task: PEFT's task type.
-        source: Where the base model comes from.
-        method: The recipe's method, if it is one that asks for further options.
+    """Wrap the base model, which is changed, with the recipe's LoRA, untrained.
 
     Raises:
         ConfigError: PEFT refuses the recipe's `lora`, or the method's settings do not fit the model.
