@@ -131,6 +131,11 @@ class Endpoint:
         """Address that the paths of OpenAI's protocol are below."""
         return f"{self.url}/v1"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for all requests is over."""
+        return time.monotonic() >= self._ends
+
     def close(self) -> None:
         """Close the connections; requests of other threads fail, and are not repeated."""
         self._closed.set()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from loraover.common.errors import ConfigError
 from loraover_serve.judge.models import Model
-from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER
+from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
 from loraover_serve.judge.reference import UNIT, Reference, read_reference
 from loraover_serve.verify import recorder
 from loraover_serve.verify.long import PREFIX, TAILS, long_seconds
@@ -52,10 +52,11 @@ def test_stale_rows_lie_between_the_two_models_that_read_and_wrote(long_case: Lo
     """One fault for each pair; a model on its own keys and values would be right, and is none of them."""
     caches = long_case.caches
     found = {each.fault: (each, right) for arm, right in long_case.right.items() for each in caches.variants[arm]}
-    assert set(found) == {STALE_OF_BASE, STALE_OF_ADAPTER, STALE_OF_EARLIER}
+    assert set(found) == {STALE_OF_BASE, STALE_OF_ADAPTER, STALE_OF_EARLIER, STALE, STALE_OF_LATER}
     moved = {fault: moves(model, right) for fault, (model, right) in found.items()}
     assert min(moved.values()) > 20 * UNIT, moved
     assert moved[STALE_OF_EARLIER] < moved[STALE_OF_BASE], "the earlier version has half of the adapter"
+    assert min(moved[STALE_OF_EARLIER], moved[STALE_OF_LATER]) < moved[STALE], "half is of the other version"
 
 
 def moves(one: Model, other: Model) -> float:

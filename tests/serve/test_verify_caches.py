@@ -163,7 +163,7 @@ def test_verify_runs_the_command_of_a_reload(long_case: LongCase, recorded: Path
             verify_adapter(references=[long_case.recorded], reload="echo no; exit 3", **asked_for)
         with pytest.raises(EngineError, match="reload: the reference of adapter has no long questions"):
             verify_adapter(references=[recorded], reload="touch never", **asked_for)
-        with pytest.raises(ConfigError, match="reload loads one adapter; give one references"):
+        with pytest.raises(ConfigError, match="reload checks one adapter; give one references"):
             verify_adapter(references=[recorded, long_case.recorded], reload="true", endpoint=url)
 
 

@@ -46,13 +46,15 @@ class CachingServer(Served):
         super().__init__(base, adapters, form)
         self._base, self._key, self._block, self._noise, self._fields = base, key, block, noise, fields
         self.versions: dict[str, int] = dict.fromkeys(adapters, 0)
-        self._tells = tells
+        self._tells, self._loaded = tells, dict[Path, Any]()
         self._kept: list[tuple[object, list[int], Any]] = []
         self.hits = 0
 
     def load(self, name: str, folder: Path) -> None:
         """Load other weights under a name, as the same path with other files does."""
-        self._models[name] = self._load(self._base, folder)
+        if folder not in self._loaded:
+            self._loaded[folder] = self._load(self._base, folder)
+        self._models[name] = self._loaded[folder]
         self.versions[name] += 1
 
     def metrics(self) -> str:

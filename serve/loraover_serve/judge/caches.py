@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from loraover.client.dialects import MORE
+from loraover.client.speaker import Generated
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.judge.asker import Asker, in_form, rows_along
 from loraover_serve.judge.case import flag, strength_along
@@ -32,9 +33,9 @@ from loraover_serve.judge.estimates import Interval, log_ratio
 from loraover_serve.judge.evidence import Change, apart, by_prompt, middle_by_prompt, projected
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
 from loraover_serve.judge.models import Row, Rows
-from loraover_serve.judge.names import STALE_OF_OTHERS
+from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE_OF_OTHERS
 from loraover_serve.judge.reference import Reference
-from loraover_serve.judge.results import Caches, LogprobDistance, Off, Reload, WarmAnswers
+from loraover_serve.judge.results import Caches, Churn, LogprobDistance, Off, Reload, WarmAnswers
 from loraover_serve.judge.search import ROUNDED_WAY
 from loraover_serve.judge.user_command import CommandError, UserCommand
 
@@ -54,6 +55,7 @@ HALF_WAY = 0.5
 """Strength from which an answer on another model's keys and values is as far as from a right one."""
 
 ON_OWN = "after its own answers"
+WARM = {"cache_prompt": True}  # which llama-server needs; vLLM takes no notice
 
 
 class Asked(NamedTuple):
@@ -109,22 +111,23 @@ def long_questions(reference: Reference, option: Callable[[str], str] = flag, fi
     return reference.caches
 
 
-def with_caches(found: Mapping[str, Any], caches: Caches) -> dict[str, Any]:
-    """Result of a check, with what a server answers on the keys and values that it has kept.
+def beside(found: Mapping[str, Any], name: str, part: Caches | Churn) -> dict[str, Any]:
+    """Result of a check with a further part of it.
 
     Args:
         found: Fields of an engine's result in verify.json.
-        caches: The answers on kept keys and values.
+        name: Name of the part's field.
+        part: Answers on kept keys and values, or in churn.
 
     Returns:
-        The fields with `caches`, and with the worse verdict of the two. Where both differ, the cache may be what sets
+        The fields with the part, and with the worse verdict of the two. Where both differ, a cache may be what sets
         the other answers apart as well, and has the name.
     """
-    both = [*EXIT_CODES].index(caches.verdict), [*EXIT_CODES].index(found["verdict"])
-    is_first = both[0] < both[1] or both == (0, 0)
-    first, second = (caches.reason, found["reason"]) if is_first else (found["reason"], caches.reason)
-    verdict = {"verdict": caches.verdict, "fault": caches.fault} if is_first else {}
-    return {**found, **verdict, "reason": f"{first}; {second}", "caches": caches}
+    both = [*EXIT_CODES].index(part.verdict), [*EXIT_CODES].index(found["verdict"])
+    is_first = both[0] < both[1] or (both == (0, 0) and name == "caches")
+    first, second = (part.reason, found["reason"]) if is_first else (found["reason"], part.reason)
+    verdict = {"verdict": part.verdict, "fault": part.fault} if is_first else {}
+    return {**found, **verdict, "reason": f"{first}; {second}", name: part}
 
 
 def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
@@ -137,18 +140,19 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
     Raises:
         CommandError: The command failed.
     """
-    dialect = asker.speaker.dialect
-    takes_more = dialect.protocol == "llama-server" or MORE.keys() <= dialect.more.keys()
+    dialect, unfit = asker.speaker.dialect, ""
+    if asker.is_one_model:
+        unfit = "the server has one model under both names"
+    elif not takes_salt(asker):
+        unfit = (
+            f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can be asked "
+            "for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
+        )
+    if unfit:
+        if reload is not None:
+            reload.run()
+        return _unclear(unfit)
     try:
-        if asker.is_one_model or not takes_more:
-            if reload is not None:
-                reload.run()
-            return _unclear(
-                "the server has one model under both names"
-                if asker.is_one_model
-                else f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can "
-                "be asked for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
-            )
         probe = Probe(asker)
         reloaded = None if reload is None else probe.reload(reload)
         return judge_warm(asker.models, *probe.answers(), reloaded)  # type: ignore[arg-type]
@@ -158,26 +162,38 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         return _unclear(str(error))
 
 
+def takes_salt(asker: Asker) -> bool:
+    """Whether a server takes fields by which an answer without a cache can be asked for."""
+    dialect = asker.speaker.dialect
+    return dialect.protocol == "llama-server" or MORE.keys() <= dialect.more.keys()
+
+
 def _unclear(why: str) -> Caches:
     return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
 
 
 class Probe:
-    """Requests for long answers, one at a time: a server keeps what it has finished."""
+    """Requests for long answers, one at a time: a server keeps what it has finished.
+
+    Attributes:
+        places: Places of the first tokens of the answers.
+        endpoint: The server.
+    """
 
     def __init__(self, asker: Asker) -> None:
+        self.endpoint = asker.speaker.endpoint
         self._asker, self._name = asker, secrets.token_hex(8)
-        self._places = [place for place in asker.places if asker.models.places[place][1] == 0]
+        self.places = [place for place in asker.places if asker.models.places[place][1] == 0]
 
     def reload(self, command: UserCommand) -> Reloaded:
         """Let the server read the long questions, and then load the adapter anew."""
-        endpoint, name = self._asker.speaker.endpoint, self._asker.names[ADAPTER]
+        name = self._asker.names[ADAPTER]
         self._warm(BASE, "")
-        before, root = self._warm(ADAPTER, ""), endpoint.root(name)
+        before, root = self._warm(ADAPTER, ""), self.endpoint.root(name)
         seconds = command.run()
-        roots = root, endpoint.root(name)
+        roots = root, self.endpoint.root(name)
         first = self._metric()
-        again = self._ask(BASE, {"cache_prompt": True}, "", self._places[:1]).cached
+        again = self._warm(BASE, "", self.places[:1]).cached
         kept = _rise(first, self._metric()) if again is None else again
         return Reloaded(command.words, seconds, roots, before, None if kept is None else kept > 0)
 
@@ -187,21 +203,19 @@ class Probe:
         warm = [self._warm(ADAPTER, "after what the server had before")]  # whose keys and values cold answers may evict
         first = self._metric()
         early = _rise(start, first)
-        cold = {arm: self._cold(arm) for arm in (ADAPTER, BASE)}
+        cold = {arm: self.cold(arm) for arm in (ADAPTER, BASE)}
         found = _rise(first, self._metric())
         if found and all(each.cached is None for each in cold.values()):
             cold[BASE] = cold[BASE]._replace(cached=found)
-        own = self._salted("own")
-        self._ask(BASE, own, "", self._places[:1])
-        noise = self._ask(BASE, own, ON_OWN)
+        noise = self.on_own(BASE)
         other = self._asker.names.get(OTHER) or self._asker.find_other()
         self._asker.names |= {} if other is None else {OTHER: other}
         if other is not None:
-            cold[OTHER] = self._cold(OTHER, self._places[:FEW])
+            cold[OTHER] = self.cold(OTHER, self.places[:FEW])
         before = self._metric()
         warm.append(self._warm(BASE, "after those of the adapter"))
         if other is not None:
-            warm.append(self._warm(OTHER, "after those of the adapter and the base model", self._places[:FEW]))
+            warm.append(self._warm(OTHER, "after those of the adapter and the base model", self.places[:FEW]))
         warm.append(self._warm(ADAPTER, "after those of the base model" + (" and another adapter" if other else "")))
         for arm, after in ((BASE, "the adapter"), (ADAPTER, "the base model")) if self._slots else ():
             self._refill()
@@ -210,10 +224,17 @@ class Probe:
         late = _rise(before, self._metric())
         return cold, noise, warm, sum(told) if told else None if early is None or late is None else early + late
 
-    def _cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
+    def on_own(self, arm: str) -> Asked:
+        """A model's answers in a cache that nothing else is put into, nor anything of other weights."""
+        own = self._salted("own", arm)
+        self._ask(arm, own, "", self.places[:1])
+        return self._ask(arm, own, ON_OWN)
+
+    def cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
+        """A model's answers without a cache."""
         found = [
             self._ask(arm, self._salted(arm, place) | {"cache_prompt": False}, "", [place])
-            for place in places or self._places
+            for place in places or self.places
         ]
         told = [each.cached for each in found if each.cached is not None]
         return Asked(
@@ -221,35 +242,53 @@ class Probe:
         )
 
     def _warm(self, arm: str, after: str, places: Sequence[int] | None = None) -> Asked:
-        return self._ask(arm, {"cache_prompt": True}, after, places)
+        return self._ask(arm, WARM, after, places)
 
     def _salted(self, *words: object) -> dict[str, Any]:
-        return {"cache_salt": "-".join(map(str, ("loraover", self._name, *words))), "cache_prompt": True}
+        return {"cache_salt": "-".join(map(str, ("loraover", self._name, *words))), **WARM}
 
     def _ask(self, arm: str, fields: Mapping[str, Any], after: str, places: Sequence[int] | None = None) -> Asked:
-        speaker, models = self._asker.speaker, self._asker.models
         rows: dict[int, Row] = {}
         told: list[int] = []
-        for place in self._places if places is None else places:
-            prompt, expected = in_form(models, place, speaker.dialect), models.questions[models.places[place][0]].answer
-            assert prompt is not None
-            tokens = len(expected)
-            name = self._asker.names[arm]
-            found = speaker.answer(name, prompt, tokens, scored=tokens, is_base=arm == BASE, more=fields)
-            rows |= rows_along(place, expected, found)
+        for place in self.places if places is None else places:
+            found = self.answer(arm, place, fields)
+            rows |= self.along(place, found)
             told += [] if found.cached is None else [found.cached]
         if not rows:
-            raise speaker.without_logprobs(self._asker.names[arm])
+            raise self._asker.speaker.without_logprobs(self._asker.names[arm])
         return Asked(arm, after, rows, sum(told) if told else None)
+
+    def answer(self, arm: str, place: int, fields: Mapping[str, Any] = WARM) -> Generated:
+        """The greedy answer of a model to a question.
+
+        Args:
+            arm: The model.
+            place: Place of the question.
+            fields: Fields of the request that say what may be cached.
+        """
+        prompt = in_form(self._asker.models, place, self._asker.speaker.dialect)
+        assert prompt is not None
+        tokens = len(self._expected(place))
+        asked = fields if takes_salt(self._asker) else {}
+        return self._asker.speaker.answer(
+            self._asker.names[arm], prompt, tokens, scored=tokens, is_base=arm == BASE, more=asked
+        )
+
+    def along(self, place: int, found: Generated) -> dict[int, Row]:
+        """Rows of an answer, as long as its tokens are the expected ones."""
+        return rows_along(place, self._expected(place), found)
+
+    def _expected(self, place: int) -> Sequence[int]:
+        return self._asker.models.questions[self._asker.models.places[place][0]].answer
 
     def _refill(self) -> None:
         """Give each of llama-server's slots another prompt, so that it moves the earlier one to its host's memory."""
         for index in range(self._slots + 1):
-            prompt = in_form(self._asker.models, self._places[0], self._asker.speaker.dialect)
+            prompt = in_form(self._asker.models, self.places[0], self._asker.speaker.dialect)
             assert prompt is not None
             # Another beginning: nothing of it is in the cache.
             other = f"{index} {prompt}" if isinstance(prompt, str) else [*prompt[index + 1 : index + 65]][::-1]
-            self._asker.speaker.answer(self._asker.names[BASE], other, 1, is_base=True, more={"cache_prompt": True})
+            self._asker.speaker.answer(self._asker.names[BASE], other, 1, is_base=True, more=WARM)
 
     @property
     def _slots(self) -> int:
@@ -257,14 +296,14 @@ class Probe:
         if self._found_slots is None:
             self._found_slots = 0
             with suppress(EngineError, LookupError, TypeError):
-                told = self._asker.speaker.endpoint.request("/props")["total_slots"]
+                told = self.endpoint.request("/props")["total_slots"]
                 self._found_slots = told if type(told) is int and 0 < told <= MOST_SLOTS else 0
         return self._found_slots
 
     _found_slots: int | None = None
 
     def _metric(self) -> float | None:
-        lines = self._asker.speaker.endpoint.page("/metrics").splitlines()
+        lines = self.endpoint.page("/metrics").splitlines()
         found = [line.rpartition("}")[2].removeprefix(HITS).split()[:1] for line in lines if line.startswith(HITS)]
         with suppress(ValueError):  # behind the value, a line may have the time of its writing
             total = math.fsum(float(value) for each in found for value in each)
@@ -372,7 +411,9 @@ class _WarmCase:
         """Warm answers, the fault that they show, and the fault in words."""
         off = self.off(asked)
         strengths, explained = dict[str, Interval](), list[tuple[float, str, str]]()
-        for model in self._models.variants.get(asked.arm, ()):
+        for model in self._models.recorded(asked.arm):
+            if model.fault in OF_EARLIER_WEIGHTS:  # only answers in churn may be of them
+                continue
             changes = [*self._changes(asked.arm, asked.rows, model.rows)]
             found = self._strength(asked, changes, model.rows)
             if found is not None:

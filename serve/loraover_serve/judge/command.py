@@ -22,8 +22,9 @@ from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import LoraOverError, UnscoredError
 from loraover_serve.judge.asker import QUICK, Asker
-from loraover_serve.judge.caches import ask_warm, long_questions, with_caches
+from loraover_serve.judge.caches import ask_warm, beside, long_questions
 from loraover_serve.judge.case import flag
+from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import Reference, read_reference
@@ -42,6 +43,7 @@ def check(
     without_template: bool = False,
     long: Reference | None = None,
     reload: UserCommand | None = None,
+    churn: ChurnRequest | None = None,
 ) -> dict[str, Any]:
     """Ask a server everything, and judge its answers.
 
@@ -55,6 +57,7 @@ def check(
         without_template: Whether no chats are sent that show the server's chat template.
         long: Long questions, which are asked first, without and with the server's cache; None asks none.
         reload: Command that loads the adapter anew, after the server has read them; None if there is none.
+        churn: Questions that are asked at last, while adapters come and go; None asks none.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
@@ -68,7 +71,9 @@ def check(
     more = {"without_mixed": without_mixed, "without_template": without_template}
     answers = asker.quick_answers() if is_quick else asker.answers(repeats, **more)
     found = judge(Evidence(asker.models, answers), served_format, option, is_quick=is_quick)
-    found = found if caches is None else with_caches(found, caches)
+    found = found if caches is None else beside(found, "caches", caches)
+    if churn is not None:
+        found = beside(found, "churn", ask_in_churn(asker, churn, with_base=not without_mixed))
     return found | {"seconds": time.monotonic() - start}
 
 
@@ -102,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
     parser.add_argument("--reload", metavar="COMMAND", help="shell command that loads the adapter; implies --caches")
+    parser.add_argument("--churn", type=float, metavar="SECONDS", help="at last, ask all models while adapters change")
+    parser.add_argument("--run", metavar="COMMAND", help="shell command that changes adapters during --churn")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -118,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reference = read_reference(asked.reference)
         needs = "caches" if asked.reload is None else "reload"
         long = long_questions(reference, field=needs) if asked.caches or asked.reload is not None else None
+        run = None if asked.run is None else UserCommand(asked.run, flag("run"), endpoint.hidden)
+        churn = None if asked.churn is None else ChurnRequest(reference.caches or reference, asked.churn, run)
         asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
         found = check(
             asker,
@@ -127,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             without_mixed=asked.without_mixed,
             without_template=asked.without_template,
             long=long,
+            churn=churn,
             reload=None if asked.reload is None else UserCommand(asked.reload, flag("reload"), endpoint.hidden),
         )
     except LoraOverError as error:

@@ -200,6 +200,30 @@ def share_found(answers: int) -> float:
     return high
 
 
+def share_interval(found: int, answers: int) -> Interval:
+    """Share of answers of a kind, with its interval, which misses the truth in one case of 100 at most.
+
+    Args:
+        found: Number of answers of that kind.
+        answers: Number of answers.
+
+    Source: Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404.
+    """
+    if not answers:
+        return Interval(0.0, 0.0, 1.0)
+
+    def share(below: float, above: float, probability: float) -> float:
+        low, high = 0.0, 1.0
+        while low < (middle := (low + high) / 2) < high:
+            is_below = incomplete_beta(below, above, middle, 1 - middle) < probability
+            low, high = (middle, high) if is_below else (low, middle)
+        return high
+
+    tail, others = (1 - CONFIDENCE) / 2, answers - found
+    low = share(found, others + 1, tail) if found else 0.0
+    return Interval(found / answers, low, share(found + 1, others, 1 - tail) if others else 1.0)
+
+
 def requests_that_reach(share: float) -> int:
     """Number of requests that reach a share of the servers at least once in 99 of 100 cases."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1

@@ -139,7 +139,7 @@ class Evidence:
             nearest = min((row for row, _ in found), key=lambda row: fmean(map(abs, self.adapter.off(place, row))))
             for row, told in found:
                 for change in self._along(self._paired_or_beside({place: row}), self.adapter, self.base):
-                    apart = None if row is nearest else math.sqrt(fmean(d * d for d in _difference(row, nearest)))
+                    apart = None if row is nearest else math.sqrt(fmean(d * d for d in difference(row, nearest)))
                     repeats.append(Repeat(change._replace(source=told), apart))
         return repeats
 
@@ -186,7 +186,7 @@ class Evidence:
         for name, rows in self.answers.mixed.items():
             alone = self.answers.base if name == BASE else self.answers.adapter
             pairs = ((place, row, alone[place]) for place, row in sorted(rows.items()) if place in alone)
-            found[name] = [self._off(place, _difference(row, other)) for place, row, other in pairs]
+            found[name] = [self._off(place, difference(row, other)) for place, row, other in pairs]
         return found
 
     def _off(self, place: int, differences: Sequence[float]) -> Off:
@@ -240,7 +240,7 @@ def projected(prompt: int, change: Sequence[float], direction: Sequence[float]) 
     return Change(prompt, len(change), along, size, total, far)
 
 
-def _difference(row: Row, other: Row) -> list[float]:
+def difference(row: Row, other: Row) -> list[float]:
     """Differences of two rows' logprobs, of the tokens that both have.
 
     If they share none, the likeliest token of one has at most the other's smallest logprob.

@@ -156,7 +156,7 @@ def from_cache(responses: Sequence[Response]) -> list[bool]:
     """
     questions = defaultdict[str, set[Hashable]](set)
     for each in responses:
-        questions[each.told.get("id", "")].add((each.model, each.question))
+        questions[each.told.get("id", "")].add(each.question)
     seen, found = {""}, list[bool]()
     for each in responses:
         index = each.told.get("id", "")

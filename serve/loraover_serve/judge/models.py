@@ -215,6 +215,10 @@ class Models(ABC):
         """Tokens whose logprobs are known at a place."""
         return self.base.rows[place].keys()
 
+    def recorded(self, arm: str) -> Sequence[Model]:
+        """Recorded faults of an arm; none where PyTorch runs them."""
+        return ()
+
     def beside(self, answers: Answers) -> Models:
         """Return the models with the logprobs of an engine's tokens, where they can be known.
 

@@ -33,10 +33,19 @@ ANOTHER = "another adapter"
 STALE = "stale adapter"
 STALE_OF_BASE = "stale cache of the base model"
 STALE_OF_EARLIER = "stale cache of an earlier version"
+STALE_OF_LATER = "stale cache of a later version"
 STALE_OF_ADAPTER = "stale cache of the adapter"
 STALE_OF_OTHERS = "stale cache of other weights"
-STALE_CACHES = (STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_ADAPTER, STALE_OF_OTHERS)
+STALE_CACHES = (STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER, STALE_OF_ADAPTER, STALE_OF_OTHERS)
 """Faults of a cache of keys and values, with which a server answers right where it has kept nothing."""
+OF_EARLIER_WEIGHTS = (STALE, STALE_OF_LATER)
+"""Faults of a server that still has, or has again, the weights of an earlier version."""
+CROSSED = "answers of another model"
+NO_KNOWN_WEIGHTS = "answers of no known weights"
+CACHE_OF_RESPONSES = "a cache of responses"
+SERVER_ENDED = "the server ended"
+IN_CHURN = (CROSSED, NO_KNOWN_WEIGHTS, CACHE_OF_RESPONSES, SERVER_ENDED)
+"""Faults of a server whose adapters come and go."""
 
 COARSE_CACHE = "KV cache in fp8"
 """Name of a coarse KV cache, which is not a fault: the rest of the noise has to be that of the declared format."""

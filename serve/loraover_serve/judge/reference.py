@@ -119,6 +119,9 @@ class Reference(Models):
         question, step = self.places[place]
         return self.questions[question].texts[step]
 
+    def recorded(self, arm: str) -> Sequence[Model]:
+        return self.variants.get(arm, ())
+
     def rounding(self, number_format: str) -> float:
         return self.formats[number_format]["distance"]
 

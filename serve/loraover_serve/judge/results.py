@@ -184,3 +184,68 @@ class Caches:
     def farthest(self) -> float:
         """Largest distance of answers on kept keys and values from those without them, in nats; 0 without any."""
         return max((each.apart.rms for each in self.warm), default=0.0)
+
+
+@dataclass(frozen=True)
+class ChurnAnswers:
+    """Answers of one model while adapters came and went."""
+
+    __pydantic_config__ = IN_FILES
+
+    model: str
+    """Name of the model on the server"""
+    answers: int
+    """Number of answers that were compared"""
+    owners: dict[str, int]
+    """Number of answers by the model that they are of, in words"""
+    wrong: int
+    """Number of answers of another model, of a stale cache, or of no known weights"""
+    share: Interval
+    """Share of the wrong answers, with an interval that misses the truth in one case of 100 at most"""
+    visible: dict[str, float]
+    """Smallest share of each kind of wrong answers that is seen with a probability of 99 %; 1 if none is"""
+    absent: int
+    """Number of requests that the server refused, since the model was not loaded"""
+    latency_s: tuple[float, float] | None
+    """Median and 99th percentile of the seconds that an answer took; None without an answer"""
+
+    @property
+    def words(self) -> str:
+        """The answers in words."""
+        if self.latency_s is None:
+            return f"{self.model}: no answer, and {self.absent} refusals"
+        least = max(self.visible.values(), default=1.0)
+        return (
+            f"{self.model}: {self.wrong} of {self.answers} answers are wrong ({self.share.low:.2g} to "
+            f"{self.share.high:.2g} of them)"
+            + "".join(f", {number} {words}" for words, number in self.owners.items())
+            + f"; a share of {least:.2g} would have been seen"
+            + f"; latency {self.latency_s[0]:.2g} s, 99 % below {self.latency_s[1]:.2g} s"
+            + (f"; {self.absent} times it was not loaded" if self.absent else "")
+        )
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Answers while adapters came and went, each attributed to the model that it is of."""
+
+    __pydantic_config__ = IN_FILES
+
+    verdict: Verdict
+    """Verdict on these answers"""
+    reason: str
+    """Reason for the verdict, in words"""
+    fault: str | None
+    """The likely fault; None if there is none"""
+    seconds: float
+    """Seconds for which the server was asked"""
+    command: str | None
+    """Command that ran meanwhile; None if none was given"""
+    clients: int
+    """Number of requests at a time"""
+    noise: LogprobDistance | None = None
+    """Distance between the base model's answers on its own keys and values and without any: the noise"""
+    failed: int = 0
+    """Number of requests that failed"""
+    models: list[ChurnAnswers] = field(default_factory=list)
+    """Answers of each model"""

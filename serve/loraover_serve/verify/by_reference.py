@@ -18,10 +18,11 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import long_questions
+from loraover_serve.judge.churn import ChurnRequest
 from loraover_serve.judge.command import check, unanswered
 from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Models, Row
-from loraover_serve.judge.names import ANOTHER, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
+from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.verify.request import VerifyRequest
@@ -33,7 +34,7 @@ NEAREST = 3
 SCREENED, SHARED = 16, 3
 """Number of questions that are asked once, and the fewest of them that a reference has to have."""
 
-OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE, *STALE_CACHES)
+OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE, *STALE_CACHES, *IN_CHURN)
 """Faults that no other adapter explains."""
 
 SEALED = "sealed"
@@ -155,6 +156,9 @@ def ask_server(
             asker = _asker(request, endpoint, adapters[-1].name, reference)
             if request.reload is not None:
                 more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
+            if request.churn_s is not None:
+                run = None if request.run is None else UserCommand(request.run, request.named("run"), endpoint.hidden)
+                more["churn"] = ChurnRequest(reference.caches or reference, request.churn_s, run)
             result = {"engine": adapters[-1].name} | _asked(request, asker, **more)
             found.append(result | {"requests": endpoint.sent})
         except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others

@@ -23,7 +23,7 @@ from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
-from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER
+from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
 from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_variant
 from loraover_serve.verify.pytorch import likeliest, up_to_end
 from loraover_serve.verify.request import RecordRequest
@@ -34,6 +34,7 @@ MOST_S = 60.0
 """Seconds that PyTorch may take for long questions that nobody asked for."""
 SPARE = 8  # tokens more, since a text that goes on may have others at its end
 TAILS = 8  # questions
+EARLIER = "earlier"
 
 Lines = Sequence[str]
 
@@ -42,7 +43,7 @@ class StaleModel(NamedTuple):
     """A model that continues a beginning which another model has read.
 
     Args:
-        of: Arm that continues.
+        of: Arm under whose name it answers.
         fault: Name of the fault.
         detail: The fault in words.
         model: Its logprobs.
@@ -104,7 +105,7 @@ def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[S
     long: Sequence[Sequence[int]] = asked[0]
     shared: int = asked[2]
     readers, tails = 1 + versions, [len(prompt) - shared + new_tokens for prompt in long]
-    runs, others = 2 + readers, 4  # each model on its own keys and values and on others; base and adapter, also rounded
+    runs, others = 3 * readers - 2, 4  # models on their own keys and values and on others'; two models, also rounded
     calls = (readers + len(long) * (new_tokens + runs)) / (len(prompts) * (new_tokens + others))
     read: int = sum(len(prompt) + new_tokens for prompt in prompts)
     return took_s * max(1.0, calls, (readers * shared + sum(tails) * (1 + runs)) / (read * (1 + others)))
@@ -129,12 +130,10 @@ def record_long(
     ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
     ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     with ExitStack() as until:
-        caches = {BASE: _read(plain, prompts[0][:shared])}
-        if earlier is not None:
-            with reference_model(plain, earlier) as model:
-                caches[STALE_OF_EARLIER] = _read(model, prompts[0][:shared])
         models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
-        caches[ADAPTER] = _read(models[ADAPTER], prompts[0][:shared])
+        if earlier is not None:
+            models[EARLIER] = until.enter_context(reference_model(plain, earlier))
+        caches = {arm: _read(model, prompts[0][:shared]) for arm, model in models.items()}
         questions = []
         for index, prompt in enumerate(prompts):
             answer = _greedy(models[ADAPTER], caches[ADAPTER], prompt[shared:], request.new_tokens)
@@ -150,7 +149,7 @@ def record_long(
             return Expected(rows)
 
         def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
-            return StaleModel(arm, fault, detail, run(arm, of))
+            return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
 
         name = request.adapter.resolve().name
         found = [
@@ -158,9 +157,12 @@ def record_long(
             stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
         ]
         if earlier is not None:
-            before = earlier.path.resolve()
-            words = f"{name} continues what an earlier version ({before.name}) has read"
-            found.append(stale(ADAPTER, STALE_OF_EARLIER, STALE_OF_EARLIER, words))
+            before = f"an earlier version ({earlier.path.resolve().name})"
+            found += [
+                stale(ADAPTER, EARLIER, STALE_OF_EARLIER, f"{name} continues what {before} has read"),
+                stale(EARLIER, EARLIER, STALE, f"{before} is served"),
+                stale(EARLIER, ADAPTER, STALE_OF_LATER, f"{before} continues what {name} has read"),
+            ]
         return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), found
 
 

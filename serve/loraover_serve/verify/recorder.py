@@ -42,6 +42,7 @@ from loraover_serve.judge.estimates import Interval, t_quantile
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
 from loraover_serve.judge.models import Question
+from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
 from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
@@ -142,7 +143,11 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         questions=len(content["questions"]),
         positions=len(content["positions"]),
         variants=len(content["variants"]),
-        stale=[each["fault"] for each in content.get("caches", {"variants": ()})["variants"]],
+        stale=[
+            each["fault"]
+            for each in content.get("caches", {"variants": ()})["variants"]
+            if each["fault"] not in OF_EARLIER_WEIGHTS
+        ],
         chats=len(chats),
         has_date=any(each["date"] for each in chats),
         seconds=time.monotonic() - start,

@@ -18,7 +18,7 @@ from loraover_export.known_faults import faults_of, known_faults
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 from loraover_serve.judge.names import STALE_CACHES
-from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
+from loraover_serve.judge.results import Caches, Churn, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 
 REPORT_FILE = "verify.json"
 KEPT_PREFIX = "loraover-verify-kept-"
@@ -89,6 +89,7 @@ class EngineResult(StrictModel):
     caches: Caches | None = Field(
         default=None, description="Answers on keys and values that the server has kept; None if not asked for"
     )
+    churn: Churn | None = Field(default=None, description="Answers while adapters came and went; None if not asked for")
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
     requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")

@@ -141,6 +141,20 @@ class VerifyRequest(EngineRequest):
         default=None,
         needs="references",
     )
+    churn_s: float | None = option(
+        "Seconds for which all models are asked at last, several at a time, while adapters come and go; each answer is "
+        "attributed to the model that it is of.",
+        default=None,
+        flag="--churn",
+        least=1,
+        most=TIMEOUT_MAX,
+        needs="references",
+    )
+    run: str | None = option(
+        "Shell command that loads and unloads adapters during --churn; it is ended with it.",
+        default=None,
+        needs="churn_s",
+    )
     without_mixed: bool = option(
         "Leave out the requests that ask both models at once, and judge the other answers alone.", default=False
     )
@@ -210,8 +224,10 @@ class VerifyRequest(EngineRequest):
             yield f"{self.named('served_name')}: {len(self.served_name)}, expected one for the adapter."
         if self.published is not None and (len(self.references) != 1 or self.references[0].is_dir()):
             yield f"{self.named('published')} seals one file; give one {references}."
-        if self.reload is not None and (len(self.references) != 1 or self.references[0].is_dir()):
-            yield f"{self.named('reload')} loads one adapter; give one {references}."
+        for name in ("reload", "churn_s"):
+            is_single = len(self.references) == 1 and not self.references[0].is_dir()
+            if getattr(self, name) is not None and self.references and not is_single:
+                yield f"{self.named(name)} checks one adapter; give one {references}."
         if self.references and self.engines:
             yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
         yield from super().faults()

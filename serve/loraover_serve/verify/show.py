@@ -23,7 +23,7 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover.reporting.table import Column, Table, percent
 from loraover_serve.judge.limits import EXIT_CODES
-from loraover_serve.judge.results import LogprobDistance, Suspect
+from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Suspect
 from loraover_serve.verify.report import KEPT_PREFIX, REPORT_FILE, EngineResult, VerifyReport, copy_logs
 from loraover_serve.verify.request import Found, RecordRequest, VerifyRequest
 
@@ -39,6 +39,9 @@ LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
     """Print one table for all engines, each verdict in a line with its reason below, and the output."""
     console.print(distances_table(report.engines, report.reference))
+    for result in report.engines:
+        if result.churn is not None:
+            console.print(churn_table(result.churn))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
         if in_sentences(result.reason) not in result.plainly:
@@ -97,6 +100,7 @@ def to_page(report: VerifyReport) -> Page:
         suspects=suspects,
         table=distances_table(results, report.reference),
         tables=[(result.engine, _suspects_table(result)) for result in suspected],
+        churned=[(result.engine, churn_table(result.churn)) for result in results if result.churn is not None],
     )
 
 
@@ -218,6 +222,25 @@ def distances_table(results: Sequence[EngineResult], reference: str) -> Table[En
         ],
         results,
         f"RMS distance of logprobs from {reference}, in nats",
+    )
+
+
+def churn_table(churn: Churn) -> Table[ChurnAnswers]:
+    """Return a table of the models that were asked while adapters came and went, with the owners of their answers."""
+    return Table(
+        [
+            Column("model", lambda r: r.model, "name"),
+            Column("answers", lambda r: str(r.answers)),
+            Column("whose", lambda r: ", ".join(f"{n} {words}" for words, n in r.owners.items()), "name"),
+            Column("wrong", lambda r: f"{percent(r.share.value)} [{percent(r.share.low)}, {percent(r.share.high)}]"),
+            Column("would be seen", lambda r: percent(max(r.visible.values(), default=1.0))),
+            Column("not loaded", lambda r: str(r.absent), is_wide=True),
+            Column(
+                "latency\nmedian, 99 %", lambda r: "-" if r.latency_s is None else ", ".join(map(short, r.latency_s))
+            ),
+        ],
+        churn.models,
+        f"Answers of each model in {churn.seconds:g} s of churn; latency in seconds",
     )
 
 
