@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.check.run import check_adapter as check_adapter
     from loraover_export.fold.report import FoldCertificate as FoldCertificate
     from loraover_export.fold.run import fold_checkpoint as fold_checkpoint
-    from loraover_export.formats.gguf.report import GgufReport as GgufReport
+    from loraover_export.formats.gguf.run import GgufReport as GgufReport
     from loraover_export.formats.gguf.run import export_gguf as export_gguf
     from loraover_export.formats.mlx import MlxReport as MlxReport
     from loraover_export.formats.mlx import export_mlx as export_mlx
     from loraover_export.formats.onnx.report import OnnxReport as OnnxReport
     from loraover_export.formats.onnx.run import export_onnx as export_onnx
-    from loraover_export.formats.vllm.preflight import Preflight as Preflight
+    from loraover_export.formats.vllm.rules import Preflight as Preflight
     from loraover_export.formats.vllm.run import VllmCertificate as VllmCertificate
     from loraover_export.formats.vllm.run import VllmReport as VllmReport
     from loraover_export.formats.vllm.run import export_vllm as export_vllm

@@ -34,7 +34,7 @@ from loraover.common.strict_json import StrictModel, read_json
 from loraover.reporting.palette import terminal_color
 from loraover.reporting.reporter import print_line
 from loraover.sources.verb import verb
-from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE
+from loraover_export.formats.vllm.rules import PREFLIGHT_FILE
 from loraover_export.publishing import PRODUCTS
 from loraover_export.requests import AttestRequest
 

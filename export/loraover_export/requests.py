@@ -231,23 +231,20 @@ class OnnxRequest(Request):
             if given := self.given("names", "graph", "web"):
                 yield f"{given}: for {swappable} only. A merged graph runs in onnxruntime-web as it is."
         else:
-            yield from self._faults_of_names()
+            names, option = self.adapter_names, self.named("names")
+            if len(names) != len(self.sources):
+                yield f"{option} is given {len(names)} times for {len(self.sources)} sources."
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    yield (
+                        f"{name!r} cannot be the name of an adapter's file; choose one of letters, digits, '.', '_' "
+                        f"and '-' with {option}."
+                    )
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                yield f"two sources are named {twice[0]!r}; give each another name with {option}, in their order."
         if self.web and self.device == "cuda":
             yield f"{self.named('web')} is for onnxruntime-web's CPU operators, found {self.named('device', 'cuda')}."
         yield from check_faults(self, "check", "check_device", "compute_dtype")
-
-    def _faults_of_names(self) -> Iterator[str]:
-        names, option = self.adapter_names, self.named("names")
-        if len(names) != len(self.sources):
-            yield f"{option} is given {len(names)} times for {len(self.sources)} sources."
-        for name in names:
-            if not _NAME.fullmatch(name):
-                yield (
-                    f"{name!r} cannot be the name of an adapter's file; choose one of letters, digits, '.', '_' and "
-                    f"'-' with {option}."
-                )
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            yield f"two sources are named {twice[0]!r}; give each another name with {option}, in their order."
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

@@ -24,10 +24,10 @@ from loraover_export.formats.onnx import run as export_module
 from loraover_export.formats.onnx import swappable
 from loraover_export.formats.onnx.check import Compute, OnnxReference, make_reference
 from loraover_export.formats.onnx.kinds import decoder
+from loraover_export.formats.onnx.kinds.base import GraphSession
 from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.traced import Stateless
 from loraover_export.formats.onnx.report import CaseError, GraphCheck, OnnxReport
-from loraover_export.formats.onnx.session import GraphSession
 from loraover_export.formats.onnx.swappable import write_adapter
 from loraover_export.merge import arithmetic
 

@@ -22,7 +22,7 @@ from loraover.common.command_line import run
 from loraover.models.model_file import known_licence
 from loraover_export import convert_adapter, export_vllm
 from loraover_export.cli import cli
-from loraover_export.formats.vllm.preflight import Preflight
+from loraover_export.formats.vllm.rules import Preflight
 from loraover_export.formats.vllm.run import VllmCertificate, lora_module
 
 from support.conversions import SOURCES, make_base, make_source

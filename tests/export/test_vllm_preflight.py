@@ -19,9 +19,8 @@ from loraover.models.load import resolve_model
 from loraover_export import export_vllm
 from loraover_export.cli import cli
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.preflight import Preflight, preflight
 from loraover_export.formats.vllm.releases import known_architectures
-from loraover_export.formats.vllm.rules import RULES
+from loraover_export.formats.vllm.rules import RULES, Preflight, preflight
 
 from support.make_checkpoint import edit_json, tree
 from support.plain_adapter import make_adapter, tiny_decoder

@@ -18,8 +18,8 @@ from loraover.common.command_line import run
 from loraover.models.load import resolve_model
 from loraover_export.cli import cli
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.preflight import Violation, preflight
 from loraover_export.formats.vllm.releases import architectures_of, known_architectures
+from loraover_export.formats.vllm.rules import Violation, preflight
 from loraover_export.known_faults import Versions, known_faults
 
 from support.make_checkpoint import edit_json

@@ -53,7 +53,7 @@ COMMANDS = {
     "gguf": Reporting(
         "loraover_export.requests:GgufRequest",
         "loraover_export.formats.gguf.run:export_gguf",
-        "loraover_export.formats.gguf.report:show_report",
+        "loraover_export.formats.gguf.run:show_report",
     ),
     "attest": Reporting(
         "loraover_export.requests:AttestRequest",

@@ -171,25 +171,24 @@ def verdict_of(certificate: FoldCertificate) -> Verdict:
     """
     count = len(certificate.matrices)
     sentences = [f"All {count} matrices are rounded to nearest, within the bound by construction."]
-    if certificate.outputs is None:
+    if (outputs := certificate.outputs) is None:
         sentences.append("Outputs were not compared; --check-error does that.")
     else:
-        sentences.append(_compared(certificate.outputs, certificate.verdict))
+        error, bound, effect = (short(n) for n in (outputs.error.max_logit, outputs.bound, outputs.adapter_effect))
+        sentences.append(f"Logits differ by at most {error}, where rounding explains {bound}.")
+        if certificate.verdict == "inconclusive":
+            moved = f"by more than {effect}, less than {POWER:g} times that" if outputs.adapter_effect else "at all"
+            sentences.append(
+                f"But the adapter moves no logit {moved}. An adapter that does nothing would pass as well."
+            )
+        else:
+            sentences.append(f"The adapter itself moves them by up to {effect}.")
     passed = "A and B are" if certificate.outputs is None else "The folded adapter computes"
     start = {
         "passed": f"{passed} what was trained.",
         "inconclusive": "The fold is right as far as this check can see.",
     }[certificate.verdict]
     return Verdict(tone_of(certificate.verdict), certificate.verdict, " ".join([start, *sentences]))
-
-
-def _compared(outputs: OutputCertificate, verdict: CheckVerdict) -> str:
-    effect = outputs.adapter_effect
-    text = f"Logits differ by at most {short(outputs.error.max_logit)}, where rounding explains {short(outputs.bound)}"
-    if verdict == "inconclusive":
-        moved = f"by more than {short(effect)}, less than {POWER:g} times that" if effect else "at all"
-        return f"{text}. But the adapter moves no logit {moved}. An adapter that does nothing would pass as well."
-    return f"{text}. The adapter itself moves them by up to {short(effect)}."
 
 
 def _logits(outputs: OutputCertificate) -> Figure:

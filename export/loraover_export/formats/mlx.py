@@ -127,8 +127,8 @@ def read_target(source: ModelSource) -> ServedModel:
     if target.architecture not in SAME_NAMES:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in SAME_NAMES)
         raise ExportError(
-            f"{source.name} is a {target.architecture}. Whether mlx-lm gives its modules the same names is not "
-            f"known here, and it refuses other names, or before 0.32.2 ignores them silently; known are {known}. "
+            f"{source.name} is a {target.architecture}, whose modules may have other names in mlx-lm. It refuses "
+            f"unknown names, and before 0.32.2 ignores them silently. The names are known to agree for {known}. "
             f"{MERGE[0].upper()}{MERGE[1:]}."
         )
     return target

@@ -53,7 +53,19 @@ WORST_SHOWN = 12
 
 def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> None:
     """Print the weights that lost most of their delta, the totals, the verdict, and where the model is."""
-    console.print(_weights_table(report))
+    worst = sorted(report.weights, key=lambda weight: -weight.stored.error)[:WORST_SHOWN]
+    columns: list[Column[MergedWeight]] = [
+        Column("weight", lambda w: w.matrix.name, "name"),
+        Column("dtype", lambda w: w.dtype),
+        Column("delta\n/ W", lambda w: f"{w.delta_to_weight:.1e}"),
+        Column("erased", lambda w: f"{w.stored.erased:.2%}"),
+        Column("error", lambda w: f"{w.stored.error:.1%}"),
+        Column("4-bit\nerased", lambda w: f"{w.four_bit.erased:.2%}"),
+        Column("4-bit\nerror", lambda w: f"{w.four_bit.error:.1%}"),
+    ]
+    title = f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights"
+    caption = "Erased: share of the delta's squared norm in elements that stay. Error: relative to the delta's norm."
+    console.print(Table(columns, worst, title, caption=caption))
     dtypes = ", ".join(sorted({weight.dtype for weight in report.weights}))
     print_line(
         console,
@@ -70,21 +82,3 @@ def show_merge(report: MergeReport, request: MergeRequest, console: Console) -> 
     facts = in_one_line(matrix_facts([weight.matrix for weight in report.weights]))
     show_verdict(report, f"merge {report.verdict}: {facts}", console)
     show_place(report, request.output, console, reason="a weight failed its check")
-
-
-def _weights_table(report: MergeReport) -> Table[MergedWeight]:
-    worst = sorted(report.weights, key=lambda weight: -weight.stored.error)[:WORST_SHOWN]
-    return Table(
-        [
-            Column("weight", lambda w: w.matrix.name, "name"),
-            Column("dtype", lambda w: w.dtype),
-            Column("delta\n/ W", lambda w: f"{w.delta_to_weight:.1e}"),
-            Column("erased", lambda w: f"{w.stored.erased:.2%}"),
-            Column("error", lambda w: f"{w.stored.error:.1%}"),
-            Column("4-bit\nerased", lambda w: f"{w.four_bit.erased:.2%}"),
-            Column("4-bit\nerror", lambda w: f"{w.four_bit.error:.1%}"),
-        ],
-        worst,
-        f"Largest losses of the adapter, {len(worst)} of {len(report.weights)} weights",
-        caption="Erased: share of the delta's squared norm in elements that stay. Error: relative to the delta's norm.",
-    )

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -301,7 +301,15 @@ def write_shard(
                         f"{planned.key}: {error} A merged weight keeps the base model's type; save the base model in "
                         "bfloat16 or float32 first, and merge into that."
                     ) from error
-                _append(file, tensor, planned.key)
+                data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                start, rest = file.tell(), memoryview(data)
+                file.write(rest)
+                file.flush()
+                while rest:  # read back
+                    piece = os.pread(file.fileno(), COPIED_AT_ONCE, start)
+                    if not piece or piece != rest[: len(piece)]:
+                        raise not_kept(planned.key)
+                    start, rest = start + len(piece), rest[len(piece) :]
                 found += [] if merged is None else [merged]
             else:
                 source.copy(planned.read, file)
@@ -336,16 +344,3 @@ def _changed(
         four_bit=four_bit.result(),
     )
     return weight, (entry, stored_loss, four_bit)
-
-
-def _append(file: BinaryIO, tensor: Tensor, key: str) -> None:
-    """Append a tensor's bytes, and read them back."""
-    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    start, rest = file.tell(), memoryview(data)
-    file.write(rest)
-    file.flush()
-    while rest:
-        piece = os.pread(file.fileno(), COPIED_AT_ONCE, start)
-        if not piece or piece != rest[: len(piece)]:
-            raise not_kept(key)
-        start, rest = start + len(piece), rest[len(piece) :]

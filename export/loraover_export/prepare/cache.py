@@ -47,7 +47,7 @@ BLOB_DIGITS = 64
 """Length of the names that the hub's cache gives to large files, which are their SHA-256."""
 
 REMEMBERED: dict[str, type[LoraOverError]] = {kind.__name__: kind for kind in (CheckpointError, ExportError, FoldError)}
-"""Errors that describe a fault of an adapter, by name."""
+"""Errors that an adapter's files cause, by name; other errors may be temporary."""
 
 PLACE = "{adapter}"
 """Stands for the adapter's folder in a message, since copies of one adapter lie in several folders."""

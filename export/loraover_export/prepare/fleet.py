@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from loraover.adapters.convert.source import read_peft_type
 from loraover.common.atomic_output import check_file_writable, publish_file
-from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError, LoraOverError, OutputError
+from loraover.common.errors import ConfigError, LoraOverError, OutputError
 from loraover.common.extras import install, missing_package
 from loraover.common.later import has_torch
 from loraover.common.paths import without_secrets
@@ -24,11 +24,10 @@ from loraover.sources.fetch import Fetched, fetch_adapter
 from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
 from loraover_export.check.request import FleetCheckRequest, PrepareRequest
+from loraover_export.prepare.cache import RECORD_FILE, REMEMBERED, Record
 from loraover_export.prepare.report import FleetReport, FleetRow, to_page
 
 PAGE = "prepare.html"
-IN_THE_ADAPTER = (CheckpointError, ExportError, FoldError)
-"""Errors that an adapter's files cause; other errors may be temporary."""
 MINUTE_S = 60
 
 Item = TypeVar("Item")
@@ -48,7 +47,7 @@ def guarded(examine: Examine, source: str) -> FleetRow:
         row = row.model_copy(update={"kind": read_peft_type(fetched.folder)})
         row = examine(fetched, row.source)
     except LoraOverError as error:
-        is_its_own = isinstance(error, IN_THE_ADAPTER) and not isinstance(error, ConfigError | OutputError)
+        is_its_own = isinstance(error, tuple(REMEMBERED.values())) and not isinstance(error, ConfigError | OutputError)
         is_there = row.address == row.source
         reason = str(error) if is_there else str(error).replace(str(fetched.folder), fetched.address)
         row = row.model_copy(update={"verdict": "refused" if is_its_own else "failed", "reason": reason})
@@ -109,7 +108,6 @@ def check_fleet(request: FleetCheckRequest) -> FleetReport:
 def prepared_row(fetched: Fetched, source: str, *, cache: str, model: str | None, options: dict[str, Any]) -> FleetRow:
     """Prepare one adapter, and return its row; the errors are those of `prepare_adapter`."""
     from loraover.adapters.convert.kind import named_base
-    from loraover_export.prepare.cache import RECORD_FILE, Record
     from loraover_export.prepare.run import prepare_adapter
 
     config = named_base(fetched.folder)

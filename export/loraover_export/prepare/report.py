@@ -69,7 +69,7 @@ class FleetRow(StrictModel):
 
 
 class FleetReport(StrictModel):
-    """All adapters."""
+    """Result for all adapters that were checked or prepared."""
 
     schema_version: Literal[1] = 1
     rows: Sequence[FleetRow] = Field(description="The adapters, in the order in which they were named")

@@ -110,7 +110,20 @@ def prepare_adapter(
     started = perf_counter()
     source, folder = Path(source).absolute(), Path(cache).absolute()
     target = Target(engine, str(model), dtype, engine_version)
-    ranks = _checked(target, max_lora_rank, approximate_to_rank)
+    faults = []
+    if engine not in ENGINES:
+        faults.append(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}.")
+    if dtype not in DTYPES:
+        faults.append(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    for option, rank in (("max_lora_rank", max_lora_rank), ("approximate_to_rank", approximate_to_rank)):
+        if rank is not None and rank < 1:
+            faults.append(f"{option} is {rank}, expected 1 or more.")
+    if faults:
+        raise ConfigError(" ".join(faults))
+    largest = engine_of(engine).largest_rank if max_lora_rank is None else max_lora_rank
+    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
+        raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
+    ranks = RankLimits(largest, approximate_to_rank)
     trained, name = named_base(source), engine_of(engine).base(target.model)
     base = resolve_model(name, trained.revision if trained.base_model_name_or_path == name else None)
     states = file_states(source)
@@ -124,23 +137,6 @@ def prepare_adapter(
         with remembered(folder, source, states):
             record = found or _publish(source, base, target, ranks, folder, states, started)
     return record.opened(folder, perf_counter() - started, cached=found is not None)
-
-
-def _checked(target: Target, max_lora_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
-    faults = []
-    if target.engine not in ENGINES:
-        faults.append(f"engine is {target.engine!r}, expected one of {', '.join(ENGINES)}.")
-    if target.dtype not in DTYPES:
-        faults.append(f"dtype is {target.dtype!r}, expected one of {', '.join(DTYPES)}.")
-    for name, rank in (("max_lora_rank", max_lora_rank), ("approximate_to_rank", approximate_to_rank)):
-        if rank is not None and rank < 1:
-            faults.append(f"{name} is {rank}, expected 1 or more.")
-    if faults:
-        raise ConfigError(" ".join(faults))
-    largest = engine_of(target.engine).largest_rank if max_lora_rank is None else max_lora_rank
-    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
-        raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
-    return RankLimits(largest, approximate_to_rank)
 
 
 def _publish(

@@ -98,7 +98,7 @@ class OnnxEngine(LogitEngine, TimedEngine):
             option = "--web" if earlier.web else "--no-cache"
             raise ExportError(
                 f"{graph} was exported with {option}, and onnxruntime-genai cannot run such a graph; export one "
-                "without it, or name none to have one built."
+                f"without it, or leave out {setting.request.named('graph')} to have one built."
             )
 
     @classmethod

@@ -136,7 +136,7 @@ class Case:
 
     @cached_property
     def excess(self) -> Interval:
-        """Logarithm of the adapter's distance, divided by the base model's times the sensitivity."""
+        """Logarithm of the ratio of two distances: the adapter's, and the base model's times the sensitivity."""
         return self._excess_of(self.off)
 
     def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Interval:
@@ -265,12 +265,12 @@ class Case:
 
 
 def strength_along(changes: Sequence[Change]) -> Interval:
-    """Factor of the directions that fits the changes best."""
+    """Factor by which the directions are multiplied to fit the changes best."""
     return strength([(each.prompt, each.along, each.size) for each in changes])
 
 
 def share_along(changes: Sequence[Change], estimate: Interval) -> float:
-    """Share of the changes' square that the directions explain with this factor, at most 1."""
+    """Share of the sum of squared changes that the directions explain, multiplied by this factor; at most 1."""
     total = math.fsum(each.total for each in changes)
     return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
 

@@ -136,7 +136,7 @@ class ReadChat(NamedTuple):
 
     @classmethod
     def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
-        """Return the chat in a list, which is empty if the server says nothing of its tokens."""
+        """Compare the tokens that a server tells, or their number, with those expected; empty if it tells neither."""
         if isinstance(told, int):
             return [cls(told, len(expected), told == len(expected))]
         return [cls(len(told), len(expected), list(told) == list(expected))] if told else []

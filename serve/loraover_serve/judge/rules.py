@@ -188,7 +188,7 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
 
 
 def base_is_another(case: Case) -> RuleFinding | None:
-    """No number format is as far off as the base model; on an engine with one model, the fault may be the adapter's."""
+    """The base model is further off than any number format explains; of one model alone, the adapter may be wrong."""
     if case.number_format is not None:
         return None
     far = f"off by {case.noise.rms:.2g} nats"
@@ -336,7 +336,7 @@ def some_are_silent(case: Case) -> RuleFinding | None:
 
 
 def few_are_compared(case: Case) -> RuleFinding | None:
-    """Most prompts show nothing: the server takes no form of them, or lists no token in both models' answers."""
+    """Most prompts cannot be compared: the server accepts no form of them, or its two models list no common token."""
     asked = len(case.evidence.models.questions)
     if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:
         return None

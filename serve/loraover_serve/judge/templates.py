@@ -233,7 +233,7 @@ class _Compared(NamedTuple):
 
 
 def most_requests(conversations: Conversations) -> int:
-    """Largest number of requests of `read_template`: for each conversation two, the other forms, and one for a text."""
+    """Largest number of requests that `read_template` sends: two a conversation, one a further form, one for a text."""
     return 2 * len(conversations.found) + 4 if conversations.found else 0
 
 

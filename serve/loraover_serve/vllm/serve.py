@@ -21,8 +21,8 @@ from loraover.models.load import ModelSource, resolve_model
 from loraover.sources.address import name_of
 from loraover.sources.verb import verb
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.preflight import Violation, preflight
 from loraover_export.formats.vllm.releases import architectures_of
+from loraover_export.formats.vllm.rules import Violation, preflight
 from loraover_export.known_faults import Platform
 from loraover_serve.plugin.settings import ADAPTERS, APPROXIMATE, CACHE, PLUGIN, RELOAD, SETTLE
 from loraover_serve.vllm.client import VllmServer

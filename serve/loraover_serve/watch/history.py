@@ -56,7 +56,7 @@ class Check:
 
     @property
     def shown(self) -> tuple[str, str | None]:
-        """Fields of which a difference counts as a change."""
+        """Verdict and fault: a check in which one of them is new counts as a change."""
         return self.verdict, self.fault
 
 

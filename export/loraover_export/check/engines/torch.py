@@ -110,7 +110,12 @@ def older_names(subject: Subject) -> Finding | None:
     experts: dict[str, _Expert] = {}
     renamed = 0
     for path in subject.modules:
-        new = _renamed(path, entries)
+        new = f"{path}.weight"
+        for entry in (entry for entry in entries if not hasattr(entry, "operations")):
+            for source, target in zip(entry.source_patterns, entry.target_patterns, strict=True):
+                new = re.sub(source, target, new)
+        # A language model below another model is one without its head, which used to be a part of it.
+        new = new.removesuffix(".weight").replace(".language_model.model.", ".language_model.")
         found = next(_experts(new, entries), None) if has_fused else None
         if found is not None and found.parameter in subject.served.experts:
             experts[path] = found
@@ -136,17 +141,6 @@ def joins_experts(subject: Subject) -> bool:
         return False
     kind = subject.served.model_type
     return kind in FUSED or _MODEL_TO_CONVERSION_PATTERN.get(kind) in FUSED
-
-
-def _renamed(path: str, entries: list[Any]) -> str:
-    """Return the path that a module has in the installed transformers."""
-    key = f"{path}.weight"
-    for entry in entries:
-        if not hasattr(entry, "operations"):
-            for source, target in zip(entry.source_patterns, entry.target_patterns, strict=True):
-                key = re.sub(source, target, key)
-    # A language model below another model is one without its head, which used to be a part of it.
-    return key.removesuffix(".weight").replace(".language_model.model.", ".language_model.")
 
 
 def _experts(path: str, entries: list[Any]) -> Iterator[_Expert]:

@@ -47,7 +47,18 @@ def write_base(model: Any, path: Path) -> Path:
                 f"{field} is {found!r:.80}, and llama.cpp computes every {family.name} with {expected[0]!r:.80}; the "
                 "model cannot be written."
             )
-    rope = _rope(config, model.name_or_path or name)
+    rope = getattr(config, "rope_parameters", None)  # since transformers 5
+    if rope is None:
+        factor = getattr(config, "partial_rotary_factor", 1.0)
+        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": factor}
+        rope |= getattr(config, "rope_scaling", None) or {}
+    rope = rope.get("full_attention", rope)
+    if rope.get("rope_type") not in PLAIN_ROPE:
+        raise ExportError(
+            f"{model.name_or_path or name} has rotary embeddings of the type {rope['rope_type']!r}, which are not "
+            "written here; convert the model with llama.cpp, and name the file with "
+            f"{GgufRequest.named('base_gguf')}."
+        )
     with closing(gguf.GGUFWriter(path, family.name)) as writer:
         writer.add_type("model")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
@@ -86,21 +97,6 @@ def _constants(config: Any, name: str) -> dict[str, tuple[Any, ...]]:
     found |= {"hidden_activation": gelu, "query_pre_attn_scalar": (size,)}
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if name == "gemma2" else {}
     return found | {field: (getattr(config, field) or cap,) for field, cap in caps.items()}
-
-
-def _rope(config: Any, model: str) -> dict[str, Any]:
-    rope = getattr(config, "rope_parameters", None)  # since transformers 5
-    if rope is None:
-        factor = getattr(config, "partial_rotary_factor", 1.0)
-        rope = {"rope_theta": config.rope_theta, "partial_rotary_factor": factor}
-        rope |= getattr(config, "rope_scaling", None) or {}
-    found: dict[str, Any] = rope.get("full_attention", rope)
-    if found.get("rope_type") not in PLAIN_ROPE:
-        raise ExportError(
-            f"{model} has rotary embeddings of the type {found['rope_type']!r}, which are not written here; convert "
-            f"the model with llama.cpp, and name the file with {GgufRequest.named('base_gguf')}."
-        )
-    return found
 
 
 def _add_sizes(writer: Any, config: Any, name: str) -> None:

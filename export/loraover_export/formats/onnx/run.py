@@ -27,11 +27,10 @@ from loraover.reference import check_fits
 from loraover.sources.verb import verb
 from loraover_export.formats.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
 from loraover_export.formats.onnx.inputs import Inputs, find_task, read_inputs
-from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan
+from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, has_provider
 from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.traced import Seq2Seq, Stateless, check_takes_rows
 from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, SwappableLayout, export_verdict, read_layout
-from loraover_export.formats.onnx.session import has_provider
 from loraover_export.formats.onnx.swappable import adapter_files, markers, write_adapter, write_swappable
 from loraover_export.merge.arithmetic import merge
 from loraover_export.publishing import ONNX
@@ -282,7 +281,7 @@ def token_rows(tokenizer: Any, model: Any) -> torch.Tensor:
 
 
 def read_earlier(graph: Path, base: ModelSource) -> OnnxReport:
-    """Read the report of a swappable export whose graph further adapters are for.
+    """Read the report of an earlier swappable export, for whose graph further adapters are written.
 
     Args:
         graph: Folder of the export.

@@ -35,8 +35,8 @@ from loraover.reporting.reporter import print_line
 from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
 from loraover_export.formats.vllm.candidate import Candidate
-from loraover_export.formats.vllm.preflight import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.formats.vllm.releases import architectures_of, projections_of
+from loraover_export.formats.vllm.rules import PREFLIGHT_FILE, Preflight, preflight
 from loraover_export.publishing import VLLM, base_of, certified
 from loraover_export.requests import VllmRequest
 

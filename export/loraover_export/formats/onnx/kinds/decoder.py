@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib.metadata import version
@@ -24,8 +24,15 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from loraover.common.errors import ExportError
-from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
-from loraover_export.formats.onnx.session import GraphSession, has_provider
+from loraover_export.formats.onnx.kinds.base import (
+    ComparedTokens,
+    GraphKind,
+    GraphPlan,
+    GraphRunner,
+    GraphSession,
+    greedy,
+    has_provider,
+)
 from loraover_export.formats.onnx.swappable import adapter_file, lora_feed, open_inputs, write_marker_adapter
 from loraover_export.requests import OnnxRequest
 
@@ -60,7 +67,10 @@ class Decoder(GraphKind):
         if plan.markers is not None and plan.precision == "int4":
             draft = work / "fp32"
             build(draft, precision="fp32")
-            excluded = _lora_nodes(draft / GRAPH_FILE, plan.markers)
+            graph = onnx.load(draft / GRAPH_FILE, load_external_data=False)
+            places = open_inputs(graph, draft / GRAPH_FILE, plan.markers).values()
+            inputs = {place.input for place in places}  # the nodes that multiply by a LoRA matrix keep float32
+            excluded = [node.name for node in graph.graph.node if inputs & set(node.input)]
         build(out, precision=plan.precision, full_precision_nodes=excluded)
         _finish(out, plan.device)
 
@@ -176,13 +186,6 @@ def _finish(out: Path, device: str) -> None:
     if device == "cpu":
         session["provider_options"] = []
     config_file.write_text(json.dumps(config, indent=4) + "\n")
-
-
-def _lora_nodes(graph: Path, markers: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the nodes that multiply by a LoRA matrix."""
-    model = onnx.load(graph, load_external_data=False)
-    inputs = {place.input for place in open_inputs(model, graph, markers).values()}
-    return [node.name for node in model.graph.node if inputs & set(node.input)]
 
 
 class BuilderProcess:

@@ -20,8 +20,14 @@ from torch import Tensor, nn
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource
-from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, GraphRunner, greedy
-from loraover_export.formats.onnx.session import GraphSession
+from loraover_export.formats.onnx.kinds.base import (
+    ComparedTokens,
+    GraphKind,
+    GraphPlan,
+    GraphRunner,
+    GraphSession,
+    greedy,
+)
 from loraover_export.formats.onnx.swappable import adapter_file
 
 OPSET = 20
