@@ -386,6 +386,7 @@ def test_the_report_and_older_references(told: dict[str, Any], tmp_path: Path) -
         ("messages", [{"role": "user"}]),
         ("messages", [{"role": "user", "content": None}]),
         ("messages", 5),
+        ("messages", []),
         ("tokens", []),
         ("tokens", [1, True]),
         ("tokens", [10**9]),

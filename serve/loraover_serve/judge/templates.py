@@ -127,8 +127,9 @@ class Conversations(NamedTuple):
         if len(found) > MOST_CONVERSATIONS:
             raise ValueError(f"more than {MOST_CONVERSATIONS} conversations")
         for each in found:
-            if not all(isinstance(one[key], str) for one in each.messages for key in ("role", "content")):
-                raise ValueError("a message has no role or no content")
+            texts = [one[key] for one in each.messages for key in ("role", "content")]
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise ValueError("a conversation has no messages, or one without a role or a content")
             if not (0 < len(each.tokens) <= MOST_TOKENS and are_ids(each.tokens, vocabulary)):
                 raise ValueError("a conversation has tokens that cannot be")
             first, after = (0, 0) if each.date is None else each.date
