@@ -35,6 +35,7 @@ def test_a_folder_that_is_rewritten_is_named_and_a_new_path_passes(
     live = shutil.copytree(long_case.earlier, tmp_path / "live")
     config = VllmServerConfig(str(long_case.base), options=("--dtype", dtype, *OPTIONS))
     with serving_loader(config, tmp_path / "vllm.log") as server:
+        assert server.engine() == ("vllm", server.version())
         load_adapter(server, "shop", live)
         before = asked(server.url, long_case, "shop", str(long_case.base))
         assert before.verdict == "as trained", "an earlier version is right on its own keys and values"
@@ -56,6 +57,8 @@ def test_llama_servers_host_memory_gives_the_base_model_what_the_adapter_has_rea
 ) -> None:
     with llama_server(long_case.base, long_case.adapter, tmp_path) as url:
         found = asked(url, long_case, "0", protocol="llama-server")
+        engine, _ = Endpoint(url).engine() or ("", "")
+        assert engine == "llamacpp"
     print(f"\n{found.verdict}: {found.reason}")
     assert (found.verdict, found.fault) == ("differs", STALE_OF_ADAPTER)
     right = [each for each in found.warm if "every slot" not in each.after]
