@@ -418,4 +418,28 @@ SERVING = (
         "self._files, _ = {digest: file}, [os.close(each) for each in self._files.values()]",
         Selection("test_plugin_settings.py", "documented_removal"),
     ),
+    Mutant(
+        "rollouts-alarm-without-an-interval",
+        "found.value + alarm < HALF_WAY",
+        "found.value < HALF_WAY",
+        Selection("test_rollouts.py", "noise_is_no_fault"),
+    ),
+    Mutant(
+        "rollouts-scale-of-noise",
+        "if is_right and case.reliable_size > RELIABLE and is_narrow(found, case.allowed):",
+        "if is_right and is_narrow(found, case.allowed):",
+        Selection("test_rollouts.py", "the_scale_is_said"),
+    ),
+    Mutant(
+        "rollouts-fault-that-is-over",
+        "return found[-1] if any(_is_over(each, newer) for newer in found) else each",
+        "return each",
+        Selection("test_rollouts.py", "when_it_is_over"),
+    ),
+    Mutant(
+        "rollouts-rows-count-as-one",
+        "value = math.fsum(x for x, _ in each) / size",
+        "value = self.along.value",
+        Selection("test_rollouts.py", "each_fault_is_named and mixed"),
+    ),
 )

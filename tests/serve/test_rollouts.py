@@ -57,6 +57,23 @@ def test_rounding_hides_a_young_adapter_and_then_its_scale() -> None:
     assert "half the scale" in early.not_excluded
 
 
+def test_noise_is_no_fault() -> None:
+    """While rounding is larger than the adapter's change, the strength is anywhere around 1/2."""
+    loops = [Loop(seed, ROUNDED, 0.01, answers=1, tokens=6) for seed in range(12)]
+    found = [judge_rollouts(**last_step(loop, 2).given, noise=0.04) for loop in loops]
+    assert any(each.strength is not None and each.strength.value < 0.5 for each in found)
+    assert all(each.verdict != "differs" for each in found)
+
+
+@pytest.mark.parametrize(("kept", "verdict"), [(0.75, "applied, scale not known yet"), (0.85, "as trained")])
+def test_the_scale_is_said_where_a_fifth_of_the_change_or_less_can_be_noise(kept: float, verdict: str) -> None:
+    step = last_step(Loop(0, EXACT, 0.02), 2)
+    effect = judge_rollouts(**step.given).effect
+    found = judge_rollouts(**step.given, noise=effect * math.sqrt((1 - kept) / 2))
+    assert found.reliable == pytest.approx(kept)
+    assert found.verdict == verdict
+
+
 FAULTS = [
     ("base", EXACT, 1, NOT_APPLIED, NOT_APPLIED),
     ("stale by 1", EXACT, 2, STALE, "stale by 1"),
