@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # takes 10 s of processor time from the kept files and 21 s without them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo demo-parity demo-llama-server check test test-lab frameworks engines test-engines installed debian-packages vllm plugged-vllm mlx openvino llama-server prometheus vllm-architectures \
+.PHONY: demo demo-parity demo-llama-server check test test-lab frameworks engines test-engines motion motion-page installed debian-packages vllm plugged-vllm mlx openvino llama-server prometheus vllm-architectures \
 	lint release fuzz docs bench gpu vllm-gpu schedules $(STUDIES) study-data study-smoke clean
 
 # The demo takes the environment of the tests where it is there, and else installs less than half of its packages. vLLM, which only
@@ -115,12 +115,24 @@ engines: installed mlx openvino llama-server prometheus
 # server a family, most of a minute each. At the end, the table of the engines of training in two processes.
 test-engines: engines
 	mkdir -p runs
-	rm -f runs/compatibility.json
-	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json $(PYTEST) -m "engine or matrix"
+	rm -f runs/compatibility.json runs/motion.json
+	LORAOVER_COMPATIBILITY=$(CURDIR)/runs/compatibility.json LORAOVER_MOTION=$(CURDIR)/runs/motion.json $(PYTEST) -m "engine or matrix"
+	$(MAKE) motion-page
 	cd tests && ../$(BIN)/python -m support.compatibility ../runs/compatibility.json > ../runs/compatibility.md
 	mv runs/compatibility.md docs/compatibility.md
 	$(BIN)/python docs/draw_matrix.py
 	cd tests && ../$(BIN)/python -m benchmarks --only many_processes --no-write
+
+# Adapters that change while a server runs: docs/servers-in-motion.md from what was run, in some ten minutes.
+motion: installed llama-server
+	mkdir -p runs
+	rm -f runs/motion.json
+	LORAOVER_MOTION=$(CURDIR)/runs/motion.json $(BIN)/python -m pytest -m matrix tests/serve/test_motion.py
+	$(MAKE) motion-page
+
+motion-page:
+	cd tests && ../$(BIN)/python -m support.motion ../runs/motion.json > ../runs/motion.md
+	mv runs/motion.md docs/servers-in-motion.md
 
 # Chromium for the tests of the reports' pages, bubblewrap for those of HumanEval's sandbox, node and npm for those of
 # onnxruntime-web; they are skipped without.

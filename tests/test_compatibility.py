@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.churn import Found
+from support import motion
 from support.compatibility import VARIABLE, Cell, page, read_entries, record, record_cell
 
 pytestmark = pytest.mark.process
@@ -59,3 +61,20 @@ def test_cells_become_a_matrix_with_reasons(tmp_path: Path, monkeypatch: pytest.
     assert [line for line in lines if line.startswith("- `mlx`, ")] == [
         "- `mlx`, PEFT's, plain, rsLoRA: *refused*. x.npz: found a \\| b"
     ]
+
+
+def test_servers_in_motion_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "motion.json"
+    monkeypatch.setenv(motion.VARIABLE, str(rows))
+    motion.record(motion.REWRITTEN, motion.VERIFY, "*inconclusive*")
+    motion.record(motion.REWRITTEN, motion.VERIFY, "*differs*")
+    motion.record(motion.REWRITTEN, motion.PLUGIN, "*as trained*")
+    motion.record_version("0.32.0+cpu")
+    found = Found("plug-in", seconds=60.0, reloads=59, memory=[(10.0 * k, {"server": 5.0 * k}) for k in range(7)])
+    found.answers.update({"its name": 7, "none": 1})
+    motion.record_churn("plug-in", vars(found))
+    shown = motion.page(json.loads(rows.read_text()))
+    assert "vLLM 0.32.0+cpu with" in shown
+    assert f"| vLLM | {motion.ACTIONS[motion.REWRITTEN][1]} | *differs* | *as trained* |" in shown
+    assert f"| llama-server | {motion.ACTIONS[motion.HOST_CACHE][1]} | - | - |" in shown
+    assert "| plug-in | 60 s | 59 | 8 | 7 | 0 | 1 | 0 of 0 | no | 10, 20, 30 MiB |" in shown

@@ -21,11 +21,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -167,6 +168,12 @@ class Found:
     late_s: float = 0.0
     ended_s: float | None = None
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, written: Mapping[str, Any]) -> Found:
+        """Return what was written of an earlier run."""
+        counters = {name: Counter(written[name]) for name in ("answers", "base", "refused")}
+        return cls(**{**written, **counters})
 
     def count(self, models: Models, name: str, prompt: int, asked: float, answer: Completion) -> None:
         """Count one answer: whose it was."""

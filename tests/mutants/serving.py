@@ -442,4 +442,34 @@ SERVING = (
         "value = self.along.value",
         Selection("test_rollouts.py", "each_fault_is_named and mixed"),
     ),
+    Mutant(
+        "plugin-lets-go-at-once",
+        "            if self._used[key[1]] < now - GRACE_S:\n",
+        "            if key[1] not in used:\n",
+        Selection("test_plugin_settings.py", "no_request_can_need"),
+    ),
+    Mutant(
+        "plugin-believes-a-torn-copy",
+        "return file.tell() + max(ends, default=0) == size",
+        "return file.tell() + max(ends, default=0) >= size",
+        Selection("test_plugin_settings.py", "the_cache_lost"),
+    ),
+    Mutant(
+        "plugin-takes-a-lost-copy-again",
+        "        if not is_kept:\n",
+        "        if is_kept:\n",
+        Selection("test_plugin_settings.py", "the_cache_lost"),
+    ),
+    Mutant(
+        "plugin-gives-base-rows-an-adapter",
+        "inputs.masked_fill((indices == -1).unsqueeze(-1), 0)",
+        "inputs.masked_fill((indices < -1).unsqueeze(-1), 0)",
+        Selection("test_plugin_parts.py", "do_what"),
+    ),
+    Mutant(
+        "plugin-overlooks-a-changed-parameter",
+        "return names[: len(part.takes)] == part.takes",
+        "return len(names) >= len(part.takes)",
+        Selection("test_plugin_parts.py", "its_parameters"),
+    ),
 )

@@ -169,11 +169,13 @@ class Version:
         fields: Fields of the prepared adapter.
         folder: Folder that it was made from; None for one of the hub.
         state: State of that folder's files.
+        made: State of the prepared files.
     """
 
     fields: dict[str, Any]
     folder: Path | None
     state: State
+    made: State = ()
 
     @property
     def digest(self) -> str:
@@ -183,6 +185,11 @@ class Version:
     def is_outdated(self) -> bool:
         """Whether the folder that it was made from has changed since."""
         return self.folder is not None and state_of(self.folder) != self.state
+
+    def is_lost(self) -> bool:
+        """Whether the prepared files are gone or torn; those that another server has made again are not."""
+        path = Path(self.fields["path"])
+        return state_of(path) != self.made and not is_whole(path)
 
 
 @dataclass(frozen=True)
@@ -303,17 +310,24 @@ class Service:
                 )
             except RefusedError as error:
                 refused = error
-            found = Version(fields, folder, state)
+            found = Version(fields, folder, state, state_of(Path(fields["path"])) if fields else ())
             if await asyncio.to_thread(found.is_outdated):
                 continue
             if refused is not None:
                 raise refused
             try:
-                if await asyncio.to_thread(self._holds.hold, found.digest):
+                if await asyncio.to_thread(self._is_kept, found):
                     return found
             except OSError as error:
                 raise RefusedError(f"cache {self.settings.cache}: cannot be written: {error.strerror}.") from error
         raise RefusedError(f"{folder}: its files changed whenever they were read; ask again when they are complete.")
+
+    def _is_kept(self, found: Version) -> bool:
+        """Hold a version, and return whether it is whole; else its record is removed, so that it is prepared again."""
+        is_kept = self._holds.hold(found.digest) and is_whole(Path(found.fields["path"]))
+        if not is_kept:
+            (self.settings.cache / found.digest / RECORD_FILE).unlink(missing_ok=True)
+        return is_kept
 
     def refuse(self, name: str, reason: str, folder: Path | None) -> None:
         """Remember why the present contents of an adapter's folder are not served."""
@@ -325,7 +339,7 @@ class Service:
     def changed(self, served: Mapping[str, str]) -> dict[str, Path]:
         """Return the folders of served adapters that have changed and are complete, or were lost, by name.
 
-        An adapter is lost if its prepared files are gone or torn; its record is removed, so that it is prepared again.
+        An adapter is lost if its prepared files are gone or torn.
 
         Args:
             served: Path that vLLM has loaded, by name.
@@ -337,11 +351,8 @@ class Service:
                 continue
             state, status = self._folders.settled(version.folder), self._statuses[name]
             waits = status.reason is not None and status.state == state and time.monotonic() < status.since + RETRY_S
-            is_lost = not is_whole(Path(path))
-            if state and not waits and (is_lost or state != version.state):
+            if state and not waits and (state != version.state or version.is_lost()):
                 found[name] = version.folder
-                if is_lost:
-                    (self.settings.cache / version.digest / RECORD_FILE).unlink(missing_ok=True)
         return found
 
     def let_go(self, used: Collection[str]) -> None:

@@ -1,0 +1,120 @@
+"""What verify says of servers whose adapters change, and what happens with our plug-in: `docs/servers-in-motion.md`.
+
+`make motion` names a file in LORAOVER_MOTION, runs the tests that record what they found, and renders the file. Without
+the variable, tests record nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loraover.common.atomic_output import publish_text
+
+VARIABLE = "LORAOVER_MOTION"
+
+INTRODUCTION = """# Servers in motion
+
+What happens when adapters change while a server runs, what `loraover verify --caches` says of the answers afterwards,
+and what happens if vLLM runs with [the plug-in](how-to/serve-any-adapter.md). `make motion` writes this page from what
+it ran: a tiny random Llama in float32 on a CPU, vLLM {vllm} with its prefix cache on, and llama.cpp's server. Each row
+begins with answers of an earlier version, or of another model, so that the server has kept keys and values of it.
+
+{rows}
+
+The plug-in is vLLM's alone, so rows of llama-server have no last cell.
+
+## A day of reloads
+
+{adapters} adapters, {clients} clients, and a new version of one of them each second; two adapters fit into a batch.
+PyTorch answers each prompt with each version before it is written, and an answer belongs to the nearest model by its
+tokens' logprobs, within {same:g} nats. An answer of no version is the new weights on keys and values of old ones, or
+the base model with an adapter's part. Memory is that of all the server's processes.
+
+{churned}
+
+This page's run is short. `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` runs each server for an hour.
+"""
+
+REWRITTEN, IN_PLACE, READ_AGAIN, NEW_PATH = "rewritten", "in place", "read again", "new path"
+MIXED, GONE, TORN, LOST = "mixed", "gone", "torn", "lost"
+HOST_CACHE, GLOBAL_SCALE = "host cache", "global scale"
+VERIFY, PLUGIN = "verify", "plug-in"
+"""Columns."""
+
+ACTIONS = {
+    REWRITTEN: ("vLLM", "the folder is rewritten, and the name unloaded and loaded under the same path"),
+    IN_PLACE: ("vLLM", "the folder is rewritten, and loaded with `load_inplace` under the same path"),
+    READ_AGAIN: ("vLLM", "the folder is rewritten, and nothing is sent; the adapter is evicted and read again"),
+    NEW_PATH: ("vLLM", "the new version is loaded under the same name from another path"),
+    MIXED: ("vLLM", "requests for the base model run beside those for an adapter"),
+    GONE: ("vLLM", "an adapter's folder is gone when it is read again after an eviction"),
+    TORN: ("vLLM", "an adapter's folder is half written when it is read again after an eviction"),
+    LOST: ("vLLM", "the plug-in's own copy is gone when it is read again after an eviction"),
+    HOST_CACHE: ("llama-server", "the base model gets a prompt that the adapter has read, after other prompts"),
+    GLOBAL_SCALE: (
+        "llama-server",
+        "`POST /lora-adapters` turns the adapter off after it has read a prompt, and requests name none",
+    ),
+}
+"""Rows of the table: the server, and what is done."""
+
+
+def record(row: str, column: str, said: str) -> None:
+    """Keep a cell of the table in the file that LORAOVER_MOTION names."""
+    _keep("rows", f"{row}/{column}", said)
+
+
+def record_churn(kind: str, found: Mapping[str, Any]) -> None:
+    """Keep what was found while adapters changed, as `benchmarks.churn` writes it."""
+    _keep("churned", kind, dict(found))
+
+
+def record_version(version: str) -> None:
+    """Keep vLLM's version."""
+    _keep("versions", "vllm", version)
+
+
+def _keep(kind: str, key: str, value: object) -> None:
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return
+    path = Path(name)
+    with path.with_suffix(".lock").open("w") as lock:  # parallel workers record in one file
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        entries.setdefault(kind, {})[key] = value
+        publish_text(path, json.dumps(entries, indent=1) + "\n")
+
+
+def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page in Markdown."""
+    from benchmarks.churn import ADAPTERS, CLIENTS, SAME, Found, to_table
+    from benchmarks.shown import to_markdown
+
+    churned = [Found.read(each) for each in entries.get("churned", {}).values()]
+    return INTRODUCTION.format(
+        vllm=entries.get("versions", {}).get("vllm", "(not run)"),
+        rows="\n".join(_rows(entries.get("rows", {}))),
+        adapters=ADAPTERS,
+        clients=CLIENTS,
+        same=SAME,
+        churned=to_markdown(to_table(churned)),
+    )
+
+
+def _rows(cells: Mapping[str, str]) -> Iterator[str]:
+    yield "| server | what is done | verify says | with the plug-in |"
+    yield "| --- | --- | --- | --- |"
+    for name, (server, action) in ACTIONS.items():
+        found = (cells.get(f"{name}/{column}", "-") for column in (VERIFY, PLUGIN))
+        yield f"| {server} | {action} | {' | '.join(found)} |"
+
+
+if __name__ == "__main__":
+    print(page(json.loads(Path(sys.argv[1]).read_text())), end="")
