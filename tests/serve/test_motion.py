@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,9 @@ SETTLE_S = 1.0
 TRIES = 5
 """How often a fault is looked for that shows only where the engine's scheduler puts both models into one batch."""
 CHURN_S, END_S = 60.0, 30.0
+Said = tuple[str, str | None]
+RIGHT: Said = ("as trained", None)
+ENDED: Said = ("ended", None)
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class Moving:
         asker = Asker.of(self.case.reference, Endpoint(self.server.url), name, str(self.case.base), "openai")
         return ask_warm(Asker(self.case.caches, asker.speaker, asker.names, asker.find_other))
 
-    def say(self, row: str, name: str) -> tuple[str, str | None]:
+    def say(self, row: str, name: str) -> Said:
         """Ask verify, keep what it says, and return its verdict and fault; "ended" if the server does not answer."""
-        said: tuple[str, str | None] = "ended", None
+        said = ENDED
         with suppress(EngineError):
             found = self.asked(name)
             if found.verdict != "inconclusive" or self.stays_alive():
@@ -124,7 +126,7 @@ class Moving:
         return self.server.is_alive()
 
 
-def shown(said: tuple[str, str | None]) -> str:
+def shown(said: Said) -> str:
     """A verdict in words."""
     verdict, fault = said
     return "**the server ended**" if verdict == "ended" else f"*{verdict}*" + (f": {fault}" if fault else "")
@@ -152,9 +154,6 @@ def serve(column: str, case: LongCase, folder: Path) -> Iterator[Moving]:
         load_adapter(server, "other", adapters / "other")
         motion.record_version(server.version())
         yield Moving(server, case, column, adapters)
-
-
-RIGHT = ("as trained", None)
 
 
 def rewritten(moving: Moving) -> str:
@@ -218,17 +217,19 @@ def test_rows_of_the_base_model_are_its_own(moving: Moving) -> None:
     assert said == (("differs", LEAKS) if leaks else RIGHT)
 
 
+@pytest.mark.parametrize("moving", [motion.PLUGIN], indirect=True)
 @pytest.mark.parametrize("row", [motion.LOST, motion.GONE, motion.TORN])
-def test_files_that_are_gone_do_not_end_the_server(row: str, moving: Moving, tmp_path: Path) -> None:
-    """The stock server ends, so each of its rows has a server of its own."""
-    if moving.cache is not None:
-        assert lose(moving, row) == RIGHT
-    elif row != motion.LOST:
-        with serve(motion.VERIFY, moving.case, tmp_path) as stock:
-            assert lose(stock, row) == ("ended", None)
+def test_files_that_are_gone_do_not_end_the_server(row: str, moving: Moving) -> None:
+    assert lose(moving, row) == RIGHT
 
 
-def lose(moving: Moving, row: str) -> tuple[str, str | None]:
+@pytest.mark.parametrize("row", [motion.GONE, motion.TORN])
+def test_the_stock_server_ends_when_files_are_gone(row: str, long_case: LongCase, tmp_path: Path) -> None:
+    with serve(motion.VERIFY, long_case, tmp_path) as stock:
+        assert lose(stock, row) == ENDED
+
+
+def lose(moving: Moving, row: str) -> Said:
     """Evict an adapter, take its files away, and ask for it."""
     folder = moving.put(moving.case.adapter, row)
     moving.load(row, folder)
@@ -244,34 +245,6 @@ def lose(moving: Moving, row: str) -> tuple[str, str | None]:
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     return moving.say(row, row)
-
-
-def test_replicas_share_a_cache_and_each_serves_a_change_anew(long_case: LongCase, tmp_path: Path) -> None:
-    """After the documented removal, and after the end of one of them, too."""
-    vllm_command()
-    with ExitStack() as until, serve(motion.PLUGIN, long_case, tmp_path) as first:
-        assert first.cache is not None
-        made = (long_case.base, first.adapters)
-        found = until.enter_context(plugged(tmp_path / "second", made, first.cache, *OPTIONS, settle_s=SETTLE_S))
-        second = Moving(found.server, long_case, motion.PLUGIN, first.adapters, found.cache)
-        folder = first.put(long_case.earlier, "shop")
-        assert [each.asked("shop").verdict for each in (first, second)] == 2 * ["as trained"]
-        before = {each.listed("shop")["served_digest"] for each in (first, second)}
-        first.put(long_case.adapter, folder.name)
-        for each in (first, second):
-            each.settle("shop")
-            assert (each.asked("shop").verdict, each.asked("shop").fault) == RIGHT
-        after = {each.listed("shop")["served_digest"] for each in (first, second)}
-        assert len(before) == len(after) == 1
-        assert before != after
-        until.close()
-        remove = ["find", ".", "-mindepth", "1", "-maxdepth", "1", "!", "-name", "locks", "!", "-name", "held"]
-        remove += ["-exec", "flock", "-n", "held/{}", "rm", "-r", "{}", ";"]
-        subprocess.run(remove, cwd=first.cache, check=True)
-        assert before | after <= {path.name for path in first.cache.iterdir()}, "the other replica may read them again"
-        first.evict()
-        found_again = first.asked("shop")
-        assert (found_again.verdict, found_again.fault) == RIGHT
 
 
 @pytest.mark.parametrize("kind", KINDS)

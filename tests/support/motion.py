@@ -27,7 +27,7 @@ begins with answers of an earlier version, or of another model, so that the serv
 
 {rows}
 
-The plug-in is vLLM's alone, so rows of llama-server have no last cell.
+A dash stands for what was not run. The plug-in is vLLM's alone.
 
 ## A day of reloads
 
@@ -38,7 +38,7 @@ the base model with an adapter's part. Memory is that of all the server's proces
 
 {churned}
 
-This page's run is short. `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` runs each server for an hour.
+`make motion` runs each server for a minute, and `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` for an hour.
 """
 
 REWRITTEN, IN_PLACE, READ_AGAIN, NEW_PATH = "rewritten", "in place", "read again", "new path"
