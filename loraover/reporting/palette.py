@@ -42,7 +42,7 @@ INKS = {
 }
 PALETTE = GROUNDS | RULES | INKS
 
-GOOD = ("as trained", "equivalent", "passed", "right", "prepared")
+GOOD = ("as trained", "consistent", "equivalent", "passed", "right", "prepared")
 BAD = ("differs", "different", "failed", "wrong silently", "error")
 OPEN = ("inconclusive", "refused", "right as exported", "right on some")
 TERMINAL_COLORS = {"good": "green", "bad": "red", "open": "yellow"}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import ConfigError, EngineError
+from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import ask_warm, long_questions
@@ -165,6 +165,26 @@ def test_verify_runs_the_command_of_a_reload(long_case: LongCase, recorded: Path
             verify_adapter(references=[recorded], reload="touch never", **asked_for)
         with pytest.raises(ConfigError, match="reload checks one adapter; give one references"):
             verify_adapter(references=[recorded, long_case.recorded], reload="true", endpoint=url)
+
+
+def test_own_prompts_need_no_reference_and_say_nothing_of_the_weights(long_case: LongCase, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("\n".join(f"{number} {'A farmer has 17 sheep. ' * 20}" for number in range(4)))
+    for key, verdict, fault in ((BY_WEIGHTS, "consistent", None), (BY_TOKENS, "differs", STALE_OF_OTHERS)):
+        with openai_server(served(long_case, key, noise=NOISE), NAMES) as server:
+            asked: dict[str, Any] = {"endpoint": server.url, "served_name": ["shop"], "prompts": prompts}
+            report = verify_adapter(caches=True, output=tmp_path / verdict, **asked)
+            (found,) = report.engines
+            assert (found.verdict, found.fault) == (verdict, fault), found.reason
+            assert "without a reference, whether the weights are right was not compared" in found.reason
+            assert report.exit_code == (0 if fault is None else 1)
+    with pytest.raises(ConfigError, match="without references, prompts is missing"):
+        verify_adapter(caches=True, endpoint="http://localhost:1", served_name=["shop"])
+    with pytest.raises(ConfigError, match="caches needs references, which is missing"):
+        verify_adapter(long_case.adapter, caches=True, endpoint="http://localhost:1", served_name=["shop"])
+    prompts.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+        verify_adapter(caches=True, **asked)
 
 
 def test_another_adapter_is_asked_in_turn(long_case: LongCase) -> None:

@@ -14,6 +14,7 @@ from loraover.common.errors import EngineError
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.limits import ADAPTER, BASE, OTHER
 from loraover_serve.judge.models import Answers, AskedOnce, Greedy, Models, ReadChat, Row, Rows
+from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.templates import read_template
 
@@ -48,7 +49,7 @@ class Asker:
     @classmethod
     def of(
         cls,
-        reference: Reference,
+        reference: Reference | OwnPrompts,
         endpoint: Endpoint,
         adapter: str | None = None,
         base: str | None = None,
@@ -229,7 +230,9 @@ def in_form(models: Models, place: int, dialect: Dialect) -> Prompt | None:
     if dialect.form == "chat":
         question, step = models.places[place]
         return models.questions[question].message if step == 0 else None
-    return models.read(place) if dialect.form == "ids" else models.text(place)
+    if dialect.form == "ids" and (ids := models.read(place)):
+        return ids
+    return models.text(place) if dialect.form == "text" or dialect.protocol == "llama-server" else None
 
 
 def rows_along(place: int, expected: Sequence[int], found: Generated) -> dict[int, Row]:

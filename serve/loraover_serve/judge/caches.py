@@ -32,8 +32,9 @@ from loraover_serve.judge.case import flag, strength_along
 from loraover_serve.judge.estimates import Interval, log_ratio
 from loraover_serve.judge.evidence import Change, apart, by_prompt, middle_by_prompt, projected
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
-from loraover_serve.judge.models import Row, Rows
+from loraover_serve.judge.models import Models, Row, Rows
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE_OF_OTHERS
+from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches, Churn, LogprobDistance, Off, Reload, WarmAnswers
 from loraover_serve.judge.search import ROUNDED_WAY
@@ -155,7 +156,10 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
     try:
         probe = Probe(asker)
         reloaded = None if reload is None else probe.reload(reload)
-        return judge_warm(asker.models, *probe.answers(), reloaded)  # type: ignore[arg-type]
+        cold, noise, warm, hits = probe.answers()
+        if isinstance(asker.models, OwnPrompts):
+            asker.models.sensitivity = probe.sensitivity(cold, noise)
+        return judge_warm(asker.models, cold, noise, warm, hits, reloaded)
     except CommandError:
         raise
     except EngineError as error:
@@ -229,6 +233,14 @@ class Probe:
         own = self._salted("own", arm)
         self._ask(arm, own, "", self.places[:1])
         return self._ask(arm, own, ON_OWN)
+
+    def sensitivity(self, cold: Mapping[str, Asked], noise: Asked) -> float:
+        """Ratio of the adapter's noise to the base model's, which no reference tells; at least 1."""
+        base, adapter = (
+            _WarmCase(self._asker.models, {BASE: cold[arm]}, own._replace(arm=BASE)).noise.rms + FLOOR
+            for arm, own in ((BASE, noise), (ADAPTER, self.on_own(ADAPTER)))
+        )
+        return max(1.0, adapter / base)
 
     def cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
         """A model's answers without a cache."""
@@ -321,7 +333,7 @@ def _rise(before: float | None, after: float | None) -> int | None:
 
 
 def judge_warm(
-    models: Reference,
+    models: Models,
     cold: Mapping[str, Asked],
     noise: Asked,
     warm: Sequence[Asked],
@@ -402,7 +414,7 @@ def _named(arm: str) -> str:
 class _WarmCase:
     """Warm answers beside cold ones."""
 
-    def __init__(self, models: Reference, cold: Mapping[str, Asked], noise: Asked) -> None:
+    def __init__(self, models: Models, cold: Mapping[str, Asked], noise: Asked) -> None:
         self._models, self._cold = models, {arm: each.rows for arm, each in cold.items()}
         self._noise_rows, self._noise_off = noise.rows, self.off(noise)
         self.noise = LogprobDistance.of(self._noise_off)

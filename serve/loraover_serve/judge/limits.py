@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Verdict = Literal["as trained", "differs", "inconclusive", "failed"]
-EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "as trained": 0}
+Verdict = Literal["as trained", "consistent", "differs", "inconclusive", "failed"]
+EXIT_CODES: dict[Verdict, int] = {"differs": 1, "failed": 2, "inconclusive": 3, "consistent": 0, "as trained": 0}
 """Exit code of each verdict, the worst first: the verdict of several engines is the worst of theirs."""
 
 BASE, ADAPTER = "base", "adapter"

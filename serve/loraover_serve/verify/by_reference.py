@@ -7,23 +7,26 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import CheckpointError, ConfigError, EngineError, LoraOverError
+from loraover.common.errors import CheckpointError, ConfigError, DataError, EngineError, LoraOverError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import long_questions
-from loraover_serve.judge.churn import ChurnRequest
+from loraover_serve.judge.caches import ask_warm, beside, long_questions
+from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.command import check, unanswered
-from loraover_serve.judge.limits import ADAPTER
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
+from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.judge.results import Caches, Churn
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.verify.request import VerifyRequest
 
@@ -39,6 +42,11 @@ OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE, *STALE_CACHES, *IN_CHURN)
 
 SEALED = "sealed"
 """Name of the digest in a published reference."""
+
+
+WITHOUT_REFERENCE = "without a reference, whether the weights are right was not compared"
+
+Part = TypeVar("Part", Caches, Churn)
 
 
 class Named(NamedTuple):
@@ -167,6 +175,60 @@ def ask_server(
         raise unread[0]
     name_crossed(request, [*adapters, *others], found)
     return known, found
+
+
+def ask_without_reference(request: VerifyRequest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ask a running server the user's own prompts, and compare its answers with one another.
+
+    Returns:
+        Facts of the comparison, and the result, whose best verdict is *consistent*: the weights are not judged.
+
+    Raises:
+        DataError: A file of prompts that cannot be read.
+        ConfigError, EngineError: The server cannot be asked.
+    """
+    assert request.prompts is not None
+    try:
+        lines = request.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{request.prompts}: cannot be read as UTF-8 text: {error}.") from error
+    texts, (name,) = [line for line in lines if line.strip()], request.served_name
+    if not texts:
+        raise DataError(f"{request.prompts}: holds no prompt, expected one a line.")
+    start, endpoint = time.monotonic(), endpoint_of(request)
+    asker = Asker.of(
+        OwnPrompts(texts, name, request.base_name or ""),
+        endpoint,
+        name,
+        request.base_name,
+        request.protocol,
+        request.named,
+    )
+    reload = None if request.reload is None else UserCommand(request.reload, request.named("reload"), endpoint.hidden)
+    found: dict[str, Any] = {"engine": name, "verdict": "consistent", "reason": WITHOUT_REFERENCE, "fault": None}
+    if request.caches or reload is not None:
+        found = beside(found, "caches", _consistent(ask_warm(asker, reload)))
+    if request.churn_s is not None:
+        run = None if request.run is None else UserCommand(request.run, request.named("run"), endpoint.hidden)
+        churn = ask_in_churn(
+            asker, ChurnRequest(asker.models, request.churn_s, run), with_base=not request.without_mixed
+        )
+        found = beside(found, "churn", _consistent(churn))
+    facts = {
+        "adapter": name,
+        "base_model": asker.names[BASE],
+        "sensitivity": asker.models.sensitivity,
+        "bias": 1.0,
+        "prompts": len(texts),
+        "new_tokens": 1,
+        "device": "no device",
+    }
+    return facts, found | {"seconds": time.monotonic() - start, "requests": endpoint.sent}
+
+
+def _consistent(part: Part) -> Part:
+    """A part of the check, whose pass says nothing about the weights."""
+    return replace(part, verdict="consistent") if part.verdict == "as trained" else part
 
 
 def endpoint_of(request: VerifyRequest) -> Endpoint:

@@ -17,6 +17,9 @@ from loraover_serve.engines import ENDPOINT, ENGINES, EngineRequest
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.vllm.request import SET_BY_SERVE
 
+OF_SERVERS = ("headers", "ca_file", "protocol", "check_timeout_s", "caches", "reload", "churn_s")
+"""Fields of a check of a running server without PyTorch."""
+
 
 @dataclass(frozen=True)
 class VerifyRequest(EngineRequest):
@@ -45,6 +48,7 @@ class VerifyRequest(EngineRequest):
         "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000 --caches",
         "loraover verify --reference shop/adapter_reference.json.gz --endpoint http://localhost:8000 --reload "
         "'sh load.sh'",
+        "loraover verify --caches --prompts mine.txt --endpoint http://localhost:8000 --served-name shop",
     )
     refused = dict.fromkeys(SET_BY_SERVE, "verify sets it")
 
@@ -95,20 +99,17 @@ class VerifyRequest(EngineRequest):
         "Header of every request, as NAME=VARIABLE with the environment variable that holds its value.",
         default=(),
         flag="--header",
-        needs="references",
     )
     ca_file: AnyPath | None = option(
         "PEM file of certificates that sign the server's.",
         default=None,
         default_text="those of Python",
-        needs="references",
     )
     protocol: str | None = option(
         "Protocol of the server.",
         default=None,
         default_text="tried one after the other",
         choices=("openai", "sglang", "tgi", "llama-server"),
-        needs="references",
     )
     repeats: int = option(
         "Number of times that each question is asked of the adapter, to find single servers behind one address; "
@@ -124,22 +125,19 @@ class VerifyRequest(EngineRequest):
         flag="--check-timeout",
         least=1,
         most=TIMEOUT_MAX,
-        needs="references",
     )
     quick: bool = option(
         "Send 8 requests, which only show whether the adapter is applied at all.", default=False, needs="references"
     )
     caches: bool = option(
-        "Also ask long questions without and with the server's cache of keys and values; needs a reference that "
-        "`record --long` wrote.",
+        "Also ask long questions without and with the server's cache of keys and values: those of a reference that "
+        "`record --long` wrote, or without one --prompts.",
         default=False,
-        needs="references",
     )
     reload: str | None = option(
         "Shell command that makes the server load the adapter in the place of an earlier version, which has to be "
         "served before. Includes --caches, and asks before the command as well.",
         default=None,
-        needs="references",
     )
     churn_s: float | None = option(
         "Seconds for which all models are asked at last, several at a time, while adapters come and go; each answer is "
@@ -148,7 +146,6 @@ class VerifyRequest(EngineRequest):
         flag="--churn",
         least=1,
         most=TIMEOUT_MAX,
-        needs="references",
     )
     run: str | None = option(
         "Shell command that loads and unloads adapters during --churn; it is ended with it.",
@@ -212,12 +209,20 @@ class VerifyRequest(EngineRequest):
 
     @property
     def loads_models(self) -> bool:
-        return not self.references
+        return self.adapter is not None
 
     def faults(self) -> Iterator[str]:
         adapter, references, endpoint = (self.named(name) for name in ("adapter", "references", "endpoint"))
-        if (self.adapter is None) == (not self.references):
+        is_own = self.adapter is None and (self.caches or self.reload is not None or self.churn_s is not None)
+        if (self.adapter is None) == (not self.references) and not (is_own and not self.references):
             yield f"give {adapter} or {references}, and not both."
+        elif is_own and not self.references:
+            for name in ("endpoint", "served_name", "prompts"):
+                if not getattr(self, name):
+                    yield f"without {references}, {self.named(name)} is missing."
+        for name in OF_SERVERS if self.adapter is not None and not self.references else ():
+            if self._is_given(name):
+                yield f"{self.named(name)} needs {references}, which is missing."
         if self.endpoint is not None and not self.served_name and not self.references:
             yield f"{endpoint} needs {self.named('served_name')}, which is missing."
         if len(self.served_name) > 1 and not self.references:

@@ -9,7 +9,7 @@ from loraover.common.atomic_output import check_file_writable, check_writable
 from loraover.common.errors import EngineError
 from loraover.common.provenance import environment, processor
 from loraover.sources.verb import verb
-from loraover_serve.verify.by_reference import ask_server, endpoint_of, neighbours
+from loraover_serve.verify.by_reference import ask_server, ask_without_reference, endpoint_of, neighbours
 from loraover_serve.verify.request import Found, VerifyRequest
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         check_writable(request.output, outside=request.adapter)
     if request.junit is not None:
         check_file_writable(request.junit)
-    if request.references:
-        found = by_references(request)
+    if request.adapter is None:
+        found = by_references(request) if request.references else by_itself(request)
         from loraover_serve.verify.show import publish
 
         return publish(request, found)
@@ -53,6 +53,15 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
     with by_pytorch(request) as found:
         return publish(request, found)
+
+
+def by_itself(request: VerifyRequest) -> Found:
+    """Compare answers of a running server with one another, without a reference."""
+    facts, found = ask_without_reference(request)
+    own = {"reference": "the server itself", "prompt_source": f"those of {request.prompts}"}
+    return Found(
+        facts | own | {"versions": environment(), "hardware": f"{processor()}, {platform.platform()}"}, [found]
+    )
 
 
 def by_references(request: VerifyRequest) -> Found:
