@@ -15,8 +15,8 @@ lower bound. 1/2 stays the middle, so that young adapters can be judged by it; h
 said only where k is above RELIABLE. All arrays have to be computed in the engine's number format: one that is coarser
 than the trainer's loses what a young adapter changes.
 
-A loop is judged at each of thousands of steps. So an alarm needs k above 0, and ALARM times the half interval, unless
-one half is less than k / 2, the distance of a right engine from 1/2, which doubles it as well.
+A loop is judged at each of thousands of steps. So an alarm needs ALARM times the half interval, unless one half is less
+than k / 2, the distance of a right engine from 1/2, which doubles it as well.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ class RolloutCase:
         effect = self.apart(self.tokens.right, model)
         found = self.strength_from(model)
         reliable, rms = self.reliable(effect), self.apart(self.tokens.engine, model)
-        alarm = found.half if self.prompts >= FEW_PROMPTS and reliable > 0 else math.inf
+        alarm = found.half if self.prompts >= FEW_PROMPTS else math.inf
         alarm = self.bounded(alarm if alarm <= reliable / 2 else ALARM * alarm, effect)
         found = Interval.around(found.value, self.bounded(found.half, effect))
         is_near = rms <= self.limit or rms <= LEFT * self.distance
@@ -404,7 +404,7 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
     )
     compared = sorted(case.compared, key=lambda each: (not each.explains, each.rms))
     found = [_suspect(each) for each in compared]
-    if case.effect and case.reliable(case.effect) > 0 and (not found or not found[0].explains or case.is_beyond()):
+    if case.effect and case.reliable(case.effect) > 0:
         fitted, nearest = _fitted(case), found[0].rms if found else math.inf
         is_first = (fitted.explains or not found or not found[0].explains) and fitted.rms < NEARER * nearest
         found.insert(0 if is_first else 1, fitted)
@@ -416,7 +416,7 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         each.detail
         for each in found[1:]
         if each.explains
-        and each.fault != SCALED
+        and (each.fault != SCALED or case.along.value > ROUNDED_WAY)
         and not case.strength_from(_model_of(case, each.detail), model).low > HALF_WAY
     ]
     named = near.fault if near.detail == near.fault else f"{near.fault}: {near.detail}"
@@ -436,7 +436,7 @@ def _fitted(case: RolloutCase) -> Suspect:
     names = [name for name, factor in case.factors.items() if abs(factor - case.along.value) <= half]
     value = case.along.value
     bend = abs(value * value - value) * case.effect**2  # twice a logprob's second order, half the changes' variance
-    explains = case.is_beyond() and rms <= max(case.limit, LEFT * case.distance, min(bend, EXPLAINED * case.distance))
+    explains = rms <= max(case.limit, LEFT * case.distance, min(bend, EXPLAINED * case.distance))
     detail = multiplied(case.along.value) + (f" ({', '.join(names)})" if names else "")
     return Suspect(SCALED, detail, rms, explains)
 
