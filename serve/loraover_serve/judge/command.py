@@ -113,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     asked = parser.parse_args(arguments)
+    if asked.run is not None and asked.churn is None:
+        parser.error("--run needs --churn, which is missing")
     try:
         endpoint = Endpoint(
             asked.url,
