@@ -66,7 +66,11 @@ class ToyRequest(Request):
 
 @verb(ToyRequest)
 def toy(request: ToyRequest) -> ToyRequest:
-    """Return the request."""
+    """Return the request.
+
+    Raises:
+        ConfigError: A request of which no toy can be made.
+    """
     return request
 
 

@@ -193,7 +193,7 @@ def test_a_gateway_that_counts_with_its_own_tokenizer_is_inconclusive(ratio: flo
 
     found = checked(reference, reply)
     assert (found["verdict"], found["fault"]) == ("inconclusive", None)
-    assert "or a gateway counts with a tokenizer of its own: the server reads" in found["reason"]
+    assert "or a gateway counts with another tokenizer: the server reads" in found["reason"]
     assert "judge them alone with --without-template" in found["reason"]
 
 

@@ -94,7 +94,7 @@ def test_a_server_that_keeps_by_weights_has_no_wrong_answer(noise: float, long_c
     assert sum(each.wrong for each in found.models) == 0, found.reason
     assert sum(each.answers for each in found.models) > 10
     (shop,) = (each for each in found.models if each.model == "shop")
-    assert set(shop.owners) <= {"of its own", "of its earlier version"}
+    assert set(shop.owners) <= {"of the asked model", "of its earlier version"}
     assert found.failed == 0
 
 

@@ -90,7 +90,7 @@ class Owner:
     rows: Rows = field(default_factory=dict, compare=False, repr=False)
 
 
-OWN = Owner("of its own")
+OWN = Owner("of the asked model")
 
 
 class Meanwhile(NamedTuple):

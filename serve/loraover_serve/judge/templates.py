@@ -261,7 +261,7 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
         if not faults[0].told.is_counted or without_tools == faults or _is_system_prompt(known):
             return TemplateReading(words, is_other=True)
         offs = {each.off for each in known}
-        gateway = "adds to each number" if len(offs) == 1 else "counts with a tokenizer of its own"
+        gateway = "adds to each number" if len(offs) == 1 else "counts with another tokenizer"
         return TemplateReading(
             f"the chat template may be another one, or a gateway {gateway}: {words}; which tokens, the server does not "
             "tell",

@@ -147,7 +147,7 @@ def _from_json(value: Any) -> Hashable:
         return tuple(_from_json(each) for each in value)
     if value is None or isinstance(value, int | str):
         return value
-    raise ValueError(f"{value!r} is no prompt and no row")
+    raise ValueError(f"{value!r} is neither a prompt nor a row")
 
 
 def _read_step(step: Mapping[str, Any]) -> Tokens:

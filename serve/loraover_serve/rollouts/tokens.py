@@ -86,7 +86,7 @@ def read_tokens(
     try:
         values = {name: [float(value) for value in arrays[name]] for name in ("e", "a", "b", *models)}
     except (TypeError, ValueError) as error:
-        return f"a logprob is no number ({error}), expected flat arrays of logprobs in nats"
+        return f"a logprob is not a number ({error}), expected flat arrays of logprobs in nats"
     for name, mine in values.items():
         if odd := sum(not -math.inf < value <= EPSILON for value in mine):
             return (

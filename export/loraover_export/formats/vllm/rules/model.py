@@ -171,9 +171,7 @@ def towers(candidate: Candidate) -> Iterator[Problem]:
             f"{listed(left_out)}: outside of {allowed.language_model}, the language model, which vLLM adapts alone"
             + (f" unless it is started with {option}" if helps else f"; {option} does not reach these modules")
             + "; their matrices have no effect",
-            f"start the server with {option}, for example loraover serve up ADAPTER -- {option}"
-            if helps
-            else f"train without these target modules, or {MERGE}",
+            f"start the server with {option}" if helps else f"train without these target modules, or {MERGE}",
             is_silent=all(path.rpartition(".")[2] in inside for path in left_out),  # others are refused by name
         )
     elif reached:
