@@ -449,9 +449,15 @@ SERVING = (
         Selection("test_plugin_settings.py", "no_request_can_need"),
     ),
     Mutant(
+        "plugin-lets-go-of-what-is-taken-up-again",
+        '            self._used[fields["path"]] = time.monotonic()  # before',
+        "            # before",
+        Selection("test_plugin_settings.py", "taken_up_again"),
+    ),
+    Mutant(
         "plugin-believes-a-torn-copy",
-        "return file.tell() + max(ends, default=0) == size",
-        "return file.tell() + max(ends, default=0) >= size",
+        "return bool(file.tell() + max(ends, default=0) == size)",
+        "return bool(file.tell() + max(ends, default=0) >= size)",
         Selection("test_plugin_settings.py", "the_cache_lost"),
     ),
     Mutant(

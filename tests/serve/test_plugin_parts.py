@@ -96,6 +96,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from loraover_serve.plugin import mends
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from loraover_serve.plugin import routes
 from loraover_serve.plugin.routes import serve_anew, served_by, used_by
 
 one, two = (LoRARequest("shop", number, f"/{number}") for number in (1, 2))
@@ -152,6 +154,36 @@ async def reload():
     found = models.lora_requests["shop"]
     print(found.lora_int_id, found.load_inplace, models.lora_resolver_lock["shop"].locked(), sorted(used_by(models)))
 asyncio.run(reload())
+
+class Prepared:
+    # It prepares at once, and its first looks at changed folders fail.
+    settings, looks = SimpleNamespace(source_of=lambda path: {"source": path}, reload=False), 0
+    renew = prepare = staticmethod(lambda name, source=None: asyncio.sleep(0, {"path": str(source)}))
+    def let_go(self, used): self.gone = sorted(used)
+    def changed(self, served):
+        self.looks += 1
+        if self.looks < 3:
+            raise PermissionError("a look fails")
+        return {"shop": "/3"}
+routes.service = lambda found=Prepared(): found
+routes.LOOK_S = routes.RETRY_S = 0.01
+
+async def load():
+    models = OpenAIServingModels(client, [])
+    models.lora_requests["shop"] = LoRARequest("shop", 7, "/1")
+    raw = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(openai_serving_models=models)))
+    body = LoadLoRAAdapterRequest(lora_name="shop", lora_path="/2", load_inplace=True)
+    await models.lora_resolver_lock["shop"].acquire()
+    loading = asyncio.create_task(routes.load_adapter(body, raw))
+    await asyncio.sleep(0.05)
+    del models.lora_requests["shop"]  # as vLLM's own route does with this lock
+    models.lora_resolver_lock["shop"].release()
+    print((await loading).status_code, served_by(models))
+    keeping = asyncio.create_task(routes.keep_current(routes.service(), models))
+    await asyncio.sleep(0.5)
+    print(keeping.done(), routes.service().looks > 3, routes.service().gone, served_by(models))
+    keeping.cancel()
+asyncio.run(load())
 """
 
 
@@ -171,7 +203,8 @@ def test_the_parts_of_the_installed_release_do_what_the_plug_in_expects(tmp_path
     assert f"vLLM 0.99.1 is not one of {', '.join(KNOWN)}, so its faults are not mended" in said
     assert "it has all parts that the plug-in knows, but nobody ran them" in said
     assert "is not whole; its load waits for it to be prepared again" in said
-    assert done.stdout.splitlines()[-9:] == [
+    assert "the served adapters cannot be looked at" in said
+    assert done.stdout.splitlines()[-11:] == [
         "stock 1 [25.0, 7.0, 25.0]",
         "unknown 1 [25.0, 7.0, 25.0]",
         "mended 2 [5.0, 7.0, 25.0] True",
@@ -181,4 +214,6 @@ def test_the_parts_of_the_installed_release_do_what_the_plug_in_expects(tmp_path
         "False",
         "False True [(2, '/2')] {'shop': '/2'}",
         "2 False False ['/1', '/2']",
+        "200 {'shop': '/2'}",
+        "False True ['/1', '/2'] {'shop': '/2'}",
     ]

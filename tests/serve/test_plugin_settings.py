@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,89 @@ def test_a_version_is_let_go_when_no_request_can_need_it(tmp_path: Path, monkeyp
     assert list(service.changed({"shop": new["path"]})) == [], "and known"
 
 
+def test_a_version_that_is_taken_up_again_is_not_let_go_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollback long after the version was served last, with a look at what may go before it is served again."""
+    file, now, hold = tmp_path / "adapters" / "shop" / "adapter_model.safetensors", [1000.0], Holds.hold
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def prepare(**_: object) -> dict[str, Any]:
+        return made(tmp_path, file.read_text())
+
+    def hold_and_look(holds: Holds, digest: str) -> bool:
+        is_there = hold(holds, digest)
+        service.let_go(())
+        return is_there
+
+    service = service_of(tmp_path, prepare, SETTLE="0")
+    for content in ("old", "new"):
+        file.write_text(content)
+        asyncio.run(service.find("shop"))
+    now[0] += GRACE_S + 1
+    file.write_text("old")
+    monkeypatch.setattr(Holds, "hold", hold_and_look)
+    asyncio.run(service.find("shop"))
+    assert [is_removable(tmp_path / "cache", digest) for digest in ("old", "new")] == [False, True]
+
+
+def test_threads_may_hold_and_let_go_of_one_version(tmp_path: Path) -> None:
+    made(tmp_path, "digest")
+    holds, before = Holds(tmp_path / "cache"), len(list(Path("/proc/self/fd").iterdir()))
+
+    def use(number: int) -> None:
+        for _ in range(500):
+            if number % 2:
+                holds.let_go("digest")
+            elif number:
+                assert holds.hold("digest")
+            else:  # as where the folder of locks is removed, so that each lock is made again
+                (tmp_path / "cache" / "held" / "digest").unlink(missing_ok=True)
+
+    holds.hold("digest")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(use, range(5)))
+    sys.setswitchinterval(interval)
+    holds.let_go("digest")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+HEADERS = [
+    "[]",
+    '{"a": []}',
+    '{"a": {}}',
+    '{"a": {"data_offsets": [0]}}',
+    '{"a": {"data_offsets": "xy"}}',
+    100_000 * "[",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_copy_with_an_odd_header_is_not_whole(header: str, tmp_path: Path) -> None:
+    """A load that meets it has to wait, since an error there ends the server."""
+    folder = Path(made(tmp_path, "digest")["path"])
+    assert is_whole(folder)
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert not is_whole(folder)
+
+
+def test_without_reloading_only_what_was_lost_is_prepared_again(tmp_path: Path) -> None:
+    async def prepare(**_: object) -> dict[str, Any]:
+        return made(tmp_path, "digest")
+
+    service = service_of(tmp_path, prepare, SETTLE="0", RELOAD="0")
+    found = asyncio.run(service.find("shop"))
+    assert found is not None
+    served, folder = {"shop": found["path"]}, tmp_path / "adapters" / "shop"
+    assert service.changed(served) == {}
+    shutil.rmtree(found["path"])
+    assert service.changed(served) == {"shop": folder}
+    (folder / "adapter_model.safetensors").write_text("another")
+    assert service.changed(served) == {}, "a new version is not what was lost"
+
+
 @pytest.mark.parametrize("harm", ["removed", "torn", "empty", "another"])
 def test_a_served_adapter_that_the_cache_lost_is_prepared_again(harm: str, tmp_path: Path) -> None:
     seen = []
@@ -380,7 +464,7 @@ def service_of(folder: Path, prepare: Answer, **more: str) -> Service:
     shop.mkdir(parents=True)
     (shop / "adapter_config.json").write_text("{}")
     (shop / "adapter_model.safetensors").write_bytes(8 * b"o")
-    settings = settings_of(folder / "adapters", CACHE=str(folder / "cache"), **more)
+    settings = settings_of(folder / "adapters", **{"CACHE": str(folder / "cache"), "RELOAD": "1"} | more)
     service = Service(settings, Answering(prepare))
     service.serve(PluginServer("base", "fp32", 16, "0.33.0"))
     return service

@@ -24,7 +24,7 @@ from vllm.lora.request import LoRARequest
 
 from loraover_serve.plugin.front import logger
 from loraover_serve.plugin.parts import KNOWN, is_known
-from loraover_serve.plugin.service import PluginServer, Service
+from loraover_serve.plugin.service import RETRY_S, PluginServer, Service
 from loraover_serve.plugin.settings import PLUGIN, RefusedError
 from loraover_serve.plugin.vllm import DEFAULT_DTYPE, service
 
@@ -65,8 +65,8 @@ class Routes:
         found.serve(PluginServer(config.model, dtype, args.max_lora_rank, __version__))
         await found.front.start()
         tasks = [_prepare_first(found)]
-        if found.settings.reload and is_known(__version__):
-            found.reloads = True
+        if is_known(__version__):
+            found.reloads = found.settings.reload
             tasks.append(keep_current(found, state.openai_serving_models))
         elif found.settings.reload:
             known = ", ".join(KNOWN)
@@ -118,10 +118,11 @@ async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) ->
     path = prepared["path"]
     if request.load_inplace and name in served.lora_requests and is_known(__version__):
         try:
-            await serve_anew(served, name, path, is_3d=request.is_3d_lora_weight)
+            is_anew = await serve_anew(served, name, path, is_3d=request.is_3d_lora_weight)
         except Exception as error:  # as vLLM's own route answers
             return _refusal(500, str(error))
-        return Response(f"Success: LoRA adapter '{name}' added successfully.")
+        if is_anew or name in served.lora_requests:  # else it was unloaded meanwhile
+            return Response(f"Success: LoRA adapter '{name}' added successfully.")
     answer = await served.load_lora_adapter(request.model_copy(update={"lora_path": path}))
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
@@ -165,18 +166,25 @@ def used_by(models: OpenAIServingModels) -> set[str]:
 
 
 async def keep_current(service: Service, models: OpenAIServingModels) -> None:
-    """Serve every adapter anew whose folder has changed and is complete, for as long as the server runs."""
+    """Let go of old versions, prepare lost ones again, and serve changed folders anew, while the server runs.
+
+    Folders that change are served anew only if the settings ask for it.
+    """
     while True:
         await asyncio.sleep(LOOK_S)
-        service.let_go(used_by(models))
-        changed = await asyncio.to_thread(service.changed, served_by(models))
-        await asyncio.gather(*(_renew(service, models, name, folder) for name, folder in changed.items()))
+        try:
+            service.let_go(used_by(models))
+            changed = await asyncio.to_thread(service.changed, served_by(models))
+            await asyncio.gather(*(_renew(service, models, name, folder) for name, folder in changed.items()))
+        except Exception:  # whatever it is, the next look may succeed
+            logger.exception("the served adapters cannot be looked at; the next look is in %g seconds", RETRY_S)
+            await asyncio.sleep(RETRY_S)
 
 
 async def _renew(service: Service, models: OpenAIServingModels, name: str, folder: Path) -> None:
     try:
         prepared: Mapping[str, Any] | None = await service.renew(name, folder)
-        if prepared is not None:
+        if prepared is not None and service.settings.reload:
             await serve_anew(models, name, prepared["path"])
     except RefusedError as error:
         service.refuse(name, str(error), folder)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, REFERENCE_FILE, TEMPLATE_FILE, TENSORS_FILE
@@ -65,8 +66,8 @@ def is_whole(folder: Path) -> bool:
             size = os.fstat(file.fileno()).st_size
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), size)))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            return file.tell() + max(ends, default=0) == size
-    except (OSError, ValueError):
+            return bool(file.tell() + max(ends, default=0) == size)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError):  # of any JSON, too
         return False
 
 
@@ -118,7 +119,7 @@ class Holds:
     """Locks on the prepared adapters that this server may read, each held until it is let go or the server ends.
 
     vLLM reads an adapter again from its path if it was evicted, within a step of its engine, and a failure there ends
-    the server. An earlier version may be read again, too, for a request that still runs.
+    the server. An earlier version may be read again, too, for a request that still runs. Threads may hold and let go.
 
     Args:
         cache: Folder of prepared adapters.
@@ -127,6 +128,7 @@ class Holds:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._files: dict[str, int] = {}
+        self._lock = Lock()
 
     def hold(self, digest: str) -> bool:
         """Lock a prepared adapter against removal, and return whether it is still there.
@@ -144,21 +146,26 @@ class Holds:
                 if error.errno not in NO_LOCKS:
                     os.close(file)
                     raise
-            self.let_go(digest)
-            self._files[digest] = file
+            with self._lock:
+                before = self._files.get(digest)
+                self._files[digest] = file
+                if before is not None:
+                    os.close(before)
         return (self._cache / digest).is_dir()
 
     def _is_held(self, digest: str, place: Path) -> bool:
         """Whether the lock is on the file that others find; one that was removed locks nothing."""
-        try:
-            return digest in self._files and os.path.samestat(os.fstat(self._files[digest]), place.stat())
-        except FileNotFoundError:
-            return False
+        with self._lock:
+            try:
+                return digest in self._files and os.path.samestat(os.fstat(self._files[digest]), place.stat())
+            except FileNotFoundError:
+                return False
 
     def let_go(self, digest: str) -> None:
         """Unlock a prepared adapter that this server will not read again."""
-        if digest in self._files:
-            os.close(self._files.pop(digest))
+        with self._lock:
+            if digest in self._files:
+                os.close(self._files.pop(digest))
 
 
 @dataclass(frozen=True)
@@ -315,6 +322,7 @@ class Service:
                 continue
             if refused is not None:
                 raise refused
+            self._used[fields["path"]] = time.monotonic()  # before it is held, so that `let_go` spares it meanwhile
             try:
                 if await asyncio.to_thread(self._is_kept, found):
                     return found
@@ -339,7 +347,7 @@ class Service:
     def changed(self, served: Mapping[str, str]) -> dict[str, Path]:
         """Return the folders of served adapters that have changed and are complete, or were lost, by name.
 
-        An adapter is lost if its prepared files are gone or torn.
+        An adapter is lost if its prepared files are gone or torn. Changes count only if the settings ask for reloads.
 
         Args:
             served: Path that vLLM has loaded, by name.
@@ -351,7 +359,8 @@ class Service:
                 continue
             state, status = self._folders.settled(version.folder), self._statuses[name]
             waits = status.reason is not None and status.state == state and time.monotonic() < status.since + RETRY_S
-            if state and not waits and (state != version.state or version.is_lost()):
+            is_due = self.settings.reload if state != version.state else version.is_lost()
+            if state and not waits and is_due:
                 found[name] = version.folder
         return found
 
