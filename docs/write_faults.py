@@ -20,6 +20,7 @@ INTRODUCTION = """# Known faults
 Look up here in which ways engines, and the programs around them, serve adapters wrongly. Each fault has its releases,
 the public threads, what to do, and the command that shows or finds it. *Shown* names the test of this repository that
 runs the fault; *read, not run* means that the threads were read, and that no test of this repository shows the fault.
+Where no command is named, none of LoRA-Over finds the fault.
 
 `loraover check` names the faults of the engines that it judges, `loraover doctor` those of the engines that are
 installed, and `loraover verify` those of the engine that answered. A known fault changes no verdict.

@@ -16,6 +16,7 @@ name is loaded again beside a request that runs. What was found is written every
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -58,6 +59,8 @@ SAME = 1e-4
 BASE = ""
 """Name of the base model here."""
 KINDS = ("plug-in", "stock, same folder", "stock, new folders")
+WORKER = "VLLM::Worker"
+"""How the process that holds the model calls itself."""
 OPTIONS = ("--enable-prefix-caching", "--block-size", str(BLOCK))
 
 Floats = NDArray[np.float32]
@@ -151,6 +154,8 @@ class Found:
         refused: Number of requests without an answer, by the error's beginning.
         farthest: Largest distance of an answer from the model that it belongs to, in nats.
         nearest_other: Smallest distance of such an answer from any other model, in nats.
+        ratio: Largest distance of such an answer from its model over that from the nearest other; None if not kept.
+        load: Largest load of the machine, averaged over a minute; None if not kept.
         late_s: Longest time for which an earlier version was asked for and answered, in seconds.
         ended_s: Seconds after which the server ended; None if it did not.
         memory: Seconds, and the resident memory of the server's processes in MiB, by their names.
@@ -165,6 +170,8 @@ class Found:
     refused: Counter[str] = field(default_factory=Counter)
     farthest: float = 0.0
     nearest_other: float = float("inf")
+    ratio: float | None = None
+    load: float | None = None
     late_s: float = 0.0
     ended_s: float | None = None
     memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
@@ -174,6 +181,27 @@ class Found:
         """Return what was written of an earlier run."""
         counters = {name: Counter(written[name]) for name in ("answers", "base", "refused")}
         return cls(**{**written, **counters})
+
+    def marks(self, name: str = "") -> list[float]:
+        """Memory in MiB after the first minute, in the middle and at the end, of processes whose name begins so."""
+        kept = [memory for at_s, memory in self.memory if at_s > min(60.0, self.seconds / 4)]
+        sums = [sum(mib for process, mib in memory.items() if process.startswith(name)) for memory in kept]
+        return [sums[0], sums[len(sums) // 2], sums[-1]] if sums else []
+
+    def words(self) -> str:
+        """How sure the owners of answers are, how late versions were, and what the worker's memory did."""
+        said = (
+            f"{self.kind}: an answer is at most {self.farthest:.1e} nats from its model, and every other model is at "
+            f"least {self.nearest_other:.1e} nats from such an answer"
+        )
+        if self.ratio is not None:
+            said += f"; its model's distance is at most {self.ratio:.2g} of the nearest other's"
+        said += f". A version was answered up to {self.late_s:.1f} s after it was replaced"
+        said += "" if self.load is None else f", on a machine with a load of up to {self.load:.0f}"
+        _, middle, end = self.marks(WORKER) or (0.0, 0.0, 0.0)
+        return said + (
+            f". vLLM's own worker went from {middle:.0f} to {end:.0f} MiB in the second half." if end else "."
+        )
 
     def count(self, models: Models, name: str, prompt: int, asked: float, answer: Completion) -> None:
         """Count one answer: whose it was."""
@@ -186,7 +214,9 @@ class Found:
             return
         counted["its name"] += 1
         self.farthest = max(self.farthest, float(distances[nearest]))
-        self.nearest_other = min(self.nearest_other, float(np.partition(distances, 1)[1]))
+        other = float(np.partition(distances, 1)[1])
+        self.nearest_other = min(self.nearest_other, other)
+        self.ratio = max(self.ratio or 0.0, float(distances[nearest]) / other) if other else 1.0
         self.late_s = max(self.late_s, asked - models.replaced.get(nearest, asked))
 
 
@@ -284,6 +314,7 @@ def churn(kind: str, seconds: float, folder: Path, file: Path | None = None) -> 
             now = time.monotonic() - begun
             with lock:
                 found.seconds = round(now, 1)
+                found.load = max(found.load or 0.0, os.getloadavg()[0])
                 if found.ended_s is None:
                     found.memory.append((round(now, 1), running.memory()))
                 if kind == "plug-in":
@@ -318,19 +349,34 @@ def to_table(found: Sequence[Found]) -> Table:
     """Return the table of what was found with each server."""
     table = table_of(
         f"{ADAPTERS} adapters, {CLIENTS} clients, a new version every {RELOAD_S:g} s, --max-loras {BATCH}",
-        *("server", "time", "versions", "answers", "of its name", "another's", "of no version", "base, right"),
+        *(
+            "server",
+            "time",
+            "versions",
+            "served",
+            "answers",
+            "of its name",
+            "another's",
+            "of no version",
+            "base, right",
+        ),
         *("ended", "memory at start, middle, end"),
         caption="An answer of no version is the new weights on cached keys and values of old ones, or a mixture. "
         "Memory is that of all the server's processes after the first minute, in the middle and at the end.",
     )
     for each in found:
-        totals = [sum(memory.values()) for at_s, memory in each.memory if at_s > min(60.0, each.seconds / 4)]
-        shown = [totals[0], totals[len(totals) // 2], totals[-1]] if totals else []
+        shown = each.marks()
         base = f"{each.base['its name']} of {each.base.total()}"
         ended = "no" if each.ended_s is None else f"after {each.ended_s:.0f} s"
         counts = (each.answers[whose] for whose in ("its name", "another adapter", "none"))
         table.add_row(
-            *(each.kind, f"{each.seconds:.0f} s", str(each.reloads), str(each.answers.total()), *map(str, counts)),
+            *(
+                each.kind,
+                f"{each.seconds:.0f} s",
+                str(each.reloads),
+                *map(str, ("-" if each.served is None else each.served, each.answers.total())),
+                *map(str, counts),
+            ),
             *(base, ended, ", ".join(f"{mib:.0f}" for mib in shown) + (" MiB" if shown else "-")),
         )
     return table

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,10 @@ from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import ask_warm
 from loraover_serve.judge.command import check
-from loraover_serve.judge.names import LEAKS, STALE_OF_ADAPTER, STALE_OF_EARLIER
+from loraover_serve.judge.names import LEAKS, STALE_OF_ADAPTER, STALE_OF_EARLIER, TEMPLATE
+from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
+from loraover_serve.verify.chats import pack_chats
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig
 
@@ -32,6 +36,7 @@ from support import motion
 from support.long_questions import LongCase
 from support.plugin import plugged
 from support.real_servers import llama_server
+from support.tiny_hub import tiny_tokenizer
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
 from support.vllm_loading import FEW_BLOCKS, load_adapter, serving_loader, unload_adapter
 
@@ -39,10 +44,16 @@ pytestmark = pytest.mark.matrix
 
 OPTIONS = ("--max-model-len", "1024", "--max-loras", "1", "--enable-prefix-caching", "--enable-prompt-tokens-details")
 STOCK = ("--dtype", "float32", "--enforce-eager", "--enable-lora", "--max-lora-rank", "16", *FEW_BLOCKS, *OPTIONS)
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+SYSTEM = "{% if messages[0].role != 'system' %}<system>be rude|{% endif %}" + TURNS
+TWO = ("--max-loras", "2", "--chat-template", SYSTEM)
+"""Further options: versions share a batch only where two adapters fit into it."""
 SETTLE_S = 1.0
 TRIES = 5
 """How often a fault is looked for that shows only where the engine's scheduler puts both models into one batch."""
 CHURN_S, END_S = 60.0, 30.0
+RELOADS, RELOAD_S = 40, 0.2
+LONG_ANSWER = 200
 Said = tuple[str, str | None]
 RIGHT: Said = ("as trained", None)
 ENDED: Said = ("ended", None)
@@ -141,16 +152,26 @@ def moving(
         yield running
 
 
+@pytest.fixture(scope="module", params=[motion.VERIFY, motion.PLUGIN])
+def of_two(
+    request: pytest.FixtureRequest, long_case: LongCase, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Moving]:
+    """A server into whose batches two adapters fit, with a system prompt of its own in the chat template."""
+    vllm_command()
+    with serve(request.param, long_case, tmp_path_factory.mktemp("of-two"), *TWO) as running:
+        yield running
+
+
 @contextmanager
-def serve(column: str, case: LongCase, folder: Path) -> Iterator[Moving]:
+def serve(column: str, case: LongCase, folder: Path, *more: str) -> Iterator[Moving]:
     adapters, base = folder / "adapters", str(case.base)
     shutil.copytree(case.earlier, adapters / "other")
     if column == motion.PLUGIN:
         made = (case.base, adapters)
-        with plugged(folder / "server", made, folder / "cache", *OPTIONS, settle_s=SETTLE_S) as found:
+        with plugged(folder / "server", made, folder / "cache", *OPTIONS, *more, settle_s=SETTLE_S) as found:
             yield Moving(found.server, case, column, adapters, found.cache)
         return
-    with serving_loader(VllmServerConfig(base, options=STOCK), folder / "vllm.log") as server:
+    with serving_loader(VllmServerConfig(base, options=(*STOCK, *more)), folder / "vllm.log") as server:
         load_adapter(server, "other", adapters / "other")
         motion.record_version(server.version())
         yield Moving(server, case, column, adapters)
@@ -245,6 +266,49 @@ def lose(moving: Moving, row: str) -> Said:
         file = folder / "adapter_model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
     return moving.say(row, row)
+
+
+def test_another_system_prompt_is_named(of_two: Moving) -> None:
+    """Which the plug-in cannot mend: the template is the server's."""
+    name, case, told = "chatty", of_two.case, tiny_tokenizer()
+    of_two.load(name, of_two.put(case.adapter, name))
+    told.chat_template = TURNS
+    content = json.loads(gzip.decompress(case.recorded.read_bytes()))
+    reference = Reference(content | pack_chats(told, content["vocabulary"]))
+    asker = Asker.of(reference, Endpoint(of_two.server.url), name, str(case.base), "openai")
+    found = check(asker, "fp32", without_mixed=True)
+    print(f"\n{of_two.column}: {found['verdict']}: {found['reason']}")
+    said = found["verdict"], found["fault"]
+    motion.record(motion.SYSTEM, of_two.column, shown(said))
+    assert said == ("differs", TEMPLATE)
+
+
+def test_a_reload_beside_a_running_request(of_two: Moving) -> None:
+    name, server = "live", of_two.server
+    versions = of_two.case.earlier, of_two.case.adapter
+    folders = [of_two.put(version, f"live-{number}") for number, version in enumerate(versions)]
+    of_two.load(name, folders[0])
+    if of_two.cache is not None:
+        load_adapter(server, name, folders[0])
+    is_over = False
+
+    def keep_asking() -> None:
+        while not is_over and server.is_alive():
+            with suppress(EngineError):
+                server.complete(name, [1, 2, 3], max_tokens=LONG_ANSWER, timeout_s=60)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(4):
+            pool.submit(keep_asking)
+        for number in range(1, RELOADS):
+            with suppress(EngineError):
+                of_two.reload(name, folders[number % 2])
+            if not server.is_alive():
+                break
+            time.sleep(RELOAD_S)
+        is_over = True
+    said = of_two.say(motion.BESIDE, name)
+    assert said == (ENDED if of_two.column == motion.VERIFY else RIGHT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

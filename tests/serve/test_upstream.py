@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from support.long_questions import LongCase
+from support.real_servers import llama_server
 from support.vllm_command import vllm_command
 
 pytestmark = pytest.mark.engine
@@ -28,6 +31,20 @@ def test_two_versions_under_one_path_share_their_blocks() -> None:
 def test_two_versions_under_one_name_are_one_element_of_a_set() -> None:
     done = run(EQUALITY)
     assert (done.returncode, "runs but is not activated" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
+def test_a_missing_folder_raises_inside_a_step() -> None:
+    done = run(UPSTREAM / "vllm-missing-folder.py")
+    expected = (0, "raises LoRAAdapterNotFoundError")
+    assert (done.returncode, done.stdout.strip()[-len(expected[1]) :]) == expected, done.stdout + done.stderr[-2000:]
+
+
+def test_the_hosts_prompt_cache_mixes_adapters(long_case: LongCase, tmp_path: Path) -> None:
+    with llama_server(long_case.base, long_case.adapter, tmp_path) as url:
+        command = [sys.executable, str(UPSTREAM / "llamacpp-host-prompt-cache.py"), url]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "tokens came from the cache" in done.stdout) == (0, True), done.stdout + done.stderr
+    print(done.stdout)
 
 
 def test_the_patch_tells_versions_apart(tmp_path: Path) -> None:

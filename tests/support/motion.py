@@ -27,7 +27,7 @@ begins with answers of an earlier version, or of another model, so that the serv
 
 {rows}
 
-A dash stands for what was not run. The plug-in is vLLM's alone.
+A dash stands for what was not run. The plug-in is vLLM's alone, and does not change a chat template.
 
 ## A day of reloads
 
@@ -38,11 +38,18 @@ the base model with an adapter's part. Memory is that of all the server's proces
 
 {churned}
 
+Versions are counted when they are written, and as served when the plug-in serves them: it leaves out a version that is
+overwritten before it is prepared. An answer has an owner only if that model is nearer than every other one. Where
+another model is hardly farther, the answer would nearly fit that one as well, and its owner is the least sure.
+
+{words}
+
 `make motion` runs each server for a minute, and `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` for an hour.
 """
 
 REWRITTEN, IN_PLACE, READ_AGAIN, NEW_PATH = "rewritten", "in place", "read again", "new path"
-MIXED, GONE, TORN, LOST = "mixed", "gone", "torn", "lost"
+BESIDE, MIXED, GONE, TORN, LOST = "beside", "mixed", "gone", "torn", "lost"
+SYSTEM = "system"
 HOST_CACHE, GLOBAL_SCALE = "host cache", "global scale"
 VERIFY, PLUGIN = "verify", "plug-in"
 """Columns."""
@@ -52,10 +59,12 @@ ACTIONS = {
     IN_PLACE: ("vLLM", "the folder is rewritten, and loaded with `load_inplace` under the same path"),
     READ_AGAIN: ("vLLM", "the folder is rewritten, and nothing is sent; the adapter is evicted and read again"),
     NEW_PATH: ("vLLM", "the new version is loaded under the same name from another path"),
+    BESIDE: ("vLLM", "a name is unloaded and loaded again while requests for it run"),
     MIXED: ("vLLM", "requests for the base model run beside those for an adapter"),
     GONE: ("vLLM", "an adapter's folder is gone when it is read again after an eviction"),
     TORN: ("vLLM", "an adapter's folder is half written when it is read again after an eviction"),
     LOST: ("vLLM", "the plug-in's own copy is gone when it is read again after an eviction"),
+    SYSTEM: ("vLLM", "the server's chat template has another system prompt"),
     HOST_CACHE: ("llama-server", "the base model gets a prompt that the adapter has read, after other prompts"),
     GLOBAL_SCALE: (
         "llama-server",
@@ -105,6 +114,7 @@ def page(entries: Mapping[str, Mapping[str, Any]]) -> str:
         clients=CLIENTS,
         same=SAME,
         churned=to_markdown(to_table(churned)),
+        words="\n".join(f"- {each.words()}" for each in churned),
     )
 
 
