@@ -42,11 +42,21 @@ class UnansweredError(EngineError):
         message: What happened.
         pause_s: Seconds after which the server wants to be asked again; None if it names none.
         is_limit: Whether the server has had too many requests.
+        is_status: Whether the server answered, with an HTTP status.
+        is_refused: Whether nothing accepted the connection.
     """
 
-    def __init__(self, message: str, pause_s: float | None = None, *, is_limit: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        pause_s: float | None = None,
+        *,
+        is_limit: bool = False,
+        is_status: bool = False,
+        is_refused: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.pause_s, self.is_limit = pause_s, is_limit
+        self.pause_s, self.is_limit, self.is_status, self.is_refused = pause_s, is_limit, is_status, is_refused
 
 
 class NotJsonError(UnansweredError):
@@ -331,7 +341,8 @@ class Endpoint:
                     raise self._refusal(path, response)
                 yield response
         except NO_ANSWER as error:
-            raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}")) from None
+            is_refused = isinstance(error, ConnectionRefusedError)
+            raise UnansweredError(self.hidden(f"{self.url}{path}: no answer: {error}"), is_refused=is_refused) from None
 
     def _refusal(self, path: str, response: HTTPResponse) -> EngineError:
         status, pause = response.status, asked_pause(response)
@@ -341,7 +352,8 @@ class Endpoint:
         found = explanation(response, self.hidden)
         message = self.hidden(f"{self.url}{path}: the server answered {status}{asks}: {found}")
         if status in TRANSIENT:
-            return UnansweredError(message, pause, is_limit=pause is not None or status in LIMITED)
+            is_limit = pause is not None or status in LIMITED
+            return UnansweredError(message, pause, is_limit=is_limit, is_status=True)
         kind = UnfitRequestError if status in UNFIT else AbsentError if status in ABSENT else EngineError
         return kind(message)
 

@@ -19,6 +19,7 @@ import pytest
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError
 from loraover_serve import verify_adapter
+from loraover_serve.judge import churn
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import Probe
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
@@ -34,6 +35,7 @@ from loraover_serve.judge.results import Churn
 from loraover_serve.judge.user_command import UserCommand
 
 from support.caching_server import BY_NAME, BY_WEIGHTS, CachingServer, Key
+from support.http_server import Handler, serving
 from support.long_questions import LongCase
 from support.openai_server import openai_server
 from support.resampled_caches import RightServer
@@ -169,11 +171,45 @@ def test_verify_and_its_command_line_ask_in_churn(long_case: LongCase, tmp_path:
 @pytest.mark.parametrize("check", ["caches", "reload", "churn"])
 def test_right_servers_raise_no_alarm(check: str, long_case: LongCase) -> None:
     """`python -m benchmarks.cache_alarms` draws 10,000 of each kind."""
-    for rms in (2e-5, long_case.caches.rounding("bf16"), 0.05):
-        for seed in range(20):
+    for rms in (2e-5, long_case.caches.rounding("bf16"), 0.032, 0.05):
+        for seed in range(60 if (check, rms) == ("churn", 0.032) else 20):
             server = RightServer(long_case.caches, rms, random.Random(seed))
             found = server.churn(60) if check == "churn" else server.caches(with_reload=check == "reload")
             assert found.fault is None, found.reason
+
+
+def test_failed_requests_are_no_right_answers(long_case: LongCase, tmp_path: Path) -> None:
+    turns = count()
+
+    def failing(body: dict[str, Any], answer: Any) -> Any:
+        return 403 if "cache_salt" not in body and next(turns) > 20 else answer
+
+    with churning(long_case, tmp_path, BY_WEIGHTS, change=failing) as url:
+        found = churned(long_case, url)
+    assert found.verdict == "inconclusive", found.reason
+    assert found.failed
+    assert "requests failed, and show nothing" in found.reason
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_answers_with_a_status_has_not_ended(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(Handler):
+        def do_GET(self) -> None:
+            self.answer(status, b"")
+
+    monkeypatch.setattr(churn, "LIFE_S", 0.5)
+    with serving(Busy) as url:
+        assert churn._life(Endpoint(url)) == "there"
+    assert churn._life(Endpoint(url)) == "ended"
+
+
+def test_a_command_that_loads_nothing_is_inconclusive(long_case: LongCase, tmp_path: Path) -> None:
+    with churning(long_case, tmp_path, BY_WEIGHTS) as url:
+        asked: dict[str, Any] = {"endpoint": url, "served_name": ["shop"], "quick": True, "churn_s": 3.0}
+        (found,) = verify_adapter(references=[long_case.recorded], run="true", **asked).engines
+    assert found.verdict == "inconclusive", found.reason
+    assert "the command ended after" in found.reason
+    assert "nothing showed that an adapter was loaded" in found.reason
 
 
 def test_a_command_ends_with_what_it_started(tmp_path: Path) -> None:

@@ -13,14 +13,21 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median, median_low
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from loraover.client.at_once import AT_ONCE
-from loraover.client.endpoint import AbsentError, Endpoint, UnansweredError, UnfitRequestError, is_same_model
+from loraover.client.endpoint import (
+    AbsentError,
+    Endpoint,
+    NotJsonError,
+    UnansweredError,
+    UnfitRequestError,
+    is_same_model,
+)
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
@@ -29,7 +36,7 @@ from loraover_serve.judge.estimates import TO_SIGMA, share_found, share_interval
 from loraover_serve.judge.evidence import Change, by_prompt, difference, projected
 from loraover_serve.judge.fleet import from_cache
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, CLEAR, FEW_AS_BASE, FLOOR, OTHER
-from loraover_serve.judge.models import Models, Rows
+from loraover_serve.judge.models import Models, Row, Rows
 from loraover_serve.judge.names import CACHE_OF_RESPONSES, CROSSED, NO_KNOWN_WEIGHTS, SERVER_ENDED, STALE
 from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Off
 from loraover_serve.judge.search import LEFT
@@ -39,6 +46,7 @@ MOST_OTHERS = 8
 """Further adapters on the server that are asked at most."""
 
 ABSENT_PAUSE_S, LIFE_S = 0.02, 15.0  # after a refusal of a model that is just not loaded; for a sign of life
+FAILURE_PAUSE_S, POLL_S = 0.5, 0.5  # after a request that failed; between two looks at what the server lists
 
 
 class ChurnRequest(NamedTuple):
@@ -102,6 +110,9 @@ class Meanwhile(NamedTuple):
         failures: Other requests that were not answered, in words.
         ended: Reason why the server counts as ended; None if it answers.
         command: Failure of the command in words; empty if it has none.
+        is_silent: Whether nothing shows at the end that the server is there, nor that it has ended.
+        is_moved: Whether the list of the server's models, or of their folders, changed.
+        command_s: Seconds after which the command ended; None if it ran on.
     """
 
     said: Sequence[Said]
@@ -109,6 +120,9 @@ class Meanwhile(NamedTuple):
     failures: Sequence[str] = ()
     ended: str | None = None
     command: str = ""
+    is_silent: bool = False
+    is_moved: bool = False
+    command_s: float | None = None
 
 
 def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -> Churn:
@@ -161,10 +175,12 @@ def _asked(probe: Probe, names: Mapping[str, str], asked: ChurnRequest) -> Meanw
                 time.sleep(ABSENT_PAUSE_S)
             except EngineError as error:
                 failures.append(str(error))
-                if not _lives(endpoint):
+                enough.wait(FAILURE_PAUSE_S)
+                if _life(endpoint) == "ended":
                     ended.append(f"it answers nothing {begun - start:.0f} s after the start: {error}")
                     enough.set()
 
+    lists, over = {_listed(endpoint)}, None
     with ExitStack() as until:
         failure: Callable[[], str | None] = str
         if asked.command is not None:
@@ -173,25 +189,42 @@ def _asked(probe: Probe, names: Mapping[str, str], asked: ChurnRequest) -> Meanw
         try:
             for each in threads:
                 each.start()
-            for each in threads:
-                each.join()
+            while any(each.is_alive() for each in threads):
+                threads[0].join(POLL_S) if threads[0].is_alive() else time.sleep(ABSENT_PAUSE_S)
+                lists.add(_listed(endpoint))
+                if asked.command is not None and over is None and failure() is not None:
+                    over = time.monotonic() - start
         finally:
             enough.set()
         told = failure() or ""
-    if not ended and not _lives(endpoint):
-        ended.append("it answers nothing any more at the end")
-    return Meanwhile(said, absent, failures, ended[0] if ended else None, told)
+    life = _life(endpoint)
+    if not ended and life == "ended":
+        ended.append("it accepts no connection any more at the end")
+    is_moved = len(lists - {None}) > 1
+    return Meanwhile(said, absent, failures, ended[0] if ended else None, told, life == "silent", is_moved, over)
 
 
-def _lives(endpoint: Endpoint) -> bool:
-    """Whether a server answers anything, or the time for all requests is over, so that nothing shows it."""
+def _life(endpoint: Endpoint) -> Literal["there", "silent", "ended"]:
+    """Whether a server is there, which any HTTP status shows, or has ended: it accepts no connection."""
     try:
         endpoint.request("/v1/models", timeout_s=LIFE_S)
-    except UnansweredError:
-        return endpoint.is_over
+    except NotJsonError:
+        return "there"
+    except UnansweredError as error:
+        if error.is_refused:
+            return "ended"
+        return "there" if error.is_status or endpoint.is_over else "silent"
     except EngineError:
-        return True
-    return True
+        return "there"
+    return "there"
+
+
+def _listed(endpoint: Endpoint) -> frozenset[tuple[str, str]] | None:
+    """Names and folders of the models that a server lists; None if it does not tell."""
+    with suppress(EngineError, LookupError, TypeError, AttributeError):
+        listed = endpoint.request("/v1/models", timeout_s=LIFE_S)["data"]
+        return frozenset((str(each["id"]), str(each.get("root"))) for each in listed)
+    return None
 
 
 def judge_churn(
@@ -218,6 +251,12 @@ def judge_churn(
     told = "; ".join(each.shown.words for each in found)
     if meanwhile.failures:
         told += f"; {len(meanwhile.failures)} requests failed, such as: {meanwhile.failures[0]}"
+    if meanwhile.command_s is not None:
+        told += f"; the command ended after {meanwhile.command_s:.2g} of {begun.seconds:.2g} s"
+    is_moved = meanwhile.is_moved or any(meanwhile.absent.values()) or case.has_loaded(found)
+    if not is_moved:
+        told += "; nothing showed that an adapter was loaded meanwhile"
+    asked, failed = len(meanwhile.said) + sum(meanwhile.absent.values()), len(meanwhile.failures)
     if meanwhile.ended is not None:
         reason = f"{SERVER_ENDED}: {meanwhile.ended}; {told}"
         return replace(shown, verdict="differs", reason=reason, fault=SERVER_ENDED)
@@ -231,8 +270,17 @@ def judge_churn(
         told = f"{meanwhile.command}; {told}"
     elif cached and cached / len(meanwhile.said) >= share_found(len(meanwhile.said)):
         told = f"{cached} of {len(meanwhile.said)} answers come from a cache of responses, and show nothing; {told}"
+    elif failed and failed / (asked + failed) >= share_found(asked + failed):
+        told = f"{failed} of {asked + failed} requests failed, and show nothing; {told}"
+    elif meanwhile.is_silent:
+        told = f"the server answers nothing at the end, and refuses no connection; {told}"
+    elif begun.command is not None and not is_moved:
+        told = f"let the command load other versions or folders, so that it can be seen; {told}"
     elif unseen:
-        told = f"too few answers would show these: {'; '.join(unseen)}; ask for longer; {told}"
+        told = (
+            f"too few answers would show these, where noise is {case.noise.rms:.2g} nats: {'; '.join(unseen)}; ask for "
+            f"longer, or check a server with a finer number format; {told}"
+        )
     else:
         return replace(shown, verdict="as trained", reason=f"in churn, {told}")
     return replace(shown, reason=f"answers in churn: {told}")
@@ -268,30 +316,71 @@ class _ChurnCase:
         self._models, self._names, self._meanwhile = models, names, meanwhile
         self._cold = {arm: each.rows for arm, each in cold.items()}
         self.is_cached = from_cache([each.response for each in meanwhile.said])
-        alone = self._off(BASE, noise.rows)
+        self._noise_rows, alone = noise.rows, self._off(BASE, noise.rows)
         self.noise, self._by_prompt = LogprobDistance.of(alone), by_prompt(alone)
         arms = {arm: [i for i, each in enumerate(meanwhile.said) if each.arm == arm] for arm in names}
         self._said = {arm: [i for i in mine if self._off(arm, meanwhile.said[i].rows)] for arm, mine in arms.items()}
         self._changes = {arm: {o: self._changed(arm, o) for o in self._known(arm)} for arm in names}
         self._busy = self._noise_in_churn()
 
+    @staticmethod
+    def has_loaded(found: Sequence[_Judged]) -> bool:
+        """Whether answers are of a model that the command has loaded."""
+        return any(set(each.shown.owners) - {OWN.words} for each in found)
+
     def judged(self, arm: str) -> _Judged:
         """Attribute the answers of a model."""
-        changes, least = self._changes[arm], self._models.sensitivity * self.noise.rms + FLOOR
-        clear = {o: _clear(each, least) for o, each in changes.items()}
+        changes, clear = self._changes[arm], self._clear_of(arm)
         found: list[Owner] = []
         for k, i in enumerate(self._said[arm]):
             prompt = self._models.places[self._meanwhile.said[i].place][0]
             noise = max(self.noise.rms, self._busy, self._by_prompt.get(prompt, 0.0))
             limit = CERTAIN * (self._models.sensitivity * noise + FLOOR)
-            near = [o for o, each in changes.items() if clear[o][k] and each[k].along > each[k].size / 2]
+            near = [o for o, each in changes.items() if each[k].along > each[k].size / 2]
             nearest = min(near, key=lambda o: _apart(changes[o][k]), default=OWN)
-            if nearest is not OWN and _apart(each := changes[nearest][k]) <= limit + LEFT * _length(each):
+            fits = nearest is not OWN and _apart(each := changes[nearest][k]) <= limit + LEFT * _length(each)
+            if fits and clear[nearest][k]:
                 found.append(nearest)
-            else:
-                found.append(self._unknown(arm) if self._middle(i) > limit else OWN)
+            else:  # an answer that is nearest to an innocent model is right, though noise may hide which one it is of
+                is_right = (fits and nearest.fault is None) or self._middle(i) <= limit
+                found.append(OWN if is_right else self._unknown(arm))
         seen = {o: sum(c and f in (OWN, o) for c, f in zip(clear[o], found, strict=True)) for o in changes}
         return self._told(arm, found, {o: share_found(number) for o, number in seen.items() if o.fault is not None})
+
+    def _clear_of(self, arm: str) -> dict[Owner, list[bool]]:
+        """Whether noise leaves each answer of an arm clearly nearer to a model or to a right one, for each model.
+
+        The right ones are the arm's own and those that the command may have loaded.
+        """
+        changes, clear = self._changes[arm], dict[Owner, list[bool]]()
+        for owner, each in changes.items():
+            scale = _scale(each)
+            ways = [(each, self._common(arm, owner))]
+            if owner.fault is not None:
+                innocent = [o for o in changes if o.fault is None]
+                ways += [(self._changed(arm, owner, o), self._common(arm, owner, o)) for o in innocent]
+            clear[owner] = [
+                all(along) for along in zip(*(_clear(way, max(scale, least)) for way, least in ways), strict=True)
+            ]
+        return clear
+
+    def _common(self, arm: str, owner: Owner, start: Owner = OWN) -> float:
+        """Noise, in nats, on the way from one model to another that one reading of the common beginning brings."""
+        along = dict[int, list[float]]()
+        for place, row in self._noise_rows.items():
+            right, (own, other) = self._cold[BASE].get(place, {}), self._ends(arm, place, owner, start)
+            ids = [i for i in row if i in right and i in own and i in other]
+            if ids:
+                way = projected(place, [row[i] - right[i] for i in ids], [other[i] - own[i] for i in ids])
+                sums = along.setdefault(self._models.places[place][0], [0.0, 0.0])
+                sums[0], sums[1] = sums[0] + way.along, sums[1] + way.size
+        squares = [product * product / size for product, size in along.values() if size > 0]
+        common = math.sqrt(fmean(squares)) if squares else 0.0
+        return self._models.sensitivity * max(self.noise.rms, common) + FLOOR
+
+    def _ends(self, arm: str, place: int, owner: Owner, start: Owner) -> tuple[Row, Row]:
+        """Rows at both ends of the way from one model to another."""
+        return (self._cold[arm] if start is OWN else start.rows).get(place, {}), owner.rows.get(place, {})
 
     def _told(self, arm: str, found: Sequence[Owner], seen: Mapping[Owner, float]) -> _Judged:
         said = [self._meanwhile.said[i] for i in self._said[arm]]
@@ -367,13 +456,13 @@ class _ChurnCase:
         said = self._meanwhile.said[index]
         return math.sqrt(median_low(each.square for each in self._off(said.arm, said.rows)))
 
-    def _changed(self, arm: str, owner: Owner) -> list[Change]:
-        """Project what sets each answer apart from its model's own on what sets another model's apart from that."""
+    def _changed(self, arm: str, owner: Owner, start: Owner = OWN) -> list[Change]:
+        """Project what sets each answer apart from one model's on what sets another model's apart from that."""
         found = []
         for said in (self._meanwhile.said[i] for i in self._said[arm]):
             y, d = list[float](), list[float]()
             for place, row in sorted(said.rows.items()):
-                own, other = self._cold[arm].get(place, {}), owner.rows.get(place, {})
+                own, other = self._ends(arm, place, owner, start)
                 ids = [i for i in row if i in own and i in other]
                 y += [row[i] - own[i] for i in ids]
                 d += [other[i] - own[i] for i in ids]
@@ -391,13 +480,12 @@ def _length(change: Change) -> float:
     return math.sqrt(change.size / change.tokens)
 
 
-def _clear(changes: Sequence[Change], least: float) -> list[bool]:
-    """Whether noise along the way from one model to another hardly reaches half of it, for each answer.
-
-    Args:
-        changes: The answers along the way.
-        least: Noise, in nats, that is there at least.
-    """
+def _scale(changes: Sequence[Change]) -> float:
+    """Noise, in nats, that the median answer has along the way from one model to another; infinite without a way."""
     far = [min(abs(c.along), abs(c.size - c.along)) / math.sqrt(c.size) for c in changes if c.size > 0]
-    scale = max(TO_SIGMA * median(far), least) if far else math.inf
-    return [math.sqrt(c.size) / 2 > CLEAR * scale for c in changes]
+    return TO_SIGMA * median(far) if far else math.inf
+
+
+def _clear(changes: Sequence[Change], noise: float) -> list[bool]:
+    """Whether noise, in nats, along the way from one model to another hardly reaches half of it, for each answer."""
+    return [math.sqrt(c.size) / 2 > CLEAR * noise for c in changes]
