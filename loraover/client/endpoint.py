@@ -131,7 +131,7 @@ class Endpoint:
             raise ConfigError(
                 f"{host}: the time-out is {timeout_s:g} s, expected more than 0 and at most {threading.TIMEOUT_MAX:g}."
             )
-        self._timeout_s, self._repeats, self._ends = timeout_s, repeats, ends
+        self._timeout_s, self._repeats, self.ends = timeout_s, repeats, ends
         self._closed, self._turn = threading.Event(), threading.RLock()
         self.sent, self._counting = 0, threading.Lock()
         """Number of requests that were sent."""
@@ -144,7 +144,7 @@ class Endpoint:
     @property
     def is_over(self) -> bool:
         """Whether the time for all requests is over."""
-        return time.monotonic() >= self._ends
+        return time.monotonic() >= self.ends
 
     def close(self) -> None:
         """Close the connections; requests of other threads fail, and are not repeated."""
@@ -196,7 +196,7 @@ class Endpoint:
     def page(self, path: str) -> str:
         """Text of a page of the server, such as "/metrics"; empty if it has none, or the time for requests is over."""
         now = time.monotonic()
-        deadline = min(now + self._timeout_s, self._ends)
+        deadline = min(now + self._timeout_s, self.ends)
         if now < deadline:
             with suppress(EngineError), self._open(path, None, deadline - now, deadline) as found:
                 return found.read(LARGEST_ANSWER).decode(errors="replace")
@@ -285,7 +285,7 @@ class Endpoint:
         longest = min(self._timeout_s if timeout_s is None else timeout_s, threading.TIMEOUT_MAX)
         with self._turn:
             pass
-        deadline, pauses = min(time.monotonic() + longest, self._ends), iter(PAUSES_S if self._repeats else ())
+        deadline, pauses = min(time.monotonic() + longest, self.ends), iter(PAUSES_S if self._repeats else ())
         with ExitStack() as turn:
             while True:
                 try:
@@ -299,7 +299,7 @@ class Endpoint:
                     if error.is_limit:
                         before = time.monotonic()
                         turn.enter_context(self._turn)
-                        deadline = min(deadline + time.monotonic() - before, self._ends)
+                        deadline = min(deadline + time.monotonic() - before, self.ends)
                     if self._closed.wait(max(0.0, again - time.monotonic())):
                         raise
 
@@ -317,7 +317,7 @@ class Endpoint:
                 raise
         if (now := time.monotonic()) >= deadline:
             over = f"timed out after {longest:g} s"
-            if now >= self._ends:
+            if now >= self.ends:
                 over = f"the time for all requests is over after {self.sent} of them; allow a longer time-out"
             raise UnansweredError(f"{self.url}{path}: no answer: {over}")
         if len(content) > LARGEST_ANSWER:

@@ -293,3 +293,22 @@ sys.path.insert(0, {file!r})
 from loraover_serve.judge.command import main
 end(main())
 """
+
+
+@pytest.mark.parametrize("words", [("--check-timeout", "nan"), ("--churn", "nan"), ("--churn=-3",), ("--churn", "x")])
+def test_seconds_that_are_none_are_refused(words: tuple[str, ...], recorded: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(recorded), "http://localhost:9", *words])
+    assert ended.value.code == 2
+
+
+def test_an_output_in_ascii_shows_names_in_other_letters(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checker(tmp_path / "check.pyz")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    with openai_server(lambda body: 404, ("модель", "другая")) as server:
+        words = [sys.executable, "check.pyz", str(recorded), server.url, "--served-name", "адаптер"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "\\u0430" in done.stdout

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +25,7 @@ from loraover_serve.judge.caches import ask_warm, long_questions
 from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_OTHERS
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
-from loraover_serve.judge.user_command import UserCommand
+from loraover_serve.judge.user_command import CommandError, UserCommand
 from loraover_serve.verify.recorder import write_checker
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import read_config
@@ -295,3 +297,99 @@ def test_the_checker_of_the_standard_library_judges_alike(long_case: LongCase, t
             command = [sys.executable, "-I", "check.pyz", str(long_case.recorded), server.url, "--served-name", "shop"]
             done = subprocess.run([*command, "--caches"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout[: len(words)]) == (code, words), done.stdout + done.stderr
+
+
+def test_garbage_on_each_hit_is_no_pass_where_one_logprob_is_told(long_case: LongCase) -> None:
+    server = served(long_case)
+
+    def garbled(body: dict[str, Any]) -> Any:
+        if body.get("logprobs", 0) > 1:
+            return 400
+        raw = server(body)
+        assert isinstance(raw, bytes)
+        answer = json.loads(raw)
+        if (
+            body["model"] == "base"
+            or "cache_salt" in body
+            or not answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        ):
+            return raw
+        size = long_case.reference.vocabulary
+        return re.sub(r"token_id:(\d+)", lambda at: f"token_id:{(int(at[1]) + 7) % size}", json.dumps(answer)).encode()
+
+    found = asked(garbled, long_case.reference)
+    assert found.verdict != "as trained", found.reason
+
+
+def test_llama_server_without_slots_is_inconclusive(long_case: LongCase) -> None:
+    for pages in ({}, {"props": lambda: json.dumps({"total_slots": 65})}):
+        server = LlamaServer(long_case.base, long_case.adapter, is_right=False)
+        found = asked(server, long_case.reference, (), **pages)
+        assert found.verdict == "inconclusive", found.reason
+        assert "does not tell its number of slots, or has too many" in found.reason
+
+
+def test_a_command_that_empties_the_cache_shows_nothing(long_case: LongCase) -> None:
+    server = served(long_case, BY_NAME)
+    server.load("shop", long_case.earlier)
+
+    def reply(body: dict[str, Any]) -> Any:
+        if "load" not in body:
+            return server(body)
+        server.load("shop", long_case.adapter)
+        server._kept.clear()
+        return b"{}"
+
+    with openai_server(reply, NAMES) as running:
+        post = "import sys, urllib.request as u; u.urlopen(sys.argv[1], b'{\"load\": 1}').read()"
+        asker = Asker.of(long_case.reference, Endpoint(running.url), "shop")
+        command = UserCommand(shlex.join([sys.executable, "-c", post, f"{running.url}/load"]), "--reload")
+        found = ask_warm(Asker(long_case.caches, asker.speaker, asker.names, asker.find_other), command)
+    assert (found.verdict, found.fault) == ("inconclusive", None)
+    assert "had kept nothing of the base model's prompts from before the command" in found.reason
+
+
+def test_a_command_is_ended_with_the_time_and_with_all_that_it_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    stubborn = f"(trap '' TERM; echo $$ >/dev/null; sh -c 'echo $PPID' > {pid}; sleep 60; sleep 60) & sleep 60"
+    begun = time.monotonic()
+    with pytest.raises(CommandError, match="the time for all requests is over before the command's end;"):
+        UserCommand(stubborn, "--reload").run(begun + 1)
+    assert time.monotonic() - begun < 15
+    assert not _runs(int(pid.read_text()))
+    with UserCommand(f"sleep 60 & echo $! > {pid}", "--run").beside() as failure:
+        while failure() is None:
+            time.sleep(0.02)
+    assert not _runs(int(pid.read_text()))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs, which a dead one does not that nobody has waited for."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_a_command_may_write_much_and_its_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "sk-secret-of-ours")
+    endpoint = Endpoint("http://localhost:9", "THE_KEY")
+    command = UserCommand(
+        "head -c 50000000 /dev/zero | tr '\\0' x; echo; echo sk-secret-of-ours last; exit 3", "--run", endpoint.hidden
+    )
+    assert "sk-secret-of-ours" not in command.shown
+    with pytest.raises(CommandError, match=r"exit code 3, expected 0; it wrote: x+.*\*\*\* last"):
+        command.run()
+
+
+def test_sigterm_ends_the_command_of_the_checker(long_case: LongCase, tmp_path: Path) -> None:
+    write_checker(tmp_path / "check.pyz")
+    pid = tmp_path / "pid"
+    with openai_server(served(long_case), NAMES) as server:
+        words = [sys.executable, "-I", "check.pyz", str(long_case.recorded), server.url, "--served-name", "shop"]
+        words += ["--reload", f"echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 60"]
+        with subprocess.Popen(words, cwd=tmp_path) as process:
+            until = time.monotonic() + 60
+            while not pid.exists() and time.monotonic() < until:
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(20) == 130
+    assert not _runs(int(pid.read_text()))

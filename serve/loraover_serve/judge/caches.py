@@ -11,7 +11,8 @@ The questions share the keys and values of one beginning, and so their noise: wh
 makes the interval wider.
 
 Before a reload that is to be checked, the server reads the questions for the adapter as it was. Where the adapter's
-answers are the same after it, nothing stale could be seen, and nothing is decided.
+answers are the same after it, or the server has kept nothing from before it, nothing stale could be seen, and
+nothing is decided.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.judge.asker import Asker, in_form, rows_along
 from loraover_serve.judge.case import flag, strength_along
 from loraover_serve.judge.estimates import Interval, log_ratio
-from loraover_serve.judge.evidence import Change, apart, by_prompt, middle_by_prompt, projected
+from loraover_serve.judge.evidence import Change, apart, by_prompt, difference, middle_by_prompt, projected
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
 from loraover_serve.judge.models import Models, Row, Rows
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE_OF_OTHERS
@@ -46,6 +47,11 @@ HITS = "vllm:prefix_cache_hits_total"
 MOST_SLOTS = 64
 """Slots of llama-server that are filled at most; with more of them, the answers after other prompts are left out."""
 
+NO_SLOTS: dict[str, Any] = {
+    "verdict": "inconclusive",
+    "reason": "caches of keys and values: llama-server does not tell its number of slots, or has too many, so prompts "
+    f"that come back from its host's memory were not asked; let /props be read, and start it with at most {MOST_SLOTS}",
+}
 OTHERS = 10
 """Requests at most for names, metrics and the number of slots."""
 
@@ -151,7 +157,7 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         )
     if unfit:
         if reload is not None:
-            reload.run()
+            reload.run(asker.speaker.endpoint.ends)
         return _unclear(unfit)
     try:
         probe = Probe(asker)
@@ -159,7 +165,8 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         cold, noise, warm, hits = probe.answers()
         if isinstance(asker.models, OwnPrompts):
             asker.models.sensitivity = probe.sensitivity(cold, noise)
-        return judge_warm(asker.models, cold, noise, warm, hits, reloaded)
+        found = judge_warm(asker.models, cold, noise, warm, hits, reloaded)
+        return found if found.verdict != "as trained" or probe.is_complete else replace(found, **NO_SLOTS)
     except CommandError:
         raise
     except EngineError as error:
@@ -194,12 +201,12 @@ class Probe:
         name = self._asker.names[ADAPTER]
         self._warm(BASE, "")
         before, root = self._warm(ADAPTER, ""), self.endpoint.root(name)
-        seconds = command.run()
+        seconds = command.run(self.endpoint.ends)
         roots = root, self.endpoint.root(name)
         first = self._metric()
         again = self._warm(BASE, "", self.places[:1]).cached
         kept = _rise(first, self._metric()) if again is None else again
-        return Reloaded(command.words, seconds, roots, before, None if kept is None else kept > 0)
+        return Reloaded(command.shown, seconds, roots, before, None if kept is None else kept > 0)
 
     def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
         """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
@@ -303,6 +310,11 @@ class Probe:
             self._asker.speaker.answer(self._asker.names[BASE], other, 1, is_base=True, more=WARM)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether answers after other prompts in every slot were asked for, which llama-server alone needs."""
+        return self._asker.speaker.dialect.protocol != "llama-server" or self._slots > 0
+
+    @property
     def _slots(self) -> int:
         """Number of llama-server's slots; 0 for another server."""
         if self._found_slots is None:
@@ -377,6 +389,17 @@ def judge_warm(
             f"no prompt was seen to come from the cache (the server {told}); start vLLM with --enable-prefix-caching "
             "and --enable-prompt-tokens-details, or let /metrics be read; start llama-server with its cache of prompts"
         )
+    elif few := [each for each in (noise, *warm) if case.lacking(each) >= FEW_AS_BASE]:
+        reason = (
+            f"{case.lacking(few[0])} answers of {_named(few[0].arm)} {few[0].after} share no token with those without "
+            "the cache, so too few were compared; let the server tell more logprobs of each token"
+        )
+    elif reloaded is not None and not reloaded.is_kept:
+        told = "does not tell whether it had kept" if reloaded.is_kept is None else "had kept nothing of"
+        reason = (
+            f"the server {told} the base model's prompts from before the command, so that nothing stale could be seen; "
+            f"load the adapter without a restart of the server{after}"
+        )
     elif reloaded is not None and not case.is_changed(reloaded.before):
         reason = (
             f"the adapter's answers before the command are those after it (off by {apart_.rms:.2g} nats, where noise "
@@ -399,12 +422,9 @@ def judge_warm(
 def _after(reloaded: Reloaded) -> str:
     """Circumstances of a reload, in words that follow others."""
     before, root = reloaded.roots
-    words = ""
-    if root is not None:
-        words += f"; the server names the {'same' if root == before else 'new'} path {root} after the command"
-    if reloaded.is_kept is False:
-        words += ", and had kept nothing of the base model's from before it"
-    return words
+    if root is None:
+        return ""
+    return f"; the server names the {'same' if root == before else 'new'} path {root} after the command"
 
 
 def _named(arm: str) -> str:
@@ -491,11 +511,21 @@ class _WarmCase:
                 yield place, ids, [row[i] - cold[i] for i in ids]
 
     def off(self, asked: Asked) -> list[Off]:
-        """Differences of answers from the cold ones."""
-        return [
-            Off(self._models.places[place][0], fmean(value * value for value in off), max(map(abs, off)))
-            for place, _, off in self._pairs(asked.arm, asked.rows)
-        ]
+        """Differences of answers from the cold ones; of answers that share no token with them, at least."""
+        cold, found = self._cold[asked.arm], list[Off]()
+        for place, row in sorted(asked.rows.items()):
+            if place in cold:
+                off = difference(row, cold[place])
+                found.append(Off(self._models.places[place][0], fmean(d * d for d in off), max(map(abs, off))))
+        return found
+
+    def lacking(self, asked: Asked) -> int:
+        """Number of questions of which no answer shares a token with a cold one."""
+        expected, compared = (
+            {self._models.places[place][0] for place in places}
+            for places in (self._cold[asked.arm], [place for place, _, _ in self._pairs(asked.arm, asked.rows)])
+        )
+        return len(expected - compared)
 
     def _far(self, off: Sequence[Off]) -> list[int]:
         """Questions whose warm answers are CERTAIN times as far from the cold ones as noise explains."""

@@ -133,7 +133,7 @@ def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -
         asked: The questions.
         with_base: Whether the base model is asked beside the adapters.
     """
-    words = None if asked.command is None else asked.command.words
+    words = None if asked.command is None else asked.command.shown
     begun = Churn("inconclusive", "", None, asked.seconds, words, AT_ONCE)
     asker = Asker(asked.questions, asker.speaker, asker.names, asker.find_other)
     try:

@@ -9,6 +9,7 @@ Exit code 0: as trained; 1: differs; 3: inconclusive; 2: unusable reference, add
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from threading import TIMEOUT_MAX
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
@@ -102,12 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--header", action="append", default=[], metavar="NAME=VARIABLE", help="header from a variable")
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer (default: 120)")
-    parser.add_argument("--check-timeout", type=float, default=math.inf, help="seconds for everything (no limit)")
+    parser.add_argument("--check-timeout", type=_seconds, default=math.inf, help="seconds for everything (no limit)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
     parser.add_argument("--reload", metavar="COMMAND", help="shell command that loads the adapter; implies --caches")
-    parser.add_argument("--churn", type=float, metavar="SECONDS", help="at last, ask all models while adapters change")
+    parser.add_argument(
+        "--churn", type=_seconds, metavar="SECONDS", help="at last, ask all models while adapters change"
+    )
     parser.add_argument("--run", metavar="COMMAND", help="shell command that changes adapters during --churn")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
@@ -147,6 +151,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_CODES[found["verdict"]]
 
 
+def _seconds(text: str) -> float:
+    """Seconds that an option gives."""
+    if not 1 <= (value := float(text)) <= TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 1 to {TIMEOUT_MAX:g}")
+    return value
+
+
 def run() -> None:
     """Check a server, and end with the exit code."""
-    sys.exit(main())
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be ASCII, unlike names of models
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

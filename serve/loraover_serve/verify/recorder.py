@@ -373,6 +373,18 @@ def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any
     }
 
 
+CHECKER_MAIN = """import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("Python %d.%d runs this checker, expected 3.11 or later.\\n" % sys.version_info[:2])
+    sys.exit(2)
+from loraover_serve.judge.command import run
+
+run()
+"""
+"""First file of the checker, which older versions of Python can read as well."""
+
+
 def write_checker(path: Path) -> None:
     """Write the checker as a file that Python runs."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -386,4 +398,5 @@ def write_checker(path: Path) -> None:
         for folder in {above for file in root.rglob("*.py") for above in file.relative_to(root).parents}:
             (root / folder / "__init__.py").touch()
         (root / "__init__.py").unlink()
-        zipapp.create_archive(root, path, main="loraover_serve.judge.command:run", compressed=True)
+        (root / "__main__.py").write_text(CHECKER_MAIN)
+        zipapp.create_archive(root, path, compressed=True)

@@ -6,9 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover.reporting.table import Column, Table, percent
 from loraover_serve.judge.limits import EXIT_CODES
 from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Suspect
+from loraover_serve.verify.by_reference import endpoint_of
 from loraover_serve.verify.report import KEPT_PREFIX, REPORT_FILE, EngineResult, VerifyReport, copy_logs
 from loraover_serve.verify.request import Found, RecordRequest, VerifyRequest
 
@@ -256,6 +258,17 @@ def _suspects_table(result: EngineResult) -> Table[Suspect]:
     )
 
 
+def _shown_command(request: VerifyRequest) -> str:
+    """The command that verifies again, without the secrets that the user's own commands may hold."""
+    if request.reload is None and request.run is None:
+        return request.command()
+    hidden = endpoint_of(request).hidden
+    own: dict[str, Any] = {
+        name: None if (words := getattr(request, name)) is None else hidden(words) for name in ("reload", "run")
+    }
+    return replace(request, **own).command()
+
+
 def publish(request: VerifyRequest, found: Found) -> VerifyReport:
     """Write the report and its files where they are asked for, and return the report.
 
@@ -273,7 +286,7 @@ def publish(request: VerifyRequest, found: Found) -> VerifyReport:
         verdict=next(verdict for verdict in EXIT_CODES if verdict in {result.verdict for result in results}),
         engines=results,
         served_format=request.declared_format,
-        command=request.command(),
+        command=_shown_command(request),
         date=today(),
         **found.facts,
     )
