@@ -77,4 +77,4 @@ def test_servers_in_motion_become_a_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert "vLLM 0.32.0+cpu with" in shown
     assert f"| vLLM | {motion.ACTIONS[motion.REWRITTEN][1]} | *differs* | *as trained* |" in shown
     assert f"| llama-server | {motion.ACTIONS[motion.HOST_CACHE][1]} | - | - |" in shown
-    assert "| plug-in | 60 s | 59 | 8 | 7 | 0 | 1 | 0 of 0 | no | 10, 20, 30 MiB |" in shown
+    assert "| plug-in | 60 s | 59 | - | 8 | 7 | 0 | 1 | 0 of 0 | no | 10, 20, 30 MiB |" in shown

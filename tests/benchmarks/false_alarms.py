@@ -33,7 +33,7 @@ from loraover_export import export_gguf
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import Asked, Probe, judge_warm
+from loraover_serve.judge.caches import Asked, WarmProbe, judge_warm
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Model, Row
 from loraover_serve.judge.reference import Reference
@@ -184,7 +184,7 @@ def record(work: Path, engine: str) -> None:
             reference = Reference(content)
             asker = Asker.of(reference, endpoint, name, base, "llama-server" if base is None else "openai")
             assert reference.caches is not None
-            answers = Probe(Asker(reference.caches, asker.speaker, asker.names, asker.find_other)).answers()
+            answers = WarmProbe(Asker(reference.caches, asker.speaker, asker.names, asker.find_other)).answers()
             found = judge_warm(reference.caches, *answers)
             click.echo(f"{engine}: {found.verdict}: {found.reason}")
             for each in found.warm:

@@ -440,7 +440,7 @@ SERVING = (
         "rollouts-rows-count-as-one",
         "value = math.fsum(x for x, _ in each) / size",
         "value = self.along.value",
-        Selection("test_rollouts.py", "each_fault_is_named and mixed"),
+        Selection("test_rollouts.py", "each_fault_is_named"),
     ),
     Mutant(
         "plugin-lets-go-at-once",

@@ -243,7 +243,7 @@ SENTENCES = {
     "no tokens": {name: [] for name in ("e", "a", "b", "prompt_ids", "rows", "positions")},
     "NaN, infinite or above 0": {"e": [-1.0, math.nan, -1.0, -1.0]},
     "expected logprobs in nats": {"a": [-1.0, 2.0, -1.0, -1.0]},
-    "no number": {"a": [-1.0, "?", -1.0, -1.0]},
+    "not a number": {"a": [-1.0, "?", -1.0, -1.0]},
     "one prompt": {"prompt_ids": [1, 1, 1, 1]},
     "two prompts": {"rows": [0, 0, 0, 1]},
     "there twice, and disagrees": {"rows": [0, 0, 1, 1], "positions": [0, 0, 0, 1]},

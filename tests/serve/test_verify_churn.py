@@ -21,7 +21,7 @@ from loraover.common.errors import ConfigError
 from loraover_serve import verify_adapter
 from loraover_serve.judge import churn
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import Probe
+from loraover_serve.judge.caches import WarmProbe
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.estimates import share_interval
 from loraover_serve.judge.names import (
@@ -82,7 +82,7 @@ def churning(
 def churned(case: LongCase, url: str) -> Churn:
     """Ask for as long as some sixty answers take, which depends on what else the machine does."""
     asker = Asker.of(case.reference, Endpoint(url), "shop")
-    start, probe = time.monotonic(), Probe(Asker(case.caches, asker.speaker, asker.names))
+    start, probe = time.monotonic(), WarmProbe(Asker(case.caches, asker.speaker, asker.names))
     probe.cold("base", probe.places[:3])
     return ask_in_churn(asker, ChurnRequest(case.caches, max(SECONDS, 30 * (time.monotonic() - start))))
 

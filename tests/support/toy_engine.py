@@ -8,7 +8,7 @@ from typing import Any
 
 from loraover_export.check.engines.base import command, note, react
 from loraover_export.check.engines.vllm import UniformRules
-from loraover_export.check.report import Finding
+from loraover_export.check.report import EngineFinding
 from loraover_export.check.subject import Subject
 from loraover_serve.engines.base import LogitEngine, Sample, Setting, TimedEngine, TokenRequest
 from loraover_serve.engines.torch import TorchEngine
@@ -49,10 +49,10 @@ class ToyEngine(LogitEngine, TimedEngine):
 class ToyRules(UniformRules):
     reader = "Toy 1.0"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from react(subject, {"rsLoRA": note("Toy computes it")})
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from self.as_it_is(subject)
 
     def export(self, subject: Subject) -> str:

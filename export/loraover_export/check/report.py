@@ -22,7 +22,7 @@ Level = Literal["refused", "wrong silently", "note"]
 Verdict = Literal["right", "refused", "wrong silently"]
 
 
-class Finding(StrictModel):
+class EngineFinding(StrictModel):
     """Fact about an adapter on an engine."""
 
     feature: str = Field(description="Property of the adapter, or name of the rule")
@@ -34,7 +34,7 @@ class Treatment(StrictModel):
     """Treatment of one form of an adapter by an engine."""
 
     verdict: Verdict = Field(description="The worst of the findings; a refusal outweighs a silent error")
-    findings: tuple[Finding, ...] = Field(description="The facts that the verdict rests on")
+    findings: tuple[EngineFinding, ...] = Field(description="The facts that the verdict rests on")
 
 
 class EngineCheck(StrictModel):
@@ -99,7 +99,7 @@ class CheckReport(Proof):
     engines: tuple[EngineCheck, ...]
 
 
-def treatment(findings: Iterable[Finding]) -> Treatment:
+def treatment(findings: Iterable[EngineFinding]) -> Treatment:
     """Return findings with the verdict that follows from them."""
     found = tuple(findings)
     worst: tuple[Verdict, ...] = ("refused", "wrong silently")
@@ -123,7 +123,7 @@ def show_report(report: CheckReport, request: Request, console: Console) -> None
     for check in report.engines:
         row = COLUMNS.format(check.engine, check.by_us.verdict, check.as_it_is.verdict, check.reader)
         print_line(console, row, terminal_color(check.form))
-    limits: dict[Finding, list[str]] = {}  # what keeps an export from mending the adapter, with its engines
+    limits: dict[EngineFinding, list[str]] = {}  # what keeps an export from mending the adapter, with its engines
     for check in report.engines:
         if check.as_it_is.findings or check.is_mended:
             console.print()

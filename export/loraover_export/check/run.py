@@ -23,7 +23,7 @@ from loraover.sources.verb import verb
 from loraover_export.check.engines import engine_of
 from loraover_export.check.engines.base import command
 from loraover_export.check.features import FEATURES, lost_parameters
-from loraover_export.check.report import CheckReport, EngineCheck, Finding, treatment
+from loraover_export.check.report import CheckReport, EngineCheck, EngineFinding, treatment
 from loraover_export.check.request import CheckRequest
 from loraover_export.check.subject import Subject
 from loraover_export.known_faults import faults_of
@@ -71,7 +71,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     unwritten, checks = [], []
     if subject.not_finite is not None:
         text = f"{subject.not_finite}; no export writes that"
-        unwritten.append(Finding(feature="numbers", level="refused", found=text))
+        unwritten.append(EngineFinding(feature="numbers", level="refused", found=text))
     for name in request.chosen:
         engine = engine_of(name)
         exported = treatment([*engine.exported(subject), *unwritten])
@@ -157,7 +157,7 @@ class Conversion:
 
     subject: Subject
     command: str
-    note: Finding
+    note: EngineFinding
 
 
 def converted_subject(subject: Subject) -> Conversion | None:
@@ -217,5 +217,5 @@ def converted_subject(subject: Subject) -> Conversion | None:
         served=served,
     )
     text = f"{reason}, which `loraover export convert` writes as an exact plain LoRA of rank {method.rank}"
-    note = Finding(feature="conversion", level="note", found=text)
+    note = EngineFinding(feature="conversion", level="note", found=text)
     return Conversion(plain, command(subject, "convert", ending=ENDING), note)

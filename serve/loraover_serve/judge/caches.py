@@ -160,7 +160,7 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
             reload.run(asker.speaker.endpoint.ends)
         return _unclear(unfit)
     try:
-        probe = Probe(asker)
+        probe = WarmProbe(asker)
         reloaded = None if reload is None else probe.reload(reload)
         cold, noise, warm, hits = probe.answers()
         if isinstance(asker.models, OwnPrompts):
@@ -183,7 +183,7 @@ def _unclear(why: str) -> Caches:
     return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
 
 
-class Probe:
+class WarmProbe:
     """Requests for long answers, one at a time: a server keeps what it has finished.
 
     Attributes:

@@ -31,7 +31,7 @@ from loraover.client.endpoint import (
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import Asked, Probe
+from loraover_serve.judge.caches import Asked, WarmProbe
 from loraover_serve.judge.estimates import TO_SIGMA, share_found, share_interval
 from loraover_serve.judge.evidence import Change, by_prompt, difference, projected
 from loraover_serve.judge.fleet import from_cache
@@ -140,7 +140,7 @@ def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -
         if asker.is_one_model:
             raise EngineError("the server has one model under both names")
         asker.names |= {f"{OTHER} {name}": name for name in _others(asker)}
-        probe = Probe(asker)
+        probe = WarmProbe(asker)
         cold, noise = {arm: probe.cold(arm) for arm in asker.names}, probe.on_own(BASE)
         names = {arm: name for arm, name in asker.names.items() if with_base or arm != BASE}
         meanwhile = _asked(probe, names, asked)
@@ -157,7 +157,7 @@ def _others(asker: Asker) -> list[str]:
     return [name for name in found[:MOST_OTHERS] if asker.speaker.has(name)]
 
 
-def _asked(probe: Probe, names: Mapping[str, str], asked: ChurnRequest) -> Meanwhile:
+def _asked(probe: WarmProbe, names: Mapping[str, str], asked: ChurnRequest) -> Meanwhile:
     """Ask random questions of random models, several at a time, beside the command."""
     endpoint, arms, start, enough = probe.endpoint, [*names], time.monotonic(), Event()
     said, absent, failures, ended = list[Said](), Counter[str](), list[str](), list[str]()

@@ -9,7 +9,7 @@ from typing import Any
 
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover_serve.judge.names import SCALED
-from loraover_serve.rollouts.tokens import Logprobs, Tokens, read_tokens
+from loraover_serve.rollouts.tokens import Logprobs, SampledTokens, read_tokens
 from loraover_serve.rollouts.verdict import Finding, judge_rollouts, judge_tokens
 
 SCHEMA = 1
@@ -34,7 +34,7 @@ class RolloutJudge:
         if window < 1 or tokens < 1:
             raise ConfigError(f"window is {window} and tokens {tokens}, expected at least 1 of each.")
         self.window, self.tokens, self.given_noise = window, tokens, noise
-        self._steps = deque[Tokens](maxlen=window)
+        self._steps = deque[SampledTokens](maxlen=window)
         self._square, self._learned = 0.0, 0
 
     @property
@@ -81,7 +81,7 @@ class RolloutJudge:
     def _judged(self) -> Finding:
         found: list[Finding] = []
         for length in sorted({min(2**power, len(self._steps)) for power in range(self.window.bit_length() + 1)}):
-            each = judge_tokens(Tokens.pooled([*self._steps][-length:]), self.noise)
+            each = judge_tokens(SampledTokens.pooled([*self._steps][-length:]), self.noise)
             if each.verdict == "differs":
                 return found[-1] if any(_is_over(each, newer) for newer in found) else each
             found.append(each)
@@ -150,7 +150,7 @@ def _from_json(value: Any) -> Hashable:
     raise ValueError(f"{value!r} is neither a prompt nor a row")
 
 
-def _read_step(step: Mapping[str, Any]) -> Tokens:
+def _read_step(step: Mapping[str, Any]) -> SampledTokens:
     engine, right, base = ([_finite(value) for value in step[name]] for name in ("engine", "right", "base"))
     prompts, rows = ([_from_json(value) for value in step[name]] for name in ("prompts", "rows"))
     models = {
@@ -161,7 +161,7 @@ def _read_step(step: Mapping[str, Any]) -> Tokens:
     lengths = {len(engine), len(right), len(base), len(prompts), len(rows), *map(len, models.values())}
     if len(lengths) != 1 or not engine:
         raise ValueError(f"arrays of the lengths {sorted(lengths)}")
-    return Tokens(engine, right, base, prompts, rows, models, factors)
+    return SampledTokens(engine, right, base, prompts, rows, models, factors)
 
 
 def _finite(value: Any) -> float:

@@ -16,7 +16,7 @@ STALE_BY = "stale by {}"
 
 
 @dataclass(frozen=True)
-class Tokens:
+class SampledTokens:
     """Sampled tokens with their logprobs, in nats.
 
     Args:
@@ -38,7 +38,7 @@ class Tokens:
     factors: dict[str, float]
 
     @classmethod
-    def pooled(cls, steps: Sequence[Tokens]) -> Tokens:
+    def pooled(cls, steps: Sequence[SampledTokens]) -> SampledTokens:
         """The tokens of several steps; rows of two steps are never the same."""
         return cls(
             [value for one in steps for value in one.engine],
@@ -53,12 +53,12 @@ class Tokens:
             {name: factor for one in steps for name, factor in one.factors.items()},
         )
 
-    def thinned(self, tokens: int) -> Tokens:
+    def thinned(self, tokens: int) -> SampledTokens:
         """At most about so many tokens, spread evenly over all rows."""
         every = slice(None, None, max(1, math.ceil(len(self.engine) / tokens)))
         models = {name: values[every] for name, values in self.models.items()}
         engine, right, base = (each[every] for each in (self.engine, self.right, self.base))
-        return Tokens(engine, right, base, self.prompts[every], self.rows[every], models, self.factors)
+        return SampledTokens(engine, right, base, self.prompts[every], self.rows[every], models, self.factors)
 
 
 def read_tokens(
@@ -70,7 +70,7 @@ def read_tokens(
     positions: Sequence[int] | None,
     earlier: Sequence[Logprobs],
     faults: Mapping[str, Logprobs | float],
-) -> Tokens | str:
+) -> SampledTokens | str:
     """Check arrays of tokens; arrays that show nothing give a sentence that says why. Arguments: `judge_rollouts`."""
     models: dict[str, Any] = {STALE_BY.format(steps): each for steps, each in enumerate(earlier, start=1)}
     models |= {name: each for name, each in faults.items() if not isinstance(each, Real)}
@@ -99,7 +99,7 @@ def read_tokens(
     if len({*prompts}) < 2:
         return "all tokens follow one prompt, expected two or more: nothing shows how far prompts differ"
     known = {name: values[name] for name in models}
-    found = Tokens(values["e"], values["a"], values["b"], prompts, arrays.get("rows", prompts), known, factors)
+    found = SampledTokens(values["e"], values["a"], values["b"], prompts, arrays.get("rows", prompts), known, factors)
     return _twice(found, arrays["positions"] if {"rows", "positions"} <= arrays.keys() else None) or found
 
 
@@ -113,7 +113,7 @@ EPSILON = 1e-3
 """Nats above 0 that rounding gives the logprob of a token that is certain."""
 
 
-def _twice(tokens: Tokens, positions: Sequence[int] | None) -> str | None:
+def _twice(tokens: SampledTokens, positions: Sequence[int] | None) -> str | None:
     """Say which row has two prompts, or twice the same position, as gathered replicas that repeat rows have."""
     prompt_of: dict[Hashable, Hashable] = {}
     at: dict[tuple[Hashable, int], tuple[float, float]] = {}

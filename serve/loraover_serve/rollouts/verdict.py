@@ -45,7 +45,7 @@ from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE,
 from loraover_serve.judge.results import LogprobDistance, Off, Suspect
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.judge.search import LEFT, NEARER, NEARLY, ROUNDED_WAY
-from loraover_serve.rollouts.tokens import STALE_BY, Logprobs, Tokens, read_tokens
+from loraover_serve.rollouts.tokens import STALE_BY, Logprobs, SampledTokens, read_tokens
 
 RolloutVerdict = Literal["as trained", "applied, scale not known yet", "differs", "too early", "not comparable"]
 
@@ -161,7 +161,7 @@ def judge_rollouts(
     return judge_tokens(tokens, noise)
 
 
-def _other_prompts(tokens: Tokens, read: Sequence[Hashable]) -> str | None:
+def _other_prompts(tokens: SampledTokens, read: Sequence[Hashable]) -> str | None:
     if len(read) != len(tokens.prompts):
         return f"engine_prompt_ids has {len(read)} values, and there are {len(tokens.prompts)} tokens"
     others = {mine for mine, its in zip(tokens.prompts, read, strict=True) if mine != its}
@@ -203,7 +203,7 @@ class RolloutCase:
         noise: RMS difference of a right engine from the trainer, in nats; None if it is not known.
     """
 
-    def __init__(self, tokens: Tokens, noise: float | None) -> None:
+    def __init__(self, tokens: SampledTokens, noise: float | None) -> None:
         self.tokens, self.known_noise = tokens, noise
         self.models = {NOT_APPLIED: tokens.base, **tokens.models}
         self.factors = {**FACTORS, **tokens.factors}
@@ -344,7 +344,7 @@ class RolloutCase:
         return (bad, good) if len(bad) + len(good) >= NEARLY * (len(bad) + len(good) + other) else ([], good)
 
 
-def judge_tokens(tokens: Tokens, noise: float | None) -> Finding:
+def judge_tokens(tokens: SampledTokens, noise: float | None) -> Finding:
     """Judge tokens that were checked. The first rule that finds something decides."""
     case = RolloutCase(tokens, noise)
     rules = (_some_rows_are_others, _adapter_is_beyond, _there_is_no_adapter, _it_is_too_early)

@@ -14,7 +14,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import CheckpointError, ConfigError, ExportError
 from loraover.models.load import ModelSource
 from loraover_export.check.features import FEATURES, MORE_THAN_AB
-from loraover_export.check.report import Finding, Level
+from loraover_export.check.report import EngineFinding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.publishing import PRODUCTS, EngineFormat
 
@@ -116,11 +116,11 @@ class EngineRules(ABC):
     model_is: str | None = None
 
     @abstractmethod
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         """Yield what the engine does with the adapter's folder in PEFT's form."""
 
     @abstractmethod
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         """Yield what the export refuses, and what the engine does with what the export writes."""
 
     @abstractmethod
@@ -157,10 +157,10 @@ class FormatRules(EngineRules):
     def __init__(self, form: EngineFormat) -> None:
         self.form, self.reader = form, form.reader
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
-        yield Finding(feature="format", level="refused", found=f"PEFT's form; {self.form.refuses_peft}")
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
+        yield EngineFinding(feature="format", level="refused", found=f"PEFT's form; {self.form.refuses_peft}")
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         if subject.lora is not None:
             yield from react(subject, {"quantised base": OTHER_BASE})
         yield from refused_by(self.form.check, subject)
@@ -174,7 +174,7 @@ class FormatRules(EngineRules):
         return Written(ADAPTER, certificate, report.rank, report.matrices)
 
 
-def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Finding]:
+def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[EngineFinding]:
     """Yield a finding for each feature that the adapter has and that the engine reacts to.
 
     An adapter that the exports cannot read for another reason than such a feature is damaged, and refused.
@@ -183,18 +183,18 @@ def react(subject: Subject, reactions: Mapping[str, Reaction]) -> Iterator[Findi
     for name, feature in FEATURES.items():
         found = feature(subject) if name in reactions else None
         if found is not None:
-            yield Finding(feature=name, level=reactions[name].level, found=f"{found}; {reactions[name].text}")
+            yield EngineFinding(feature=name, level=reactions[name].level, found=f"{found}; {reactions[name].text}")
             is_explained = is_explained or name in UNREADABLE
     if subject.unreadable is not None and not is_explained:
-        yield Finding(feature="files", level="refused", found=subject.unreadable)
+        yield EngineFinding(feature="files", level="refused", found=subject.unreadable)
 
 
-def more_than_ab(subject: Subject) -> Iterator[Finding]:
+def more_than_ab(subject: Subject) -> Iterator[EngineFinding]:
     """Yield the features that keep any export from expressing the adapter by A and B alone."""
     yield from react(subject, dict.fromkeys(MORE_THAN_AB, refused("A and B cannot hold this")))
 
 
-def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subject) -> Iterator[Finding]:
+def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subject) -> Iterator[EngineFinding]:
     """Yield the reason for which an export refuses the adapter, which is the error that `check` raises."""
     if subject.lora is None:
         yield from more_than_ab(subject)
@@ -202,7 +202,7 @@ def refused_by(check: Callable[[AdapterDir, ModelSource], object], subject: Subj
     try:
         check(subject.lora, subject.served.source)
     except (CheckpointError, ConfigError, ExportError) as error:
-        yield Finding(feature="export", level="refused", found=str(error))
+        yield EngineFinding(feature="export", level="refused", found=str(error))
 
 
 def command(subject: Subject, *words: str, ending: str) -> str:

@@ -28,7 +28,7 @@ from loraover_export.check.engines.base import (
     refused_by,
     silent,
 )
-from loraover_export.check.report import Finding
+from loraover_export.check.report import EngineFinding
 from loraover_export.check.subject import Subject
 from loraover_export.formats.gguf.target import FAMILIES, read_target, refuse_or_leave_out
 from loraover_export.formats.vllm.candidate import listed
@@ -80,15 +80,15 @@ class LlamaCppRules(EngineRules):
     reader = "llama.cpp, its converter"
     extra = "llamacpp"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from react(subject, PEFT_FORM)
         family = FAMILIES.get(subject.served.architecture)
         rotated = sorted(ROTATED & {path.rpartition(".")[2] for path in subject.modules})
         if family is not None and family.interleaved and rotated:
             found = f"llama.cpp keeps the rows of {listed(rotated)} in another order; the converter reorders B alike"
-            yield Finding(feature="row order", level="note", found=found)
+            yield EngineFinding(feature="row order", level="note", found=found)
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         def check(adapter: AdapterDir, base: ModelSource) -> None:
             target = read_target(base)
             refuse_or_leave_out(read_on_base(adapter, target.served.experts), target)

@@ -32,7 +32,7 @@ from loraover_export.check.engines.base import (
     silent,
 )
 from loraover_export.check.features import adapted_head
-from loraover_export.check.report import Finding
+from loraover_export.check.report import EngineFinding
 from loraover_export.check.subject import Subject
 from loraover_export.formats.onnx.inputs import check_swappable, find_task
 from loraover_export.publishing import ONNX
@@ -91,10 +91,10 @@ class OnnxRules(EngineRules):
     extra = "export"
     model_is = "the folder of a swappable export"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from react(subject, PEFT_FORM)
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from (found for found in more_than_ab(subject) if found.feature not in MERGEABLE)
         if subject.lora is not None:
             yield from refused_by(lambda adapter, base: find_task(adapter.config.task_type, base), subject)

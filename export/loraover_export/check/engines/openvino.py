@@ -22,7 +22,7 @@ from loraover_export.check.engines.base import (
     silent,
 )
 from loraover_export.check.engines.vllm import UniformRules, uniform_form
-from loraover_export.check.report import Finding
+from loraover_export.check.report import EngineFinding
 from loraover_export.check.subject import Subject
 
 MISSING = silent("OpenVINO writes a warning to standard error, and answers without these modules")
@@ -69,11 +69,11 @@ class OpenVinoRules(UniformRules):
 
     reader = "OpenVINO GenAI 2026.4"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         is_placed = all(any(path in name for name in subject.served.modules) for path in subject.modules)
         yield from react(subject, PEFT_FORM | {"missing modules": MISPLACED if is_placed else MISSING})
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         yield from uniform_form(subject)
         if subject.lora is not None:
             yield from react(subject, UNIFORM_FORM | ({"experts": IGNORED} if subject.lora.stacks else {}))

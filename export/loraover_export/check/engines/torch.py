@@ -17,7 +17,7 @@ from loraover.common.later import has_torch
 from loraover_export.check.engines.base import CORES, NOT_NUMBERS, command, note, react, refused, silent
 from loraover_export.check.engines.vllm import UniformRules, uniform_form
 from loraover_export.check.features import initialisation, quantised_base
-from loraover_export.check.report import Finding, Level
+from loraover_export.check.report import EngineFinding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.formats.vllm.candidate import listed
 
@@ -57,7 +57,7 @@ class TorchRules(UniformRules):
 
     reader = "PEFT 0.21.2"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         older = older_names(subject)
         if older is None:
             yield from react(subject, PEFT_FORM)
@@ -70,13 +70,13 @@ class TorchRules(UniformRules):
             fits = all(m == n for m, n in (subject.served.experts[stack.path].shape for stack in flipped))
             text = f"PEFT before 0.19 saved {flipped[0].path} with A and B swapped; this release "
             text += "applies the transposed matrices" if fits else "cannot load them"
-            yield Finding(feature="experts", level="wrong silently" if fits else "refused", found=text)
+            yield EngineFinding(feature="experts", level="wrong silently" if fits else "refused", found=text)
         start = initialisation(subject)
         if start is not None and quantised_base(subject) is not None:
             text = f"{start}; PEFT cannot take it from quantised weights"
-            yield Finding(feature="initialisation", level="refused", found=text)
+            yield EngineFinding(feature="initialisation", level="refused", found=text)
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         for found in () if subject.has_cores else uniform_form(subject):  # the fold keeps all that PEFT reads
             if found.feature != "experts" or not joins_experts(subject):
                 yield found
@@ -97,7 +97,7 @@ class _Expert:
     joined: tuple[str, ...]
 
 
-def older_names(subject: Subject) -> Finding | None:
+def older_names(subject: Subject) -> EngineFinding | None:
     """Return what PEFT does with an adapter under older names; None if it has none, or belongs to another model."""
     if subject.fields is None or not has_torch() or subject.served.modules.keys() >= {*subject.modules}:
         return None  # without an import of transformers, which takes most of a check's time
@@ -126,7 +126,7 @@ def older_names(subject: Subject) -> Finding | None:
         return None
     level, text = _verdict(subject, experts)
     first = listed(list(experts) or subject.modules)
-    return Finding(feature="older names", level=level, found=f"{first}: names of transformers before 5; {text}")
+    return EngineFinding(feature="older names", level=level, found=f"{first}: names of transformers before 5; {text}")
 
 
 def joins_experts(subject: Subject) -> bool:

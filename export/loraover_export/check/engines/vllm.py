@@ -26,7 +26,7 @@ from loraover_export.check.engines.base import (
     silent,
 )
 from loraover_export.check.features import missing_modules
-from loraover_export.check.report import Finding, Level
+from loraover_export.check.report import EngineFinding, Level
 from loraover_export.check.subject import Subject
 from loraover_export.formats.vllm.candidate import Candidate
 from loraover_export.formats.vllm.releases import known_architectures
@@ -109,7 +109,7 @@ class VllmRules(UniformRules):
         self.version = known_architectures().version
         self.reader = f"vLLM {self.version}"
 
-    def as_it_is(self, subject: Subject) -> Iterator[Finding]:
+    def as_it_is(self, subject: Subject) -> Iterator[EngineFinding]:
         if subject.lora is None:
             yield from react(subject, NO_LORA)
             return
@@ -117,7 +117,7 @@ class VllmRules(UniformRules):
         yield from react(subject, {"cores": CORES, "adapted head": HEAD_LEAKS, "numbers": NOT_NUMBERS})
         yield from _rank(subject)
 
-    def exported(self, subject: Subject) -> Iterator[Finding]:
+    def exported(self, subject: Subject) -> Iterator[EngineFinding]:
         if subject.lora is None:
             yield from more_than_ab(subject)
             return
@@ -128,7 +128,7 @@ class VllmRules(UniformRules):
         return command(subject, "vllm", ending="-vllm")
 
 
-def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
+def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[EngineFinding]:
     """Apply the pre-flight's rules to the adapter as written in a data type; None: the folder is served unchanged."""
     assert subject.lora is not None
     name, address = f"{subject.path.name}-vllm", subject.served.source.name
@@ -139,10 +139,10 @@ def apply_rules(subject: Subject, *, dtype: str | None) -> Iterator[Finding]:
             level: Level = "wrong silently" if problem.is_silent and dtype is None else "refused"
             if problem.is_warning or rule == "patterns":  # these releases read patterns as PEFT does
                 level = "note"
-            yield Finding(feature=rule, level=level, found=problem.found)
+            yield EngineFinding(feature=rule, level=level, found=problem.found)
 
 
-def uniform_form(subject: Subject) -> Iterator[Finding]:
+def uniform_form(subject: Subject) -> Iterator[EngineFinding]:
     """Yield what keeps `loraover export vllm` from writing the uniform form, which other engines read as well."""
     if subject.lora is None:
         yield from more_than_ab(subject)
@@ -153,12 +153,12 @@ def uniform_form(subject: Subject) -> Iterator[Finding]:
     is_split = subject.lora.stacks and described is not None and not described.stacked_experts
     if not found and (is_split or missing_modules(subject) is not None):
         text = "the export writes a pair for each projection of each expert, which only vLLM and SGLang read"
-        yield Finding(feature="experts", level="wrong silently", found=text)
+        yield EngineFinding(feature="experts", level="wrong silently", found=text)
 
 
-def _rank(subject: Subject) -> Iterator[Finding]:
+def _rank(subject: Subject) -> Iterator[EngineFinding]:
     """Yield a note on a rank that vLLM refuses unless it is started with an option."""
     needed = max_lora_rank(max(subject.ranks))
     if needed is not None and needed > DEFAULT_MAX_LORA_RANK:
         found = f"vLLM refuses rank {max(subject.ranks)} unless it is started with --max-lora-rank {needed}"
-        yield Finding(feature="rank", level="note", found=found)
+        yield EngineFinding(feature="rank", level="note", found=found)
