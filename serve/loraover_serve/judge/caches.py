@@ -367,8 +367,8 @@ def judge_warm(
     shown = Caches("differs", "", None, hits, case.noise, [answers for answers, _, _ in found])
     after = ""
     if reloaded is not None:
-        apart_ = LogprobDistance.of(case.off(reloaded.before))
-        shown = replace(shown, reload=Reload(reloaded.command, reloaded.seconds, reloaded.roots, apart_))
+        off = LogprobDistance.of(case.off(reloaded.before))
+        shown = replace(shown, reload=Reload(reloaded.command, reloaded.seconds, reloaded.roots, off))
         after = _after(reloaded)
     for answers, fault, detail in found:
         if fault is not None:
@@ -377,46 +377,60 @@ def judge_warm(
                 f"{answers.apart.rms:.2g} nats from its answers without the cache, where noise is {case.noise.rms:.2g}"
             )
             return replace(shown, reason=reason + after, fault=fault)
+    why = _undecided(case, cold, (noise, *warm), hits, reloaded, shown)
+    if why is not None:
+        return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {why}")
+    reason = (
+        f"{hits} tokens came from the cache, and answers on them are off by at most {shown.farthest:.2g} nats from "
+        f"those without it, where noise is {case.noise.rms:.2g}{after}"
+    )
+    return replace(shown, verdict="as trained", reason=reason)
+
+
+def _undecided(
+    case: _WarmCase,
+    cold: Mapping[str, Asked],
+    asked: Sequence[Asked],
+    hits: int | None,
+    reloaded: Reloaded | None,
+    shown: Caches,
+) -> str | None:
+    """Why answers without a fault show nothing; None if they show that the cache is right."""
     ignored = sum(each.cached or 0 for each in cold.values())
     if ignored:
-        reason = (
+        return (
             f"the server found {ignored} tokens in its cache where none were expected: it ignores cache_salt and "
             "cache_prompt, or answers others, so nothing shows its right answers"
         )
-    elif not hits:
+    if not hits:
         told = "does not tell" if hits is None else "found none"
-        reason = (
+        return (
             f"no prompt was seen to come from the cache (the server {told}); start vLLM with --enable-prefix-caching "
             "and --enable-prompt-tokens-details, or let /metrics be read; start llama-server with its cache of prompts"
         )
-    elif few := [each for each in (noise, *warm) if case.lacking(each) >= FEW_AS_BASE]:
-        reason = (
+    if few := [each for each in asked if case.lacking(each) >= FEW_AS_BASE]:
+        return (
             f"{case.lacking(few[0])} answers of {_named(few[0].arm)} {few[0].after} share no token with those without "
             "the cache, so too few were compared; let the server tell more logprobs of each token"
         )
-    elif reloaded is not None and not reloaded.is_kept:
+    if reloaded is not None and not reloaded.is_kept:
         told = "does not tell whether it had kept" if reloaded.is_kept is None else "had kept nothing of"
-        reason = (
+        return (
             f"the server {told} the base model's prompts from before the command, so that nothing stale could be seen; "
-            f"load the adapter without a restart of the server{after}"
+            f"load the adapter without a restart of the server{_after(reloaded)}"
         )
-    elif reloaded is not None and not case.is_changed(reloaded.before):
-        reason = (
-            f"the adapter's answers before the command are those after it (off by {apart_.rms:.2g} nats, where noise "
-            f"is {case.noise.rms:.2g}), so that nothing stale could be seen; serve its earlier version before{after}"
+    if reloaded is not None and shown.reload is not None and not case.is_changed(reloaded.before):
+        return (
+            f"the adapter's answers before the command are those after it (off by {shown.reload.apart.rms:.2g} nats, "
+            f"where noise is {case.noise.rms:.2g}), so that nothing stale could be seen; serve its earlier version "
+            f"before{_after(reloaded)}"
         )
-    elif unclear := sorted({fault for answers, _, _ in found for fault in case.unclear(answers)}):
-        reason = (
+    if unclear := sorted({fault for answers in shown.warm for fault in case.unclear(answers)}):
+        return (
             f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides what it "
             "changes; check a server with a finer number format"
         )
-    else:
-        reason = (
-            f"{hits} tokens came from the cache, and answers on them are off by at most {shown.farthest:.2g} nats from "
-            f"those without it, where noise is {case.noise.rms:.2g}{after}"
-        )
-        return replace(shown, verdict="as trained", reason=reason)
-    return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {reason}")
+    return None
 
 
 def _after(reloaded: Reloaded) -> str:
