@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_export.formats.vllm.run import export_vllm as export_vllm
     from loraover_export.merge.report import MergeReport as MergeReport
     from loraover_export.merge.run import merge_adapter as merge_adapter
+    from loraover_export.merged.report import InspectMergeReport as InspectMergeReport
+    from loraover_export.merged.run import inspect_merge as inspect_merge
     from loraover_export.prepare.cache import PreparedAdapter as PreparedAdapter
     from loraover_export.prepare.fleet import check_fleet as check_fleet
     from loraover_export.prepare.fleet import prepare_fleet as prepare_fleet

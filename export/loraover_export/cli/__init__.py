@@ -30,6 +30,11 @@ COMMANDS = {
         "loraover_export.merge.run:merge_adapter",
         "loraover_export.merge.report:show_merge",
     ),
+    "inspect-merge": Reporting(
+        "loraover_export.requests:InspectMergeRequest",
+        "loraover_export.merged.run:inspect_merge",
+        "loraover_export.merged.report:show_report",
+    ),
     "diff": Reporting(
         "loraover.adapters.combine.requests:DiffRequest",
         "loraover.adapters.combine.diff:diff_adapters",

@@ -1,0 +1,221 @@
+"""Deltas that an adapter adds to the weights of a base model, as NumPy factors; a plain LoRA needs no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loraover.adapters.base_weights import open_base
+from loraover.adapters.convert.kind import read_method, saved_module, why_convert
+from loraover.adapters.convert.methods.base import LowRank, Place
+from loraover.adapters.convert.prefix import mend_prefix
+from loraover.adapters.convert.source import MethodConfig, open_adapter
+from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.peft_adapter import (
+    BASE_WEIGHT,
+    KEY_PREFIX,
+    AdaptedModule,
+    AdapterDir,
+    read_adapter_dir,
+    read_on_base,
+)
+from loraover.checkpoint.target_modules import Targets
+from loraover.checkpoint.tensor_file import TensorFile, open_tensors
+from loraover.common.errors import ConfigError
+from loraover.common.request import as_written
+from loraover.common.strict_json import read_json
+from loraover_export.merged.strength import Hypothesis, Numbers
+from loraover_export.merged.weights import StoredRows, StoredWeights, Weights
+
+
+class AdapterFactors(NamedTuple):
+    """delta_W = left @ right in float64, with the scaling, or left itself.
+
+    Args:
+        left: Left factor, (out_features, r) or (tokens, r).
+        right: Right factor, (r, in_features) or (r, dimension); None if left is delta_W.
+    """
+
+    left: Numbers
+    right: Numbers | None
+
+    @property
+    def mT(self) -> AdapterFactors:  # noqa: N802
+        """The factors of the transposed delta."""
+        return AdapterFactors(self.left.T, None) if self.right is None else AdapterFactors(self.right.T, self.left.T)
+
+    def rows(self, start: int, stop: int) -> Numbers:
+        """Return some rows of delta_W."""
+        return self.left[start:stop] if self.right is None else self.left[start:stop] @ self.right
+
+
+@dataclass(frozen=True)
+class AdapterChange:
+    """Change of a module's weight.
+
+    Args:
+        path: Path of the module; that of an expert ends in its number and the parameter.
+        shape: Shape of the weight: (out_features, in_features), or (tokens, dimension) of an embedding.
+        factors: Factors of delta_W by which mergers are known to err.
+        read: Function that reads or computes delta_W.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    factors: tuple[Hypothesis, ...]
+    read: Callable[[], AdapterFactors]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that an adapter changes in a base model.
+
+    Args:
+        origin: File of the adapter's tensors.
+        peft_type: PEFT's name of the method.
+        modules: Changes of weights, in the order of the file.
+        replaced: Parameters that the adapter holds in full, by transformers' names.
+        saved: Those of them that belong to `modules_to_save`, so that they do not reach what is tied to them.
+    """
+
+    origin: Path
+    peft_type: str
+    modules: Sequence[AdapterChange]
+    replaced: Mapping[str, StoredRows]
+    saved: frozenset[str]
+
+
+def known_factors(scaling: float, rank: int, *, is_rslora: bool) -> tuple[Hypothesis, ...]:
+    """Return the factors by which mergers are known to err, each once, with all their names.
+
+    Args:
+        scaling: Factor of B @ A in delta_W.
+        rank: Rank r of the module.
+        is_rslora: Whether the scaling is alpha / sqrt(r).
+    """
+    root = math.sqrt(rank)
+    names = {
+        "merged twice": 2.0,
+        "subtracted in place of added": -1.0,
+        "alpha was left out": 1 / scaling if scaling else 0.0,
+        "the scaling was applied twice": scaling,
+        "scaled by alpha / r in place of alpha / sqrt(r)"
+        if is_rslora
+        else "scaled by alpha / sqrt(r) in place of alpha / r": 1 / root if is_rslora else root,
+    }
+    found: dict[float, list[str]] = {}
+    for name, factor in names.items():
+        if factor not in (0.0, 1.0):
+            found.setdefault(factor, []).append(name)
+    return tuple(Hypothesis(factor, name=", or ".join(alike)) for factor, alike in found.items())
+
+
+@dataclass(frozen=True)
+class NamedChange:
+    """An adapter of any kind, which names its base model."""
+
+    path: Path
+    config: MethodConfig
+
+
+KNOWN_FACTORS = known_factors(1.0, 1, is_rslora=False)
+"""Factors that are looked for where an adapter's delta has no scaling."""
+
+
+@contextmanager
+def read_changes(adapter: Path, base: Weights) -> Iterator[Changes]:
+    """Read an adapter for a base model; parameters that the adapter holds in full stay in their open file.
+
+    Raises:
+        CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
+        ConfigError: An adapter whose deltas depend on weights that only safetensors files hold as trained.
+        ExportError: An adapter that changes more than weights.
+        ModuleNotFoundError: An adapter that is no plain LoRA, and PyTorch is not installed.
+    """
+    reason = why_convert(adapter, {})
+    if reason is not None:
+        if not isinstance(base, StoredWeights):
+            raise ConfigError(
+                f"{adapter}: {reason}, whose deltas are computed from the base model that it was trained on; name its "
+                f"safetensors files with {as_written('model')}, found {base.origin}."
+            )
+        with _of_another_kind(adapter, base) as changes:
+            yield changes
+        return
+    lora = read_adapter_dir(adapter)
+    if lora.stacks:
+        lora = read_on_base(lora, base.experts())
+    with open_tensors(lora.tensors_path) as file:
+        modules = [
+            AdapterChange(
+                path,
+                module.weight_shape,
+                known_factors(module.scaling, module.rank, is_rslora=lora.config.use_rslora),
+                partial(_factors, lora, file, module),
+            )
+            for path, module in lora.modules.items()
+        ]
+        replaced = {name: _in_full(file, key) for key, name in lora.others.items()}
+        saved = frozenset(filter(read_json(adapter / CONFIG_FILE, Targets).saves, replaced))
+        yield Changes(lora.tensors_path, lora.config.peft_type, modules, replaced, saved)
+
+
+@contextmanager
+def _of_another_kind(path: Path, base: StoredWeights) -> Iterator[Changes]:
+    """Compute the deltas of an adapter that is no plain LoRA, as its conversion does, with PyTorch."""
+    method, layout = read_method(path)
+    with open_base(base.source) as weights, ExitStack() as files:
+        layout, _ = mend_prefix(layout, weights)
+        adapter = files.enter_context(open_adapter(layout, weights))
+        modules = []
+        for place in method.places(adapter):
+            shape = weights.shapes.get(place.path)
+            if shape is None:  # of an expert
+                left, right = _computed(place)
+                shape = len(left), (left if right is None else right).shape[1]
+            modules.append(AdapterChange(place.path, shape, KNOWN_FACTORS, partial(_computed, place)))
+        replaced = {}
+        for key in layout.others:
+            name = key.removeprefix(KEY_PREFIX).replace(BASE_WEIGHT, ".weight")
+            replaced[name] = _in_full(adapter.file, key)
+        saved = frozenset(name for name in replaced if saved_module(name, layout.config) is not None)
+        yield Changes(layout.tensors_path, layout.config.peft_type, modules, replaced, saved)
+
+
+def _computed(place: Place) -> AdapterFactors:
+    found = place.delta()
+    factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value, None)
+    left, right = (None if factor is None else factor.double().numpy() for factor in factors)
+    assert left is not None, "only the right factor may be missing"
+    return AdapterFactors(left, right).mT if place.embedding else AdapterFactors(left, right)
+
+
+def _in_full(file: TensorFile, key: str) -> StoredRows:
+    shape = file.shape(key)
+    return StoredRows(file, key, (prod(shape[:-1]), shape[-1] if shape else 1))
+
+
+def _factors(adapter: AdapterDir, file: TensorFile, module: AdaptedModule) -> AdapterFactors:
+    a, b = (_numbers(adapter, file, key) for key in module.keys)
+    found = AdapterFactors(np.ascontiguousarray(module.scaling * b), np.ascontiguousarray(a))
+    return found.mT if module.is_embedding else found  # whose B is (dimension, r), and A (r, tokens)
+
+
+def _numbers(adapter: AdapterDir, file: TensorFile, key: str) -> Numbers:
+    part = adapter.parts.get(key)
+    if part is None:
+        return file.numbers(key)
+    stack: Any = file.numbers(part.key)
+    found = stack.reshape(part.part.experts, -1, stack.shape[1])[part.part.expert]
+    if part.part.matrix == "B":
+        found = stack.reshape(len(stack), -1, part.part.experts)[..., part.part.expert]
+    numbers: Numbers = found.T if part.is_flipped else found
+    return numbers

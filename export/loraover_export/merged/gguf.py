@@ -1,0 +1,363 @@
+"""Weights in a GGUF file by the names of transformers, with the rows of queries and keys put back in order.
+
+A quantised block holds whole numbers q with a scale d and perhaps an offset, and its elements are d q + m. So the
+numbers that it can hold are evenly spaced between those of the smallest and the largest q, which the gguf package
+decodes from the same block with other q. They are the grid that a merge was rounded to, whoever chose the scales.
+
+Source: ggml-common.h and ggml-quants.c of llama.cpp, for the places of q in a block.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraover.checkpoint.expert_stacks import ExpertWeight
+from loraover.common.errors import CheckpointError, ConfigError, EngineError
+from loraover.common.request import as_written
+from loraover.models.load import ModelSource
+from loraover_export.formats.gguf.header import GgufHeader, GgufTensor, read_header
+from loraover_export.formats.gguf.target import FAMILIES, TENSORS, Family
+from loraover_export.merged.strength import Numbers
+from loraover_export.merged.tokenizer import Tokenizer, in_gguf
+from loraover_export.merged.weights import (
+    EMBEDDING,
+    EXPERT,
+    FLOATS,
+    HEAD,
+    Block,
+    StoredMatrix,
+    StoredWeights,
+    TensorPiece,
+    Weights,
+)
+
+INTEGERS = ("I8", "I16", "I32", "I64")
+TOKENS = "tokenizer.ggml.tokens"
+
+
+class Grid(NamedTuple):
+    """Whole numbers in a block of a quantised format.
+
+    Args:
+        start: First byte that holds them.
+        stop: First byte behind them.
+        steps: Number of steps from the smallest to the largest.
+        least: Value of all these bytes for the smallest number.
+        most: Value for the largest one.
+    """
+
+    start: int
+    stop: int
+    steps: int
+    least: int = 0x00
+    most: int = 0xFF
+
+
+GRIDS = {
+    "Q4_0": Grid(2, 18, 15),
+    "Q4_1": Grid(4, 20, 15),
+    "Q5_0": Grid(2, 22, 31),
+    "Q5_1": Grid(4, 24, 31),
+    "Q8_0": Grid(2, 34, 254, 0x81, 0x7F),
+    "Q2_K": Grid(16, 80, 3),
+    "Q3_K": Grid(0, 96, 7),
+    "Q4_K": Grid(16, 144, 15),
+    "Q5_K": Grid(16, 176, 31),
+    "Q6_K": Grid(0, 192, 63),
+}
+
+NORMS = (
+    *("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""Norms in a layer of the families, by transformers' names; each family has some."""
+
+ROTATED = {"self_attn.q_proj": "attention.head_count", "self_attn.k_proj": "attention.head_count_kv"}
+"""Keys of the number of heads of the modules whose rows are reordered in some families."""
+
+_LAYER = re.compile(r"model\.layers\.\d+\.(.+)\.(?:weight|bias)")
+
+
+@dataclass(frozen=True)
+class GgufRows(StoredMatrix):
+    """Rows of a tensor in a GGUF file: all of a matrix, or one expert's.
+
+    Args:
+        file: The open file.
+        path: Its path.
+        key: llama.cpp's name of the tensor.
+        stored: Its layout.
+        shape: Number of rows and columns.
+        heads: Number of heads whose rows llama.cpp has reordered; None if it keeps the order.
+        first: First of the rows in the tensor.
+        added: Number that llama.cpp's converter adds to each element.
+    """
+
+    file: BinaryIO
+    path: Path
+    key: str
+    stored: GgufTensor
+    shape: tuple[int, int]
+    heads: int | None = None
+    first: int = 0
+    added: float = 0.0
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        return self.name, self.first
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """File and key."""
+        return f"{self.path}: {self.key}"
+
+    @property
+    def type_name(self) -> str:  # type: ignore[override]
+        """Storage type."""
+        return self.stored.type_name
+
+    @property
+    def step(self) -> int:  # type: ignore[override]
+        """Number of rows of a head, if these are reordered."""
+        return 1 if self.heads is None else self.shape[0] // self.heads
+
+    @property
+    def is_quantised(self) -> bool:  # type: ignore[override]
+        """Whether elements of a block share a scale."""
+        return self.type_name not in FLOATS
+
+    @property
+    def unreadable(self) -> str | None:
+        from gguf.quants import _type_traits as known
+
+        names = {kind.name for kind in known}
+        return None if self.type_name in FLOATS or self.type_name in names else f"{self.key} is {self.type_name}"
+
+    def in_file_order(self) -> GgufRows | None:
+        """Return the same rows without putting those of the heads back; None if they are in order."""
+        return None if self.heads is None else replace(self, heads=None)
+
+    def order(self) -> NDArray[np.intp]:
+        """Return the number in the file of each row in transformers' order."""
+        rows = np.arange(self.shape[0])
+        if self.heads is None:
+            return rows
+        found: NDArray[np.intp] = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return found
+
+    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
+        size = self.stored.row_bytes // self.shape[0] if self.shape[1] == 1 else self.stored.row_bytes
+        data: Any = np.empty((stop - start) * size, np.uint8)
+        found = os.preadv(self.file.fileno(), [memoryview(data)], self.stored.start + (self.first + start) * size)
+        if found != len(data):
+            raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or download it again.")
+        rows: NDArray[np.uint8] = data.reshape(stop - start, size)
+        return rows if self.heads is None else rows[self.order()[start:stop] - start]
+
+    def block(self, start: int, stop: int, dtype: Any) -> Block:
+        raw = self.raw(start, stop)
+        kind = FLOATS.get(self.type_name)
+        if kind is not None:
+            values = kind.decode(raw.reshape(-1), dtype).reshape(-1, self.shape[1])
+            return self._without_added(Block(values, kind.nearest))
+        grid = GRIDS.get(self.type_name)
+        if grid is None:
+            return Block(self._decode(raw).astype(dtype, copy=False), None)
+        values, least, most = (self._decode(raw, grid, fill).astype(dtype) for fill in (None, grid.least, grid.most))
+        return _on_grid(values, least, most, grid)
+
+    def _without_added(self, block: Block) -> Block:
+        added, nearest = self.added, block.nearest
+        if not added or nearest is None:
+            return block
+        return Block(block.values - added, lambda values: nearest(values + added) - added)
+
+    def _decode(self, raw: NDArray[np.uint8], grid: Grid | None = None, fill: int | None = None) -> Numbers:
+        """Return the elements of some rows, or those of the rows with all their whole numbers alike."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType[self.type_name]
+        if grid is not None and fill is not None:
+            blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
+            blocks[:, grid.start : grid.stop] = fill
+            raw = blocks.reshape(raw.shape)
+        found: Numbers = dequantize(raw, kind)
+        return found
+
+
+def _on_grid(values: Numbers, least: Numbers, most: Numbers, grid: Grid) -> Block:
+    """Return elements as numbers of their grid, which differ from the decoded ones by rounding alone."""
+    spacing = (most - least) / values.dtype.type(grid.steps)
+    inverse = np.divide(1, spacing, out=np.zeros_like(spacing), where=spacing != 0)
+
+    def nearest(target: Numbers) -> Numbers:
+        number = target - least
+        number *= inverse
+        np.rint(number, out=number)
+        np.clip(number, 0, grid.steps, out=number)
+        number *= spacing
+        number += least
+        return number
+
+    return Block(nearest(values), nearest)
+
+
+class GgufWeights(Weights):
+    """Weights of a decoder in a GGUF file, of a family whose order of rows is known."""
+
+    def __init__(self, path: Path, files: ExitStack) -> None:
+        self.origin = f"file {path}"
+        try:
+            self.header: GgufHeader = read_header(path, (TOKENS,))
+            self._file = files.enter_context(path.open("rb"))
+        except (EngineError, OSError) as error:
+            raise ConfigError(f"{error} Expected a GGUF file of a model.") from error
+        if self.header.is_adapter:
+            raise ConfigError(f"{path} holds an adapter; name the GGUF file of a merged model.")
+        self.family = self._family(path)
+        self._names = self._all_names()
+
+    def check_exact(self) -> None:
+        """Raise ConfigError if weights are quantised, so that they cannot stand for a base model."""
+        for key, tensor in self.header.tensors.items():
+            if tensor.type_name not in (*FLOATS, *INTEGERS):
+                raise ConfigError(
+                    f"{self.header.path}: {key} is {tensor.type_name}. A quantised base model is rounded, and the "
+                    f"change of a merge cannot be told from that rounding; name the unquantised base model with "
+                    f"{as_written('model')}: its safetensors files, or a GGUF file in F32, F16 or BF16."
+                )
+
+    def _family(self, path: Path) -> Family:
+        found = [family for family in FAMILIES.values() if family.name == self.header.architecture]
+        if not found:
+            known = ", ".join(sorted({family.name for family in FAMILIES.values()}))
+            raise ConfigError(
+                f"{path}: its architecture is {self.header.architecture!r:.80}. The order in which llama.cpp keeps the "
+                f"rows of its queries and keys is not known here; known are {known}. Compare the safetensors files "
+                "that it was made from."
+            )
+        return found[0]
+
+    def _number(self, key: str) -> int:
+        found = self.header.fields.get(f"{self.family.name}.{key}")
+        if not isinstance(found, int) or not 0 < found < 2**16:
+            raise ConfigError(
+                f"{self.header.path}: {self.family.name}.{key} is {found!r:.80}, expected a positive number; convert "
+                "the model again."
+            )
+        return found
+
+    def _all_names(self) -> dict[str, str]:
+        """Return llama.cpp's names by those of transformers, of all tensors that the file holds."""
+        import gguf
+
+        layers = self._number("block_count")
+        kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family.name)
+        known = gguf.get_tensor_name_map(kind, layers)
+        fused = "blk.0.ffn_gate.weight" not in self.header.tensors  # else llama.cpp's ffn_up is the up projection alone
+        absent = "mlp.up_proj" if fused else "mlp.gate_up_proj"
+        inner = [name for name in (*TENSORS, *NORMS) if ".experts." not in name and name != absent]
+        paths = [f"model.layers.{k}.{name}" for k in range(layers) for name in inner]
+        paths += [EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight"), "model.norm"]
+        found: dict[str, str] = {}
+        for path in paths:
+            name = known.get_name(path)
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in self.header.tensors and f"{name}.{part}" not in found.values():
+                    found[f"{path}.{part}"] = f"{name}.{part}"
+        return found
+
+    @property
+    def embedding(self) -> str | None:
+        return EMBEDDING if EMBEDDING in self._names else None
+
+    def names(self) -> list[str]:
+        used = {*self._names.values(), *(f"{name}.weight" for names in self._experts().values() for name in names)}
+        return [*self._names, *(name for name in self.header.tensors if name not in used)]
+
+    def tokenizer(self) -> Tokenizer | None:
+        return in_gguf(self.header.fields, self.origin)
+
+    def stacks(self) -> dict[str, int]:
+        return {path: self.header.tensors[f"{names[0]}.weight"].shape[0] for path, names in self._experts().items()}
+
+    def experts(self) -> Mapping[str, ExpertWeight]:
+        found = {}
+        for path, names in self._experts().items():
+            stored = [self.header.tensors[f"{name}.weight"].shape for name in names]
+            if any(len(shape) != 3 for shape in stored):
+                raise ConfigError(f"{self.header.path}: {names[0]} has shape {stored[0]}, expected three dimensions.")
+            rows = sum(shape[1] for shape in stored)
+            found[path] = ExpertWeight(stored[0][0], (rows, stored[0][2]), is_transposed=False)
+        return found
+
+    def _experts(self) -> dict[str, tuple[str, ...]]:
+        """Return llama.cpp's names of the tensors of each parameter of experts."""
+        found: dict[str, tuple[str, ...]] = {}
+        for layer in range(self._number("block_count")):
+            for parameter, parts in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
+                names = tuple(f"blk.{layer}.ffn_{part}_exps" for part in parts)
+                if all(f"{name}.weight" in self.header.tensors for name in names):
+                    found[f"model.layers.{layer}.mlp.experts.{parameter}"] = names
+        return found
+
+    def find(self, name: str) -> StoredMatrix | None:
+        key = self._names.get(name)
+        if key is None and name == HEAD:
+            return self.find(EMBEDDING) if self.embedding is not None else None
+        stored = self.header.tensors.get(key or name)
+        if stored is None:
+            return None
+        inner = _LAYER.fullmatch(name)
+        heads = None
+        if self.family.interleaved and inner is not None and inner[1] in ROTATED:
+            heads = self._number(ROTATED[inner[1]])
+        added = 1.0 if self.family.name.startswith("gemma") and name.endswith("norm.weight") else 0.0
+        shape = (prod(stored.shape[:-1]), stored.shape[-1])
+        if len(stored.shape) == 1:
+            shape = (1, shape[1]) if heads is None else (shape[1], 1)
+        if heads is not None and shape[0] % (2 * heads):
+            raise ConfigError(f"{self.header.path}: {key} has {shape[0]} rows for {heads} heads; convert it again.")
+        return GgufRows(self._file, self.header.path, key or name, stored, shape, heads, added=added)
+
+    def module(self, path: str, shape: tuple[int, int]) -> list[TensorPiece]:
+        found = self.find(f"{path}.weight")
+        if found is not None:
+            return [TensorPiece(found, False)]
+        expert = EXPERT.fullmatch(path)
+        names = () if expert is None else self._experts().get(f"{expert['owner']}.{expert['parameter']}", ())
+        pieces = []
+        for name in names:
+            assert expert is not None, "it has names"
+            stored, index = self.header.tensors[f"{name}.weight"], int(expert["index"])
+            if len(stored.shape) != 3 or index >= stored.shape[0]:
+                return []
+            rows = (stored.shape[1], stored.shape[2])
+            key = f"{name}.weight"
+            pieces.append(
+                TensorPiece(GgufRows(self._file, self.header.path, key, stored, rows, first=index * rows[0]), False)
+            )
+        return pieces
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a text names a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+@contextmanager
+def open_weights(source: ModelSource | str) -> Iterator[Weights]:
+    """Open the weights in a model's folder, or in a GGUF file of this machine."""
+    with ExitStack() as files:
+        yield GgufWeights(Path(source), files) if isinstance(source, str) else StoredWeights(source, files)

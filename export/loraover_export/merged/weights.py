@@ -1,0 +1,473 @@
+"""Matrices of a model's files by the names of transformers, read some rows at a time, with their number formats."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraover.adapters.base_weights import open_files
+from loraover.checkpoint.expert_stacks import ExpertWeight
+from loraover.checkpoint.model_facts import read_served
+from loraover.checkpoint.tensor_file import TensorFile
+from loraover.common.errors import CheckpointError
+from loraover.models.load import ModelSource
+from loraover_export.merged.strength import Numbers, Rounding
+from loraover_export.merged.tokenizer import Tokenizer, has_other_form, in_folder
+
+TRANSPOSED = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+"""Types of models, by transformers' names, whose layers are Conv1D: they keep their weights as (in, out)."""
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+"""Names of the head's weight and of the embedding's, and endings of the names that embeddings have."""
+
+BUFFERS = (
+    *(".inv_freq", ".attn.bias", ".masked_bias", ".position_ids"),
+    *("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"),
+)
+"""Endings of the names of tensors that programs make from a configuration, and that files may hold or not."""
+
+QUANTISED = ("qweight", "weight_packed", "W_q")
+"""Last names of the tensors that hold a quantised weight in place of `weight`, in files of GPTQ, AWQ and others."""
+
+EXPERT_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+"""Names of an expert's matrices, in the order of its rows, in files that keep each expert apart."""
+
+OTHER_PARTS = {part for names in EXPERT_PARTS.values() for alike in names for part in alike}
+
+EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<parameter>gate_up_proj|down_proj)")
+STACK = re.compile(r"(?P<owner>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
+_PART = re.compile(rf"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<part>{'|'.join(sorted(OTHER_PARTS))})\.weight")
+
+
+class Block(NamedTuple):
+    """Some rows of a matrix, in float32 or float64.
+
+    Args:
+        values: The elements.
+        nearest: Rounding of elements to the nearest numbers that the matrix's format has at their places; None if the
+            format's numbers are not known.
+    """
+
+    values: Numbers
+    nearest: Rounding | None
+
+
+class StoredMatrix(ABC):
+    """A matrix in a file.
+
+    Attributes:
+        name: File and key, for messages.
+        shape: Number of rows and columns as they are stored.
+        type_name: Number format, by its name in the file, such as "BF16".
+        step: Number of rows of which a multiple has to be read at once.
+        is_quantised: Whether elements of a block share a scale.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    type_name: str
+    step: int = 1
+    is_quantised: bool = False
+
+    @property
+    @abstractmethod
+    def unreadable(self) -> str | None:
+        """Reason for which the numbers cannot be read, in words; None if they can."""
+
+    @abstractmethod
+    def block(self, start: int, stop: int, dtype: Any) -> Block:
+        """Read some rows into float32 or float64."""
+
+    def in_file_order(self) -> StoredMatrix | None:
+        """Return the matrix with its rows as the file has them; None if they are in transformers' order there."""
+        return None
+
+    def order(self) -> NDArray[np.intp]:
+        """Return the number in the file of each row in transformers' order."""
+        return np.arange(self.shape[0])
+
+    @abstractmethod
+    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Return the bytes of some rows as the file holds them."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> tuple[str, int]:
+        """File and key with the first element or row, which tell matrices apart."""
+
+    def check(self, values: Numbers) -> None:
+        """Raise CheckpointError if elements that were read are not finite."""
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.name} holds NaN or infinity; expected finite weights. Merge or download the model again."
+            )
+
+
+def _bf16(raw: NDArray[np.uint8], dtype: Any) -> Numbers:
+    bits = np.zeros(raw.size, np.uint16)
+    bits[1::2] = raw.view("<u2")
+    return bits.view(np.float32).astype(dtype, copy=False)
+
+
+def nearest_bf16(values: Numbers) -> Numbers:
+    """Round to the nearest numbers of bfloat16, ties to even."""
+    bits = values.astype(np.float32, copy=False).view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded &= np.uint32(0xFFFF0000)
+    return rounded.view(np.float32).astype(values.dtype, copy=False)
+
+
+def nearest_f16(values: Numbers) -> Numbers:
+    """Round to the nearest numbers of float16, ties to even; larger numbers become infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(values.dtype)
+
+
+class Float(NamedTuple):
+    """A floating-point format: bytes of an element, its decoding, and the rounding to it."""
+
+    size: int
+    decode: Any
+    nearest: Rounding
+
+
+FLOATS = {
+    "F64": Float(8, lambda raw, dtype: raw.view("<f8").astype(dtype, copy=False), lambda values: values),
+    "F32": Float(
+        4,
+        lambda raw, dtype: raw.view("<f4").astype(dtype, copy=False),
+        lambda values: values.astype(np.float32, copy=False).astype(values.dtype, copy=False),
+    ),
+    "F16": Float(2, lambda raw, dtype: raw.view("<f2").astype(dtype), nearest_f16),
+    "BF16": Float(2, _bf16, nearest_bf16),
+}
+"""Floating-point formats by the names that safetensors and GGUF share."""
+
+WIDE = ("F64", "F32")
+"""Formats whose rounding float32 cannot show."""
+
+
+@dataclass(frozen=True)
+class StoredRows(StoredMatrix):
+    """Rows of a tensor in a safetensors file, from an element on: all of a matrix, or one expert's part of a stack."""
+
+    file: TensorFile
+    key: str
+    shape: tuple[int, int]
+    first: int = 0
+
+    @property
+    def identity(self) -> tuple[str, int]:
+        return self.name, self.first
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """File and key."""
+        return f"{self.file.path}: {self.key}"
+
+    @property
+    def type_name(self) -> str:  # type: ignore[override]
+        """Data type as safetensors spells it."""
+        return self.file.dtype(self.key)
+
+    @property
+    def unreadable(self) -> str | None:
+        return None if self.type_name in FLOATS else f"{self.key} is {self.type_name}, a quantised or an integer type"
+
+    def block(self, start: int, stop: int, dtype: Any) -> Block:
+        kind = FLOATS[self.type_name]
+        return Block(kind.decode(self.raw(start, stop), dtype).reshape(-1, self.shape[1]), kind.nearest)
+
+    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
+        columns, size = self.shape[1], self.file.size(self.key) // max(1, prod(self.file.shape(self.key)))
+        return self.file.part(self.key, (self.first + start * columns) * size, (stop - start) * columns * size)
+
+
+class TensorPiece(NamedTuple):
+    """Matrix that holds some rows of a module's weight as it is stored: all rows, or those of a fused projection."""
+
+    matrix: StoredMatrix
+    transposed: bool
+
+
+class Weights(ABC):
+    """Weights of a model in files.
+
+    Attributes:
+        origin: Where they are, in words.
+    """
+
+    origin: str
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+
+    @property
+    @abstractmethod
+    def embedding(self) -> str | None:
+        """Name of the input embedding's tensor; None if it is not known."""
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head has no tensor, so that the embedding is its matrix too."""
+        head = self.find(HEAD)
+        embedding = None if self.embedding is None else self.find(self.embedding)
+        return head is not None and embedding is not None and head.name == embedding.name
+
+    @abstractmethod
+    def find(self, name: str) -> StoredMatrix | None:
+        """Return the tensor of a parameter by transformers' name, as a matrix; None if the files hold none.
+
+        Where the head has no tensor, that of the embedding is returned.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the model's tokenizer; None if there is none, or one in a form that is not read here."""
+
+    @property
+    def has_unread_tokenizer(self) -> bool:
+        """Whether there is a tokenizer in a form that is not read here."""
+        return False
+
+    def renamed(self, base: Weights) -> Iterator[str]:
+        """Yield in sentences which names of tensors are others than the base model's."""
+        yield from ()
+
+    def settings(self, base: Weights) -> Iterator[str]:
+        """Yield in sentences which settings of the model are others than the base model's."""
+        yield from ()
+
+    @property
+    def quantisation(self) -> str | None:
+        """Method by which the weights are quantised, if a configuration names one."""
+        return None
+
+    @abstractmethod
+    def stacks(self) -> dict[str, int]:
+        """Return the number of experts of each parameter of experts; `names` leaves out what holds them."""
+
+    @abstractmethod
+    def experts(self) -> Mapping[str, ExpertWeight]:
+        """Return the parameters of experts as transformers' class has them."""
+
+    @abstractmethod
+    def module(self, path: str, shape: tuple[int, int]) -> list[TensorPiece]:
+        """Return what holds the weight of a module, or of one expert's part of a parameter; nothing if none does.
+
+        Args:
+            path: Path of the module; that of an expert ends in its number and the parameter.
+            shape: Shape of the weight, (out_features, in_features) or (tokens, dimension).
+        """
+
+
+SETTINGS = (
+    *("tie_word_embeddings", "hidden_act", "rms_norm_eps", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"),
+)
+"""Keys of config.json that change what a model computes from the same weights, where both models' files have them."""
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says of `SETTINGS`, of the type, and of the rotation, however it spells this."""
+    text = config.get("text_config")
+    merged = {**config, **(text if isinstance(text, dict) else {})}
+    found = {name: merged.get(name) for name in SETTINGS}
+    found["model_type"] = config.get("model_type")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # the second one since transformers 5
+        value = merged.get(name)
+        rope |= value if isinstance(value, dict) else {}
+    theta = rope.pop("rope_theta", None)
+    found["rope_theta"] = merged.get("rope_theta") or theta
+    kind = rope.pop("type", None)
+    found["rope_type"] = rope.setdefault("rope_type", kind or "default")
+    return found | {name: value for name, value in rope.items() if not isinstance(value, dict)}
+
+
+class StoredWeights(Weights):
+    """Weights in the safetensors files of a folder, which may have other prefixes of names than the module's paths."""
+
+    def __init__(self, source: ModelSource, files: ExitStack) -> None:
+        self.origin, self.source = source.origin, source
+        opened = open_files(source, files, may_be_quantised=True)
+        self.folder, self.config = opened.folder, opened.config
+        self._files = {key: file for file in opened.shards.values() for key in file.keys}
+        self._moves: list[tuple[str, str]] = []
+        text = self.config.get("text_config")
+        kinds = {self.config.get("model_type"), text.get("model_type") if isinstance(text, dict) else None}
+        self._is_transposed = not kinds.isdisjoint(TRANSPOSED)
+
+    def names(self) -> list[str]:
+        return [key for key in self._files if STACK.fullmatch(key) is None and _PART.fullmatch(key) is None]
+
+    def experts(self) -> Mapping[str, ExpertWeight]:
+        return read_served(self.source).experts
+
+    def tokenizer(self) -> Tokenizer | None:
+        return in_folder(self.folder, self.origin)
+
+    @property
+    def has_unread_tokenizer(self) -> bool:
+        return has_other_form(self.folder)
+
+    @property
+    def quantisation(self) -> str | None:
+        found = self.config.get("quantization_config")
+        return str(found.get("quant_method", "an unnamed method")) if isinstance(found, dict) else None
+
+    def stacks(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for key, file in self._files.items():
+            if STACK.fullmatch(key) is not None and len(file.shape(key)) == 3:
+                found[key] = file.shape(key)[0]
+            part = _PART.fullmatch(key)
+            if part is not None:
+                parameter = next(name for name, all_ in EXPERT_PARTS.items() for alike in all_ if part["part"] in alike)
+                path = f"{part['owner'].replace('.block_sparse_moe.', '.mlp.')}.{parameter}"
+                found[path] = max(found.get(path, 0), int(part["index"]) + 1)
+        return found
+
+    def find(self, name: str) -> StoredMatrix | None:
+        key = self._key(name)
+        if key is None:
+            path = name.removesuffix("weight")
+            key = next((key for each in QUANTISED if (key := path + each) in self._files), None)
+        if key is None:
+            return None
+        shape = self._files[key].shape(key)
+        rows = prod(shape[:-1])
+        return StoredRows(self._files[key], key, (rows, shape[-1] if shape else 1))
+
+    def module(self, path: str, shape: tuple[int, int]) -> list[TensorPiece]:
+        found = self.find(f"{path}.weight")
+        if found is not None:
+            is_transposed = found.shape != shape if shape[0] != shape[1] else self._is_transposed
+            return [TensorPiece(found, is_transposed)]
+        expert = EXPERT.fullmatch(path)
+        if expert is None:
+            return []
+        owner, index, parameter = expert["owner"], int(expert["index"]), expert["parameter"]
+        key = self._key(f"{owner}.{parameter}")
+        if key is not None:
+            experts, rows, columns = self._files[key].shape(key)
+            first = index * rows * columns
+            part = StoredRows(self._files[key], key, (rows, columns), first)
+            return [TensorPiece(part, (rows, columns) != shape)] if index < experts else []
+        for place in (owner, owner.replace(".mlp.", ".block_sparse_moe.")):
+            for names in EXPERT_PARTS[parameter]:
+                parts = [self.find(f"{place}.{index}.{name}.weight") for name in names]
+                if None not in parts:
+                    return [TensorPiece(part, False) for part in parts if part is not None]
+        return []
+
+    @property
+    def embedding(self) -> str | None:
+        found = [key for key in self._files if key.endswith(EMBEDDINGS)]
+        return found[0] if len(found) == 1 else None
+
+    def renamed(self, base: Weights) -> Iterator[str]:
+        """Yield in sentences which prefixes the names of tensors have, where the base model's have others."""
+        if not isinstance(base, StoredWeights):
+            return
+        moves: Counter[tuple[str, str]] = Counter()
+        for name in self.names():
+            key = base._key(name)
+            if key is None or key == name or name == HEAD:
+                continue
+            tail = next((name[k:] for k in range(len(name)) if key.endswith(name[k:])), "")
+            moves[name.removesuffix(tail), key.removesuffix(tail)] += 1
+        for (new, old), number in moves.items():
+            yield (
+                f"whether engines load {number} tensors of {self.origin}, whose names begin with {new!r:.80}, and "
+                f"those of the base model with {old!r:.80}"
+            )
+
+    def settings(self, base: Weights) -> Iterator[str]:
+        """Yield in sentences which settings of the model are others than the base model's."""
+        if not isinstance(base, StoredWeights):
+            return
+        mine, theirs = _settings(self.config), _settings(base.config)
+        is_tied, was_tied = mine.pop("tie_word_embeddings", None), theirs.pop("tie_word_embeddings", None)
+        # A merge may untie the head that it writes, and it cannot tie one that it writes.
+        if None not in (is_tied, was_tied) and is_tied != was_tied and (HEAD in self._files) == bool(is_tied):
+            mine["tie_word_embeddings"], theirs["tie_word_embeddings"] = is_tied, was_tied
+        for name in sorted(mine.keys() | theirs.keys()):
+            found, expected = mine.get(name), theirs.get(name)
+            is_optional = name in SETTINGS or name == "rope_theta"  # which files leave out for its usual value
+            if found != expected and not (is_optional and None in (found, expected)):
+                yield f"the effect of {name} in the config.json of {self.origin}: {found!r:.80}, not {expected!r:.80}"
+
+    def _key(self, name: str) -> str | None:
+        """Return the key of a parameter: its name, or the one with another prefix, whose layers have its numbers."""
+        for old, new in [("", ""), *self._moves]:
+            if name.startswith(old) and (key := new + name[len(old) :]) in self._files:
+                return key
+        parts = name.split(".")
+        last = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        for count in range(max(1, last)):
+            tail = ".".join(parts[count:])
+            found = [key for key in self._files if f".{key}".endswith(f".{tail}")]
+            found = [key for key in found if not any(map(str.isdecimal, key.removesuffix(tail).split(".")))]
+            if len(found) == 1:
+                self._moves.append((name.removesuffix(tail), found[0].removesuffix(tail)))
+                return found[0]
+            if found:
+                return None
+        return self.embedding if name == HEAD else None
+
+
+def rows_of(pieces: Sequence[TensorPiece]) -> int:
+    """Return the number of rows of several pieces as they are stored."""
+    return sum(piece.matrix.shape[0] for piece in pieces)
+
+
+class Overlap(NamedTuple):
+    """Rows that a piece of the base model's weight and one of the merged weight have in common.
+
+    Args:
+        base: Matrix of the base model.
+        merged: Matrix of the merged model.
+        at: First of these rows in the module's weight as it is stored, in `base`, and in `merged`.
+        rows: Number of rows.
+    """
+
+    base: StoredMatrix
+    merged: StoredMatrix
+    at: tuple[int, int, int]
+    rows: int
+
+
+def overlaps(base: Sequence[TensorPiece], merged: Sequence[TensorPiece]) -> Iterator[Overlap]:
+    """Yield the common rows of two weights of equally many rows, each of which may lie in several matrices."""
+    at, ends = 0, [0, 0]
+    sides = [iter(base), iter(merged)]
+    now: list[StoredMatrix | None] = [None, None]
+    while at < rows_of(base):
+        for side in (0, 1):
+            if at == ends[side]:
+                now[side] = matrix = next(sides[side]).matrix
+                ends[side] += matrix.shape[0]
+        first, second = now
+        assert first is not None
+        assert second is not None
+        rows = min(ends) - at
+        yield Overlap(first, second, (at, at - ends[0] + first.shape[0], at - ends[1] + second.shape[0]), rows)
+        at += rows
