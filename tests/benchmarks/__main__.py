@@ -39,11 +39,13 @@ BENCHMARKS = (
     "exports",
     "conversions",
     "large",
+    "merges",
     "streaming",
     "fleet",
     "plugin",
     "planning",
     "many_processes",
+    "recording",
     "reference_check",
     "reference_size",
 )

@@ -219,6 +219,17 @@ class Found:
         self.ratio = max(self.ratio or 0.0, float(distances[nearest]) / other) if other else 1.0
         self.late_s = max(self.late_s, asked - models.replaced.get(nearest, asked))
 
+    def keep(self, running: Churned, seconds: float, file: Path | None) -> None:
+        """Look at the server after some seconds, and write what was found until then."""
+        self.seconds = seconds
+        self.load = max(self.load or 0.0, os.getloadavg()[0])
+        if self.ended_s is None:
+            self.memory.append((seconds, running.memory()))
+        if self.kind == "plug-in":
+            self.served = running.log.read_text(errors="replace").count("has changed, and is served from")
+        if file is not None:
+            publish_text(file, json.dumps(vars(self), indent=1) + "\n")
+
 
 @dataclass(frozen=True)
 class Churned:
@@ -310,18 +321,6 @@ def churn(kind: str, seconds: float, folder: Path, file: Path | None = None) -> 
                 with lock:
                     found.count(models, name, prompt, asked, answer)
 
-        def report() -> None:
-            now = time.monotonic() - begun
-            with lock:
-                found.seconds = round(now, 1)
-                found.load = max(found.load or 0.0, os.getloadavg()[0])
-                if found.ended_s is None:
-                    found.memory.append((round(now, 1), running.memory()))
-                if kind == "plug-in":
-                    found.served = running.log.read_text(errors="replace").count("has changed, and is served from")
-                if file is not None:
-                    publish_text(file, json.dumps(vars(found), indent=1) + "\n")
-
         with ThreadPoolExecutor(CLIENTS) as pool:
             asking = [pool.submit(ask, client) for client in range(CLIENTS)]
             written = begun
@@ -336,12 +335,13 @@ def churn(kind: str, seconds: float, folder: Path, file: Path | None = None) -> 
                         found.ended_s = round(time.monotonic() - begun, 1)
                     if time.monotonic() - written > WRITE_S:
                         written = time.monotonic()
-                        report()
+                        with lock:
+                            found.keep(running, round(written - begun, 1), file)
             finally:
                 over.set()
         for each in asking:
             each.result()
-        report()
+        found.keep(running, round(time.monotonic() - begun, 1), file)
     return found
 
 

@@ -4,9 +4,10 @@
 
 `record` starts a real engine with SmolLM2 and the adapter of `benchmarks.verify_noise`, asks it the long questions of
 several beginnings cold and warm, and the recorded chats, and keeps its answers. `judge` resamples them: a beginning, as
-many of its questions with replacement, and a sign for all that sets warm answers apart from cold ones; and chats with
-replacement, by their tokens or their numbers alone, of which some are refused by chance. In further resamples, a stale
-cache is planted by PyTorch's difference, to show what would be found.
+many of its questions with replacement, and a sign for all that sets warm answers apart from cold ones; a beginning, and
+answers of its warm rounds with replacement, as if given in churn; and chats with replacement, by their tokens or their
+numbers alone, of which some are refused by chance. In further resamples, a stale cache is planted by PyTorch's
+difference, to show what would be found.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import click
 import gguf
 
 from loraover.checkpoint.source import read_source
+from loraover.client.at_once import AT_ONCE
 from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_model
 from loraover_export import export_gguf
@@ -34,9 +37,12 @@ from loraover_export.formats.gguf.base import write_base
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import Asked, WarmProbe, judge_warm
+from loraover_serve.judge.churn import Meanwhile, Said, judge_churn
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Model, Row
+from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE
 from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.results import Churn
 from loraover_serve.judge.templates import Conversations, read_template
 from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import long_prompts, packed_long, record_long
@@ -51,6 +57,7 @@ from support.real_servers import free_port, python_of, running
 from support.vllm_loading import FEW_BLOCKS, load_adapter, serving_loader
 
 BEGINNINGS, LINES = 3, 12  # beginnings of long questions, and the lines by which each is moved in the file of questions
+ANSWERS = 60  # in a churn
 REFUSED = 0.1  # share of the chats that a resample refuses
 VLLM = ("--enforce-eager", "--enable-lora", "--max-model-len", "1024", "--enable-prompt-tokens-details", *FEW_BLOCKS)
 
@@ -63,10 +70,10 @@ def make_references(source: ModelSource, folder: Path) -> Iterator[dict[str, Any
     lines, tokenizer = QUESTIONS_FILE.read_text(encoding="utf-8").splitlines(), load_tokenizer(source)
     request = RecordRequest(folder / ADAPTER, model=source.name, device="cpu", long=True, earlier=folder / "weak")
     adapter, earlier = read_source(folder / ADAPTER), read_source(folder / "weak")
-    vocabulary = load_config(source).get_text_config().vocab_size
+    vocabulary, plain = load_config(source).get_text_config().vocab_size, load_model(source)
     for index in range(BEGINNINGS):
         asked = long_prompts(request, source, tokenizer, lines[index * LINES :] + lines[: index * LINES])
-        recorded = record_long(request, adapter, source, earlier, asked, "cpu")
+        recorded = record_long(request, adapter, plain, earlier, asked)
         packed = packed_long(recorded, partial(pack_question, tokenizer), partial(texts_of, tokenizer), KEPT)
         yield {
             "schema_version": 1,
@@ -92,16 +99,27 @@ def in_vllm(dtype: str, source: ModelSource, folder: Path) -> Iterator[tuple[str
 
 
 @contextmanager
-def in_llama_server(source: ModelSource, folder: Path) -> Iterator[tuple[str, str, str | None]]:
-    """The address of a llama-server with matrices in Q8_0, and the name of the adapter there."""
-    exact, named, base, adapter = (folder / f"{name}.gguf" for name in ("exact", "named", "Q8_0", ADAPTER))
+def in_llama_server(form: str, source: ModelSource, folder: Path) -> Iterator[tuple[str, str, str | None]]:
+    """The address of a llama-server with matrices in a format of GGUF, and the name of the adapter there.
+
+    It has no prompt cache in the host's memory, which gives prompts of one model to another after other prompts.
+    """
+    exact, named, base, adapter = (folder / f"{name}.gguf" for name in ("exact", "named", form, ADAPTER))
     if not base.exists():
         write_base(load_model(source), exact)
         rewrite(exact, named, partial(_add_vocabulary, load_tokenizer(source)))
-        quantise(named, base, "Q8_0")
+        quantise(named, base, form)
         export_gguf(folder / ADAPTER, adapter, model=source.name)
     port, script = free_port(), Path(__file__).parents[1] / "support" / "llama_server.py"
-    words = [str(python_of("LORAOVER_LLAMA_SERVER", "llama-server")), str(script), str(base), str(port), str(adapter)]
+    words = [
+        str(python_of("LORAOVER_LLAMA_SERVER", "llama-server")),
+        str(script),
+        str(base),
+        str(port),
+        str(adapter),
+        "--cache-ram",
+        "0",
+    ]
     with running(words, port, "/health", folder / "llama.log", {}) as url:
         yield url, "0", None
 
@@ -128,7 +146,8 @@ def _add_vocabulary(tokenizer: Any, fields: dict[str, Any], _: object) -> None:
 ENGINES: dict[str, Callable[[ModelSource, Path], Any]] = {
     "vllm-fp32": partial(in_vllm, "float32"),
     "vllm-bf16": partial(in_vllm, "bfloat16"),
-    "llama-server-q8": in_llama_server,
+    "llama-server-bf16": partial(in_llama_server, "BF16"),
+    "llama-server-q8": partial(in_llama_server, "Q8_0"),
 }
 
 
@@ -230,10 +249,8 @@ class Told:
 
     def __init__(self, models: Reference, kept: Sequence[Any]) -> None:
         cold, noise, warm, self._hits = kept
-        self._models, self._noise = models, _asked(noise)
+        self._models, self._noise, self._warm = models, _asked(noise), [*map(_asked, warm)]
         self._cold = {arm: _asked(each) for arm, each in cold.items()}
-        # llama-server's host memory is the known fault, and is shown when the answers are recorded.
-        self._warm = [each for each in map(_asked, warm) if "every slot" not in each.after]
 
     def drawn(self, draw: random.Random, fault: Model | None = None, of: str = "") -> Any:
         """The verdict on a resample, with a fault of an arm that is planted in its warm answers."""
@@ -245,22 +262,39 @@ class Told:
         models.variants = {arm: [_moved(each, places) for each in known] for arm, known in models.variants.items()}
 
         def moved(asked: Asked, shift: float, planted: Model | None = None) -> Asked:
-            rows: dict[int, Row] = {}
-            right = self._models.base if asked.arm == BASE else self._models.adapter
-            for index, (_, place) in enumerate(places):
-                if place in asked.rows:
-                    cold = self._cold[asked.arm].rows[place]
-                    row = {i: cold[i] + shift * (v - cold[i]) for i, v in asked.rows[place].items() if i in cold}
-                    stale = {} if planted is None else planted.rows[place]
-                    rows[index] = {i: v + stale[i] - right.rows[place][i] if i in stale else v for i, v in row.items()}
-            return asked._replace(rows=rows)
+            found = ((index, self._row(asked, place, shift, planted)) for index, (_, place) in enumerate(places))
+            return asked._replace(rows={index: row for index, row in found if row})
 
         cold = {arm: moved(each, 1) for arm, each in self._cold.items()}
         warm = [moved(each, sign, fault if each.arm == of else None) for each in self._warm]
         return judge_warm(models, cold, moved(self._noise, sign), warm, self._hits)
 
+    def churned(self, draw: random.Random) -> Churn:
+        """The verdict on answers in churn, a third of the adapter's by its earlier version as PyTorch has it."""
+        models, sign, said = self._models, draw.choice([-1, 1]), list[Said]()
+        (earlier,) = (each for each in models.recorded(ADAPTER) if each.fault == STALE)
+        for turn in range(ANSWERS):
+            asked = draw.choice([each for each in (self._noise, *self._warm) if each.arm in self._cold])
+            question = draw.randrange(len(models.questions))
+            version = earlier if asked.arm == ADAPTER and draw.random() < 1 / 3 else None
+            rows = {place: self._row(asked, place, sign, version) for place in self._places(question)}
+            place, rows = models.first(question), {place: row for place, row in rows.items() if row}
+            said.append(Said(asked.arm, place, rows, 0.1, Response(asked.arm, place, {"id": f"{turn}"}, True)))
+        noise = self._noise.rows
+        moved = self._noise._replace(rows={place: self._row(self._noise, place, sign) for place in noise})
+        begun = Churn("inconclusive", "", None, 60.0, None, AT_ONCE)
+        return judge_churn(begun, models, {arm: arm for arm in self._cold}, self._cold, moved, Meanwhile(said, {}))
+
     def _places(self, question: int) -> list[int]:
         return [place for place, (q, _) in enumerate(self._models.places) if q == question]
+
+    def _row(self, asked: Asked, place: int, shift: float, planted: Model | None = None) -> Row:
+        """An answer at a place, moved from the cold one, with a model's change; empty where there was none."""
+        cold = self._cold[asked.arm].rows.get(place, {})
+        row = {i: cold[i] + shift * (v - cold[i]) for i, v in asked.rows.get(place, {}).items() if i in cold}
+        right = (self._models.base if asked.arm == BASE else self._models.adapter).rows[place]
+        stale = {} if planted is None else planted.rows[place]
+        return {i: v + stale[i] - right[i] if i in stale else v for i, v in row.items()}
 
 
 def _asked(kept: Sequence[Any]) -> Asked:
@@ -294,19 +328,24 @@ def judge(work: Path, number: int, planted: int, only: Sequence[str], seed: int)
             f"{engine}: caches: {dict(Counter(each.verdict for each in right))} of {number}; noise {noise[0]:.2g} to "
             f"{noise[-1]:.2g} nats, half below {noise[number // 2]:.2g}"
         )
-        for verdict in ("differs", "inconclusive"):
-            reason = next((each.reason for each in right if each.verdict == verdict), None)
-            click.echo(f"  the first that {verdict}: {reason}") if reason else None
+        churned = [draw.choice(told).churned(draw) for _ in range(number)]
+        click.echo(f"  churn: {dict(Counter(each.verdict for each in churned))} of {number}")
+        for found in (right, churned):
+            for verdict in ("differs", "inconclusive"):
+                reason = next((each.reason for each in found if each.verdict == verdict), None)
+                click.echo(f"  the first that is {verdict}: {reason}") if reason else None
         for arm in (ADAPTER, BASE):
             for index, model in enumerate(references[0].caches.variants[arm] if references[0].caches else ()):
-                found = Counter[str | None]()
+                if model.fault in OF_EARLIER_WEIGHTS:  # not of a cache
+                    continue
+                named = Counter[str]()
                 for _ in range(planted):
                     k = draw.randrange(len(told))
                     caches = references[k].caches
                     assert caches is not None
                     seen = told[k].drawn(draw, caches.variants[arm][index], arm)
-                    found[seen.fault or seen.verdict] += 1
-                click.echo(f"  planted {model.fault}: {dict(found)} of {planted}")
+                    named[seen.fault or seen.verdict] += 1
+                click.echo(f"  planted {model.fault}: {dict(named)} of {planted}")
         chats, readings = references[0].conversations, Counter[str]()
         for _ in range(number):
             mine = Conversations(draw.choices(chats.found, k=len(chats.found)), chats.pieces)

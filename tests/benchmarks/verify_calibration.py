@@ -24,7 +24,7 @@ from oracles.prompt_estimates import log_ratios
 from support.recorded_noise import Recorded
 
 DOCS = Path(__file__).parents[2] / "docs"
-START, END = "<!-- calibration -->", "<!-- end of calibration -->"
+START, END = "<!-- begin calibration -->", "<!-- end calibration -->"
 SERVED = {"right": "adapter", "0.8 times": "weak", "1.2 times": "strong", "base": "again"}
 PROMPTS, RUNS, WRONG_RUNS = 32, 40_000, 500
 BATCH = 500

@@ -12,11 +12,11 @@ from scipy import special, stats
 
 from loraover_serve.judge.estimates import (
     Interval,
+    fit_strength,
     incomplete_beta,
     log_ratio,
     root_mean,
     share_found,
-    strength,
     t_quantile,
 )
 from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
@@ -55,7 +55,9 @@ def test_a_strength_is_that_of_numpy(seed: int, prompts: int, positions: int, fa
     w[draw.random(w.shape) < 0.2] = 0
     x = factor * w + noise * np.sqrt(w) * (draw.standard_t(2, size=w.shape) + draw.normal(size=(prompts, 1)))
     expected = oracle.strength(oracle.Projections(x, w, w))
-    found = strength([(q, float(x[q, k]), float(w[q, k])) for q in range(prompts) for k in range(positions)])
+    found = fit_strength(
+        [(q, float(x[q, k]), float(w[q, k])) for q in range(prompts) for k in range(positions)]
+    ).interval
     assert found.value == pytest.approx(float(expected.value), rel=EQUAL, abs=EQUAL)
     assert found.half == pytest.approx(float(expected.half), rel=EQUAL, abs=EQUAL)
 
@@ -63,15 +65,42 @@ def test_a_strength_is_that_of_numpy(seed: int, prompts: int, positions: int, fa
 def test_a_position_that_is_far_off_hardly_counts() -> None:
     """Its weight is bounded: as far off as it likes, it moves the factor by the same."""
     near = [(prompt, 1 + 0.01 * (-1) ** prompt, 1.0) for prompt in range(20)]
-    once, again = (strength([*near, (20, far, 1.0)]) for far in (100.0, 1e6))
+    once, again = (fit_strength([*near, (20, far, 1.0)]).interval for far in (100.0, 1e6))
     assert once.value == pytest.approx(again.value, rel=EQUAL)
     assert abs(once.value - 1) < 0.003
 
 
 def test_nothing_is_known_of_no_position_and_no_error_of_a_single_prompt() -> None:
-    assert strength([]) == strength([(0, 1.0, 0.0)]) == Interval(0.0, -math.inf, math.inf)
-    assert strength([(0, 2.0, 1.0), (0, 4.0, 2.0)]) == Interval(2.0, -math.inf, math.inf)
-    assert str(strength([(0, 2.0, 1.0)])) == "2"
+    assert fit_strength([]).interval == fit_strength([(0, 1.0, 0.0)]).interval == Interval(0.0, -math.inf, math.inf)
+    assert fit_strength([(0, 2.0, 1.0), (0, 4.0, 2.0)]).interval == Interval(2.0, -math.inf, math.inf)
+    assert str(fit_strength([(0, 2.0, 1.0)]).interval) == "2"
+
+
+@given(seeds, st.integers(2, 8), st.floats(0, 3), st.floats(1e-3, 10))
+def test_noise_moves_a_strength_no_further_than_its_squares_allow(
+    seed: int, prompts: int, spread: float, noise: float
+) -> None:
+    """Changes y = d + n of one token each, whose sizes and noise differ from token to token by orders of magnitude."""
+    draw = np.random.default_rng(seed)
+    d, n = (np.exp(spread * draw.normal(size=(prompts, 6))) * draw.normal(size=(prompts, 6)) for _ in range(2))
+    n *= noise
+    points = [(q, float((d + n)[q, k] * d[q, k]), float(d[q, k] ** 2)) for q in range(prompts) for k in range(6)]
+    fit, most = fit_strength(points), float(np.sqrt(np.square(n).sum()))
+    assert abs(fit.interval.value - 1) <= fit.certain(most) * (1 + 1e-9)
+    assert fit.within(most).half <= fit.certain(most) * (1 + 1e-9)
+
+
+def test_tokens_with_a_bounded_weight_bound_no_error() -> None:
+    """One token has nearly all of the effect, and others have all of the noise: the robust strength is theirs."""
+    noise, w = [0.5 + 0.01 * (-1) ** k for k in range(1500)], 1.3e-5
+    points = [(0, 1.0, 1.0), *((1 + k % 9, (1 + n) * w, w) for k, n in enumerate(noise))]
+    fit, most = fit_strength(points), math.sqrt(sum(n * n * w for n in noise))
+    error = fit.interval.value - 1
+    assert error > 0.4
+    assert 5 * most / math.sqrt(sum(w for _, _, w in points)) < error, (
+        "the bound of least squares, with five times the noise"
+    )
+    assert error <= fit.certain(most)
     assert str(Interval(1.0, 0.75, 1.25)) == "1 [0.75, 1.25]"
 
 

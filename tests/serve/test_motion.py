@@ -8,10 +8,11 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import ask_warm
 from loraover_serve.judge.command import check
+from loraover_serve.judge.limits import OTHER
 from loraover_serve.judge.names import LEAKS, STALE_OF_ADAPTER, STALE_OF_EARLIER, TEMPLATE
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
@@ -34,7 +36,7 @@ from loraover_serve.vllm.server import VllmServerConfig
 from benchmarks.churn import KINDS, churn, is_right
 from support import motion
 from support.long_questions import LongCase
-from support.plugin import plugged
+from support.plugin import ROOT, plugged
 from support.real_servers import llama_server
 from support.tiny_hub import tiny_tokenizer
 from support.vllm_command import leaks_in_mixed_batches, vllm_command
@@ -117,6 +119,10 @@ class Moving:
     def asked(self, name: str) -> Caches:
         asker = Asker.of(self.case.reference, Endpoint(self.server.url), name, str(self.case.base), "openai")
         return ask_warm(Asker(self.case.caches, asker.speaker, asker.names, asker.find_other))
+
+    def said(self, name: str) -> Said:
+        found = self.asked(name)
+        return found.verdict, found.fault
 
     def say(self, row: str, name: str) -> Said:
         """Ask verify, keep what it says, and return its verdict and fault; "ended" if the server does not answer."""
@@ -203,6 +209,8 @@ def read_again(moving: Moving) -> str:
 def new_path(moving: Moving) -> str:
     moving.begin("new-path")
     moving.reload("new-path", moving.put(moving.case.adapter, "another-path"))
+    moving.evict()
+    assert OTHER in {each.arm for each in moving.asked("new-path").warm}, "another adapter is asked in turn, too"
     return "new-path"
 
 
@@ -248,6 +256,41 @@ def test_files_that_are_gone_do_not_end_the_server(row: str, moving: Moving) -> 
 def test_the_stock_server_ends_when_files_are_gone(row: str, long_case: LongCase, tmp_path: Path) -> None:
     with serve(motion.VERIFY, long_case, tmp_path) as stock:
         assert lose(stock, row) == ENDED
+
+
+def test_replicas_share_a_cache_and_each_serves_a_change_anew(long_case: LongCase, tmp_path: Path) -> None:
+    """After the documented removal, and after the end of one of them, too."""
+    vllm_command()
+    with ExitStack() as until, serve(motion.PLUGIN, long_case, tmp_path) as first:
+        assert first.cache is not None
+        made = (long_case.base, first.adapters)
+        found = until.enter_context(plugged(tmp_path / "second", made, first.cache, *OPTIONS, settle_s=SETTLE_S))
+        both = first, Moving(found.server, long_case, motion.PLUGIN, first.adapters, found.cache)
+        first.put(long_case.earlier, "shop")
+        assert [each.said("shop") for each in both] == 2 * [RIGHT]
+        before = {each.listed("shop")["served_digest"] for each in both}
+        first.put(long_case.adapter, "shop")
+        for each in both:
+            each.settle("shop")
+            assert each.said("shop") == RIGHT
+        after = {each.listed("shop")["served_digest"] for each in both}
+        assert len(before) == len(after) == 1
+        assert before != after
+        until.close()
+        subprocess.run(["sh", "-c", removal()], cwd=first.cache, check=True)
+        assert before | after <= {path.name for path in first.cache.iterdir()}, "the other replica may read them again"
+        first.evict()
+        assert first.said("shop") == RIGHT
+    subprocess.run(["sh", "-c", removal()], cwd=found.cache, check=True)
+    assert {path.name for path in found.cache.iterdir()} <= {"locks", "held"}, "nobody may"
+
+
+def removal() -> str:
+    """The command that the documentation gives for what no server may read again, whatever its age."""
+    page = (ROOT / "docs" / "how-to" / "serve-any-adapter.md").read_text(encoding="utf-8")
+    (command,) = (line.strip() for line in page.splitlines() if "flock -n held" in line)
+    assert " -mtime +30 " in command
+    return f"mkdir -p held; {command.replace(' -mtime +30 ', ' ')}"
 
 
 def lose(moving: Moving, row: str) -> Said:

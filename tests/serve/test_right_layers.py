@@ -1,4 +1,4 @@
-"""Faults of single layers, run only from the layer with the fault, answer as whole runs do."""
+"""Models that are run on a part of their layers or tokens, or by another library, answer as whole runs do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from loraover.models.fast_linear import OneDnnLinear
 from loraover_serve.engines import torch as torch_engine
-from loraover_serve.engines.torch import model_logits
+from loraover_serve.engines.answers import Expected, last_rows
+from loraover_serve.engines.torch import model_logits, tree_logits
+from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import base_faults, chain_of
+from loraover_serve.verify.pytorch import agrees_in_trees
 from loraover_serve.verify.variants import RightLayers
 
 from support.plain_adapter import tiny_decoder
@@ -68,16 +73,20 @@ def each_both_ways(model: Any) -> tuple[RightLayers, int]:
     return right, number
 
 
+def tiny(family: str) -> PreTrainedModel:
+    """A tiny model of a family, in evaluation mode."""
+    others = {"gpt2": tiny_gpt2, "neox": tiny_neox}
+    made = others[family]() if family in others else tiny_decoder(family, num_hidden_layers=LAYERS, **FAMILIES[family])
+    return made.eval()
+
+
 @pytest.mark.parametrize("at_once", [4, 64], ids=["several batches", "one batch"])
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "neox"])
 def test_a_run_from_the_layer_with_the_fault_is_a_whole_run(
     family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_engine, "LOGITS_AT_ONCE", at_once * VOCABULARY)
-    others = {"gpt2": tiny_gpt2, "neox": tiny_neox}
-    model = (
-        others[family]() if family in others else tiny_decoder(family, num_hidden_layers=LAYERS, **FAMILIES[family])
-    ).eval()
+    model = tiny(family)
     before = answers(model)
     _, number = each_both_ways(model)
     assert number == 2 * len(model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h) - 1
@@ -135,3 +144,63 @@ def test_layers_that_read_the_keys_of_earlier_ones_all_run() -> None:
     with right.before(3, "base"):
         assert all(map(torch.equal, answers(model), whole))
     assert not [detail for _, detail, *_ in base_faults(model, longest=6) if "layer" in detail]
+
+
+BEGINNING = (1, 5, 9, 4, 7, 2, 2, 8)
+QUESTIONS = [Question((*BEGINNING, *more), answer) for more in ((3, 8), (3, 6, 6), (9,)) for answer in ((4,), (5, 1))]
+
+
+def without_a_tree(model: Any) -> Expected:
+    with torch.inference_mode():
+        found = enumerate(model_logits(model, [question.tokens for question in QUESTIONS]))
+        rows = [last_rows(index, QUESTIONS[index].answered, logits) for index, logits in found]
+    return Expected({place: row for mine in rows for place, row in mine.items()})
+
+
+@pytest.mark.parametrize("at_once", [12, 64], ids=["several trees", "one tree"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "neox"])
+def test_a_tree_is_used_where_it_answers_as_its_sequences_do(
+    family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of linear attention mix all tokens in their order, and would continue one question with the next."""
+    monkeypatch.setattr(torch_engine, "LOGITS_AT_ONCE", at_once * VOCABULARY)
+    model = tiny(family)
+    expected = without_a_tree(model)
+    has_branches = at_once > len(BEGINNING) + 4
+    assert agrees_in_trees(model, QUESTIONS, expected) == (family != "Qwen3Next" or not has_branches)
+    if family == "Qwen3Next":
+        return
+    with torch.inference_mode():
+        found = list(
+            tree_logits(model, [each.tokens for each in QUESTIONS], [len(each.answered) for each in QUESTIONS])
+        )
+    for index, (question, logits) in enumerate(zip(QUESTIONS, found, strict=True)):
+        for place, row in last_rows(index, question.answered, logits).items():
+            assert abs(row - expected.at(*place)).max() < 1e-4
+
+
+def test_a_tree_that_saves_little_is_not_used() -> None:
+    model = tiny_decoder("Llama", num_hidden_layers=LAYERS).eval()
+    assert agrees_in_trees(model, QUESTIONS, without_a_tree(model))
+    assert not agrees_in_trees(model, QUESTIONS[:1], without_a_tree(model))
+
+
+def test_linear_layers_by_onednn_round_as_float32_does() -> None:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        pytest.skip("PyTorch without oneDNN")
+    torch.manual_seed(0)
+    for shape in ((1, 5, 64), (7, 64)):
+        x, weight, bias = torch.randn(shape), torch.randn(96, 64), torch.randn(96)
+        exact = x.double() @ weight.double().mT + bias.double()
+        bound = (
+            66 * torch.finfo(torch.float32).eps * (x.abs().double() @ weight.abs().double().mT + bias.abs().double())
+        )
+        with torch.inference_mode(), OneDnnLinear():
+            found = nn.functional.linear(x, weight, bias)
+            assert nn.functional.linear(x.double(), weight.double()).dtype == torch.float64
+        assert found.shape == exact.shape
+        assert ((found.double() - exact).abs() <= bound).all()
+    weight.requires_grad_()
+    with OneDnnLinear():
+        nn.functional.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None

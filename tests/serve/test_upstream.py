@@ -39,6 +39,16 @@ def test_a_missing_folder_raises_inside_a_step() -> None:
     assert (done.returncode, done.stdout.strip()[-len(expected[1]) :]) == expected, done.stdout + done.stderr[-2000:]
 
 
+def test_a_new_path_is_a_namespace_of_the_prefix_cache() -> None:
+    done = run(UPSTREAM / "trl-prefix-cache-docstring.py")
+    assert (done.returncode, "the keys: True" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
+def test_async_grpo_fetches_a_micro_batch_before_the_sync() -> None:
+    done = subprocess.run([sys.executable, UPSTREAM / "trl-async-grpo-staleness.py"], capture_output=True, text=True)
+    assert (done.returncode, "staleness_max is 0" in done.stdout) == (0, True), done.stdout + done.stderr[-2000:]
+
+
 def test_the_hosts_prompt_cache_mixes_adapters(long_case: LongCase, tmp_path: Path) -> None:
     with llama_server(long_case.base, long_case.adapter, tmp_path) as url:
         command = [sys.executable, str(UPSTREAM / "llamacpp-host-prompt-cache.py"), url]

@@ -280,6 +280,39 @@ def test_a_watch_asks_the_cache_in_each_nth_check_and_until_it_is_right(long_cas
     assert [each.changed for each in found] == [True, False, True, *[False] * 4]
 
 
+def test_a_cache_that_cannot_be_checked_is_asked_again_in_the_nth_check(long_case: LongCase, tmp_path: Path) -> None:
+    """The server is too slow for the long questions, even in the longer time of a check with them; then it is gone."""
+    right, long = served(long_case), min(len(question.prompt) for question in long_case.caches.questions)
+
+    def serving(body: dict[str, Any]) -> Any:
+        time.sleep(0.8 if len(body.get("prompt", "")) >= long else 0)
+        return right(body)
+
+    content = json.loads(gzip.decompress(long_case.recorded.read_bytes())) | {"variants": []}
+    (tmp_path / "reference.json").write_text(json.dumps(content))
+    config: dict[str, Any] = {"reference": "reference.json", "name": "shop", "quick": True, "caches_every": 3}
+    with openai_server(serving, NAMES) as server:
+        servers = [{"name": "prod", "url": server.url, "adapters": [config], "timeout_s": 1}]
+        (tmp_path / "watch.yaml").write_text(json.dumps({"servers": servers}))
+        watched, history = read_config(tmp_path / "watch.yaml"), History(tmp_path / "history.sqlite")
+        canary, (target,) = Canary(watched, history, 0.0), watched.targets
+
+        def checked(now: float) -> Check:
+            check = ask(target, lambda: now, with_caches=canary.asks_caches(target))
+            canary.end(target, check)
+            return check
+
+        found = [checked(now) for now in range(3)]
+    found += [checked(now) for now in range(3, 5)]
+    assert (found[0].verdict, found[0].caches) in {(each, each) for each in ("failed", "inconclusive")}
+    assert [(each.verdict, each.caches) for each in found[1:]] == [
+        *[("as trained", None)] * 2,
+        ("failed", "failed"),
+        ("failed", None),
+    ]
+    assert found[0].seconds > 2, "it had more time"
+
+
 def test_a_watch_needs_long_questions_for_the_cache(recorded: Path, tmp_path: Path) -> None:
     adapters = [{"reference": str(recorded), "name": "shop", "caches_every": 1}]
     servers = [{"name": "prod", "url": "http://localhost:9", "adapters": adapters}]
@@ -353,7 +386,7 @@ def test_a_command_is_ended_with_the_time_and_with_all_that_it_started(tmp_path:
     pid = tmp_path / "pid"
     stubborn = f"(trap '' TERM; echo $$ >/dev/null; sh -c 'echo $PPID' > {pid}; sleep 60; sleep 60) & sleep 60"
     begun = time.monotonic()
-    with pytest.raises(CommandError, match="the time for all requests is over before the command's end;"):
+    with pytest.raises(CommandError, match="the time for all requests was over before the command ended;"):
         UserCommand(stubborn, "--reload").run(begun + 1)
     assert time.monotonic() - begun < 15
     assert not _runs(int(pid.read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shlex
 import sys
@@ -11,19 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, cycle
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
 import pytest
 
 from loraover.client.endpoint import Endpoint
+from loraover.client.speaker import Response
 from loraover.common.errors import ConfigError
 from loraover_serve import verify_adapter
 from loraover_serve.judge import churn
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import WarmProbe
-from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
+from loraover_serve.judge.caches import Asked, WarmProbe
+from loraover_serve.judge.churn import ChurnRequest, Meanwhile, Said, ask_in_churn, judge_churn
 from loraover_serve.judge.estimates import share_interval
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import (
     CACHE_OF_RESPONSES,
     CROSSED,
@@ -176,6 +180,27 @@ def test_right_servers_raise_no_alarm(check: str, long_case: LongCase) -> None:
             server = RightServer(long_case.caches, rms, random.Random(seed))
             found = server.churn(60) if check == "churn" else server.caches(with_reload=check == "reload")
             assert found.fault is None, found.reason
+
+
+def test_noise_of_one_question_is_no_fault(long_case: LongCase) -> None:
+    """As the base model shows it there; the adapter's leads more than half of the way to a stale cache."""
+    long, server = long_case.caches, RightServer(long_case.caches, 2e-5, random.Random(0))
+    (stale,) = (each for each in long.recorded(ADAPTER) if each.fault == STALE_OF_EARLIER)
+    cold, noise = {arm: server.asked(arm) for arm in (BASE, ADAPTER)}, dict(server.asked(BASE).rows)
+    answers = dict(server.asked(ADAPTER).rows)
+    for place in (place for place, (question, _) in enumerate(long.places) if question == 0):
+        own, right = cold[ADAPTER].rows[place], long.adapter.rows[place]
+        way = {i: stale.rows[place][i] - right[i] for i in own}
+        far = 1.3 * math.sqrt(fmean(value * value for value in way.values()))
+        noise[place] = {i: v + server.draw.choice((-far, far)) for i, v in cold[BASE].rows[place].items()}
+        answers[place] = {i: value + 0.6 * way[i] for i, value in own.items()}
+    said = []
+    for question in range(len(long.questions)):
+        rows = {place: row for place, row in answers.items() if long.places[place][0] == question}
+        said.append(Said(ADAPTER, long.first(question), rows, 0.1, Response("shop", question, {}, True)))
+    begun, asked = Churn("inconclusive", "", None, SECONDS, None, 1), Asked(BASE, "", noise, None)
+    found = judge_churn(begun, long, {ADAPTER: "shop"}, cold, asked, Meanwhile(said, {}))
+    assert [each.wrong for each in found.models] == [0], found.reason
 
 
 def test_failed_requests_are_no_right_answers(long_case: LongCase, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Reloads and churn on the real vLLM: wrong answers after a reload in place are named, and new paths have none."""
+"""Reloads and churn on the real vLLM: wrong answers after a reload in place are named, and new paths have none.
+
+A vLLM or a llama-server that is killed meanwhile is told as ended.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from loraover_serve import verify_adapter
-from loraover_serve.judge.names import IN_CHURN, STALE_CACHES, STALE_OF_EARLIER
+from loraover_serve.judge.names import IN_CHURN, SERVER_ENDED, STALE_CACHES, STALE_OF_EARLIER
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.vllm.server import VllmServerConfig
 
 from support.long_questions import LongCase
+from support.real_servers import llama_server
 from support.vllm_loading import FEW_BLOCKS, load_adapter, serving_loader, unload_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 OPTIONS = ("--enforce-eager", "--enable-lora", "--max-model-len", "1024", "--enable-prompt-tokens-details", *FEW_BLOCKS)
-SECONDS = 45.0
+SECONDS, KILLED_S = 45.0, 20.0
 RELOAD = """
 import itertools, json, shutil, sys, time, urllib.request
 
@@ -77,3 +82,24 @@ def test_reloads_and_churn(dtype: str, long_case: LongCase, tmp_path: Path) -> N
         wrong = verified(churn_s=SECONDS, run=command, quick=True)
         assert wrong.churn is not None
         assert wrong.churn.fault in (*STALE_CACHES, *IN_CHURN)
+        killed = verified(churn_s=KILLED_S, run=f"sleep 5; kill -9 {server.pid}", quick=True)
+        assert (killed.verdict, killed.fault) == ("differs", SERVER_ENDED)
+
+
+def test_a_llama_server_that_is_killed_in_churn_has_ended(long_case: LongCase, tmp_path: Path) -> None:
+    with llama_server(long_case.base, long_case.adapter, tmp_path) as url:
+        (server,) = psutil.Process().children()
+        (found,) = verify_adapter(
+            references=[long_case.recorded],
+            endpoint=url,
+            served_name=["0"],
+            protocol="llama-server",
+            churn_s=KILLED_S,
+            run=f"sleep 5; kill -9 {server.pid}",
+            quick=True,
+            without_template=True,
+        ).engines
+    print(f"\n{found.verdict} {found.fault}: {found.reason}")
+    assert (found.verdict, found.fault) == ("differs", SERVER_ENDED)
+    assert found.churn is not None
+    assert any(each.answers for each in found.churn.models), "it has answered before"

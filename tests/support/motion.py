@@ -58,7 +58,11 @@ ACTIONS = {
     REWRITTEN: ("vLLM", "the folder is rewritten, and the name unloaded and loaded under the same path"),
     IN_PLACE: ("vLLM", "the folder is rewritten, and loaded with `load_inplace` under the same path"),
     READ_AGAIN: ("vLLM", "the folder is rewritten, and nothing is sent; the adapter is evicted and read again"),
-    NEW_PATH: ("vLLM", "the new version is loaded under the same name from another path"),
+    NEW_PATH: (
+        "vLLM",
+        "the new version is loaded under the same name from another path, and asked in turn with the base model and "
+        "another adapter",
+    ),
     BESIDE: ("vLLM", "a name is unloaded and loaded again while requests for it run"),
     MIXED: ("vLLM", "requests for the base model run beside those for an adapter"),
     GONE: ("vLLM", "an adapter's folder is gone when it is read again after an eviction"),

@@ -23,6 +23,8 @@ from loraover.training.plan import to_page as plan_page
 from loraover.training.run_result import Lengths
 from loraover_export.fold.report import FoldCertificate, OutputCertificate
 from loraover_export.fold.report import to_page as fold_page
+from loraover_export.merged.report import InspectMergeReport, ModuleStrength, ParameterState, sentence_of
+from loraover_export.merged.report import to_page as merged_page
 from loraover_export.prepare.report import FleetReport, FleetRow
 from loraover_export.prepare.report import to_page as fleet_page
 from loraover_lab.study.report import StudyReport
@@ -31,6 +33,8 @@ from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.names import STALE_OF_EARLIER
 from loraover_serve.judge.results import Caches, GreedyAgreement, LogprobDistance, Suspect, WarmAnswers
 from loraover_serve.parity.page import to_page as parity_page
+from loraover_serve.rollouts.report import JudgedStep, RolloutReport
+from loraover_serve.rollouts.show import to_page as rollouts_page
 from loraover_serve.verify.report import EngineResult, VerifyReport
 from loraover_serve.verify.request import VerifyRequest
 from loraover_serve.verify.show import to_page as verify_page
@@ -191,6 +195,42 @@ def hostile(report: Report, keys: Collection[str]) -> Report:
     return type(report).model_validate_json(json.dumps(spoilt(json.loads(report.model_dump_json()))))
 
 
+def merge_report() -> InspectMergeReport:
+    """A module of each kind of verdict, and tensors that changed beside them."""
+    shown = {
+        "merged": (0.998, 0.0),
+        "not merged": (0.001, 1.0),
+        "another factor": (0.5, 0.5),
+        "rounded away": (0.0, 1.0),
+    }
+    modules = [
+        ModuleStrength.model_validate(
+            {"module": f"model.layers.{k}.self_attn.q_proj", "verdict": verdict, "dtype": "BF16", "strength": strength}
+            | {"interval": [strength - 0.01, strength + 0.01], "expected": 0.998, "residual": residual}
+            | {"rounding": 0.06, "erased": 0.2, "reason": "alpha was left out" if residual == 0.5 else ""}
+        )
+        for k, (verdict, (strength, residual)) in enumerate(shown.items())
+    ]
+    others = [ParameterState(name="lm_head.weight", state="changed", reason="it differs by 0.1 of its norm")]
+    tokenizer = ["the tokenizer of folder merged lacks 3 tokens of folder base, such as '<new>'"]
+    return InspectMergeReport(
+        verdict="failed",
+        sentence=sentence_of(modules, others, tokenizer),
+        adapter="my-lora",
+        peft_type="LORA",
+        merged="folder merged",
+        base_model="folder base",
+        dtypes={"BF16": 4},
+        erased=0.2,
+        modules=modules,
+        others=others,
+        equal=12,
+        tokenizer=tokenizer,
+        not_compared=["model.layers.4.mlp.down_proj: it is U8, a quantised or an integer type"],
+        versions={"loraover": "0.1.0"},
+    )
+
+
 def fleet_report() -> FleetReport:
     """One adapter of each verdict, with the engines of a check, and texts as long as real ones."""
     engines = dict.fromkeys(("vllm", "llamacpp", "onnx", "openvino", "mlx", "torch"), "right")
@@ -244,6 +284,49 @@ def canary(now: float, text: str | None = None) -> Canary:
             at, reason = now - 3600.0 * (24 - hour), text or f"{STRENGTH}; no known fault explains it"
             found.end(target, Check(*target.key, at, str(verdict), text or fault, reason, distance, 0.05, 1.0, 2.5, 0))
     return found
+
+
+def judged_step(step: int, verdict: Any, value: float, **more: Any) -> JudgedStep:
+    """A step of a loop, whose adapter changes 0.01 nats more at each step."""
+    found: dict[str, Any] = {
+        "fault": None,
+        "reason": f"the adapter has the strength {value:g}, and 0.8 to 1.04 is right; not excluded yet: stale by 1",
+        "strength": Interval(value=value, low=value - 0.3, high=value + 0.3) if step else None,
+        "allowed": (0.8, 1.04),
+        "effect": 0.01 * step,
+        "distance": 0.04,
+        "noise": 0.04,
+        "tokens": 512,
+        "prompts": 32,
+        "mean_difference": 0.02,
+        "kl": -0.001 * step,
+        "suspects": [],
+        "not_excluded": ["stale by 1"],
+    }
+    return JudgedStep(step=step, verdict=verdict, **found | more)
+
+
+def rollouts() -> RolloutReport:
+    """A run whose engine loses the adapter at step 12."""
+    wrong = {"fault": "served as base", "suspects": [SCALED, LEFT_OUT]}
+    steps = [
+        judged_step(0, None, 0.0),
+        *(judged_step(step, "too early", 0.5) for step in range(1, 4)),
+        *(judged_step(step, "applied, scale not known yet", 0.9) for step in range(4, 8)),
+        *(judged_step(step, "as trained", 1.0) for step in range(8, 12)),
+        *(judged_step(step, "differs", 0.0, **wrong) for step in range(12, 24)),
+    ]
+    return RolloutReport(
+        verdict="differs",
+        fault="served as base",
+        steps=steps,
+        file="rollouts.jsonl",
+        window=8,
+        command="loraover judge-rollouts rollouts.jsonl -o judged",
+        versions={"python": "3.12.3"},
+        hardware="a processor of some name with several cores",
+        date=DAY,
+    )
 
 
 @dataclass(frozen=True)
@@ -337,10 +420,22 @@ REPORTS = {
         lambda: verify_page(three_engines()),
         lambda: verify_page(hostile(three_engines(), (*RUN_KEYS, "adapter", "fault", "detail", "reference"))),
     ),
+    "rollouts": Made(
+        "Rollouts: ",
+        lambda: rollouts_page(rollouts()),
+        lambda: rollouts_page(hostile(rollouts(), (*RUN_KEYS, "fault", "detail", "reason", "file"))),
+    ),
     "fold": Made(
         "Fold: ",
         lambda: fold_page(fold_certificate(), "loraover export fold checkpoint -o folded --check-error"),
         lambda: fold_page(hostile(fold_certificate(), (*RUN_KEYS, "name", "base", "prompt_source")), HOSTILE),
+    ),
+    "merged": Made(
+        "Merge: ",
+        lambda: merged_page(merge_report(), "loraover export inspect-merge my-lora merged"),
+        lambda: merged_page(
+            hostile(merge_report(), (*RUN_KEYS, "module", "name", "merged", "tokenizer", "sentence")), HOSTILE
+        ),
     ),
     "demo": Made(
         "Demo: ",

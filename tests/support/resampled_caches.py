@@ -36,6 +36,7 @@ class RightServer:
     def __post_init__(self) -> None:
         self._models: Mapping[str, Model] = {BASE: self.long.base, ADAPTER: self.long.adapter}
         (self._earlier,) = (each for each in self.long.recorded(ADAPTER) if each.fault == STALE)
+        self._tokens = sorted({i for row in self.long.base.rows for i in row})
 
     def asked(
         self, arm: str, after: str = "", shared: dict[int, float] | None = None, model: Model | None = None
@@ -50,7 +51,7 @@ class RightServer:
 
     def shared(self) -> dict[int, float]:
         """Noise of each token that keys and values of the beginning bring into all questions."""
-        return {i: self.draw.gauss(0, self.rms / 2**0.5) for row in self.long.base.rows for i in row}
+        return {i: self.draw.gauss(0, self.rms / 2**0.5) for i in self._tokens}
 
     def _rows(
         self, arm: str, index: int, shared: Mapping[int, float], model: Model | None

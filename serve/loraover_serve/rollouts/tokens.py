@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+from zlib import crc32
+
+from loraover_serve.judge.names import NOT_APPLIED
 
 Logprobs = Sequence[float]
 """Logprobs in nats of the sampled tokens, one for each; any sequence of numbers, such as a list or a flat array."""
+
+Candidate = Sequence[float | None]
+"""Logprobs in nats by a model that the engine could have; None at tokens for which they were not computed."""
+
+OF_A_ROW = 8
+"""Tokens of a row by which it is seen whether the row has the fault of some rows."""
 
 STALE_BY = "stale by {}"
 """Name of an earlier adapter, by the number of steps that it is behind."""
@@ -54,11 +64,22 @@ class SampledTokens:
         )
 
     def thinned(self, tokens: int) -> SampledTokens:
-        """At most about so many tokens, spread evenly over all rows."""
-        every = slice(None, None, max(1, math.ceil(len(self.engine) / tokens)))
-        models = {name: values[every] for name, values in self.models.items()}
-        engine, right, base = (each[every] for each in (self.engine, self.right, self.base))
-        return SampledTokens(engine, right, base, self.prompts[every], self.rows[every], models, self.factors)
+        """At most about so many tokens, OF_A_ROW or more of each row; of too many rows some, which are drawn by lot."""
+        if len(self.engine) <= tokens:
+            return self
+        places = defaultdict[Hashable, list[int]](list)
+        for index, row in enumerate(self.rows):
+            places[row].append(index)
+        drawn = sorted(places, key=lambda row: crc32(repr(row).encode()))[: max(1, tokens // OF_A_ROW)]
+        each = max(1, tokens // len(drawn))
+        kept = sorted(index for row in drawn for index in places[row][:: math.ceil(len(places[row]) / each)])
+
+        def of(values: Sequence[Any]) -> list[Any]:
+            return [values[index] for index in kept]
+
+        models = {name: of(values) for name, values in self.models.items()}
+        engine, right, base = of(self.engine), of(self.right), of(self.base)
+        return SampledTokens(engine, right, base, of(self.prompts), of(self.rows), models, self.factors)
 
 
 def read_tokens(
@@ -69,26 +90,34 @@ def read_tokens(
     rows: Sequence[Hashable] | None,
     positions: Sequence[int] | None,
     earlier: Sequence[Logprobs],
-    faults: Mapping[str, Logprobs | float],
+    faults: Mapping[str, Candidate | float],
 ) -> SampledTokens | str:
     """Check arrays of tokens; arrays that show nothing give a sentence that says why. Arguments: `judge_rollouts`."""
+    if odd_names := [name for name in faults if not is_name(name)]:
+        return (
+            f"the fault {odd_names[0]!r} cannot be told apart by its name, expected 1 to 80 printable characters "
+            "that do not name the base model"
+        )
     models: dict[str, Any] = {STALE_BY.format(steps): each for steps, each in enumerate(earlier, start=1)}
     models |= {name: each for name, each in faults.items() if not isinstance(each, Real)}
     factors = {name: float(each) for name, each in faults.items() if isinstance(each, Real)}
-    given = {"e": e, "a": a, "b": b, "prompt_ids": prompt_ids, "rows": rows, "positions": positions} | models
+    given = {"e": e, "a": a, "b": b, "prompt_ids": prompt_ids, "rows": rows, "positions": positions}
     arrays = {name: _plain(each) for name, each in given.items() if each is not None}
-    lengths = {name: len(each) for name, each in arrays.items()}
-    if len({*lengths.values()}) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+    others = {name: _plain(each) for name, each in models.items()}
+    lengths = [(name, len(each)) for name, each in (*arrays.items(), *others.items())]
+    if len({length for _, length in lengths}) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths)
         return f"the arrays have other lengths ({told}), expected one value for each sampled token in all of them"
-    if not lengths["e"]:
+    if not arrays["e"]:
         return "there are no tokens, expected the sampled tokens of a step; is the mask of the answers empty?"
     try:
-        values = {name: [float(value) for value in arrays[name]] for name in ("e", "a", "b", *models)}
+        values = {name: [float(value) for value in arrays[name]] for name in ("e", "a", "b")}
+        known = {name: [math.nan if v is None else float(v) for v in each] for name, each in others.items()}
     except (TypeError, ValueError) as error:
         return f"a logprob is not a number ({error}), expected flat arrays of logprobs in nats"
-    for name, mine in values.items():
-        if odd := sum(not -math.inf < value <= EPSILON for value in mine):
+    computed = [(name, [v for v in each if v is not None]) for name, each in others.items()]
+    for name, mine in (*values.items(), *computed):
+        if odd := sum(not is_logprob(value) for value in mine):
             return (
                 f"{odd} of {len(mine)} logprobs in {name} are NaN, infinite or above 0, expected logprobs in nats: "
                 "leave out the tokens that the trainer masks"
@@ -98,7 +127,6 @@ def read_tokens(
     prompts = arrays["prompt_ids"]
     if len({*prompts}) < 2:
         return "all tokens follow one prompt, expected two or more: nothing shows how far prompts differ"
-    known = {name: values[name] for name in models}
     found = SampledTokens(values["e"], values["a"], values["b"], prompts, arrays.get("rows", prompts), known, factors)
     return _twice(found, arrays["positions"] if {"rows", "positions"} <= arrays.keys() else None) or found
 
@@ -109,8 +137,18 @@ def _plain(values: Any) -> list[Any]:
     return [tuple(each) if isinstance(each, list) else each for each in listed]
 
 
-EPSILON = 1e-3
-"""Nats above 0 that rounding gives the logprob of a token that is certain."""
+LEAST, EPSILON = -1e4, 1e-3
+"""Smallest logprob that a model gives in nats, and nats above 0 that rounding gives to a token that is certain."""
+
+
+def is_logprob(value: float) -> bool:
+    """Whether a number is a logprob in nats."""
+    return LEAST <= value <= EPSILON
+
+
+def is_name(name: str) -> bool:
+    """Whether a text can name a model: some printable characters, and not the name of the base model."""
+    return 0 < len(name) <= 80 and name.isprintable() and name != NOT_APPLIED
 
 
 def _twice(tokens: SampledTokens, positions: Sequence[int] | None) -> str | None:

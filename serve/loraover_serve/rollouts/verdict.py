@@ -29,12 +29,14 @@ from functools import cached_property
 from statistics import fmean
 from typing import Final, Literal, NamedTuple
 
+from loraover.common.errors import printable
 from loraover_serve.judge.case import allowed_strength, sure_errors
-from loraover_serve.judge.estimates import Interval, share_found, strength
+from loraover_serve.judge.estimates import Fit, Interval, fit_strength, share_found
 from loraover_serve.judge.limits import (
     CERTAIN,
     COARSER,
     EXACT,
+    EXACT_STRENGTH,
     EXPLAINED,
     FEW_AS_BASE,
     FEW_PROMPTS,
@@ -45,7 +47,7 @@ from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE,
 from loraover_serve.judge.results import LogprobDistance, Off, Suspect
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.judge.search import LEFT, NEARER, NEARLY, ROUNDED_WAY
-from loraover_serve.rollouts.tokens import STALE_BY, Logprobs, SampledTokens, read_tokens
+from loraover_serve.rollouts.tokens import STALE_BY, Candidate, Logprobs, SampledTokens, read_tokens
 
 RolloutVerdict = Literal["as trained", "applied, scale not known yet", "differs", "too early", "not comparable"]
 
@@ -126,7 +128,7 @@ def judge_rollouts(
     rows: Sequence[Hashable] | None = None,
     positions: Sequence[int] | None = None,
     earlier: Sequence[Logprobs] = (),
-    faults: Mapping[str, Logprobs | float] = {},
+    faults: Mapping[str, Candidate | float] = {},
     noise: float | None = None,
     engine_prompt_ids: Sequence[Hashable] | None = None,
 ) -> Finding:
@@ -143,8 +145,8 @@ def judge_rollouts(
         rows: Row of each token, that is, the answer that it belongs to; by it, faults of some answers are found.
         positions: Position of each token in its row; by it, rows that are there twice are found.
         earlier: The trainer's logprobs with the adapter of one step before, of two steps before, and so on.
-        faults: Logprobs of other models that the engine could have, or factors on delta_W, by name; see
-            `scale_faults`. Half and twice are always compared.
+        faults: Logprobs of other models that the engine could have, with None at tokens for which they were not
+            computed, or factors on delta_W, by name; see `scale_faults`. Half and twice are always compared.
         noise: RMS difference of e from a where the adapter was zero, in nats; None if it is not known.
         engine_prompt_ids: Prompt of each token as the engine has read it; None if it does not tell.
 
@@ -177,7 +179,6 @@ class Compared(NamedTuple):
     """A model that the engine could have, beside the right one.
 
     Args:
-        name: Its name.
         strength: Strength of e - c along a - c: 1 if the engine is right, 0 if it has this model.
         reliable: Least share of rms(a - c)^2 that is more than noise.
         rms: RMS distance of the engine from this model, in nats.
@@ -199,28 +200,29 @@ class RolloutCase:
     """Sampled tokens, with the estimates that the verdict asks of them.
 
     Args:
-        tokens: The tokens.
         noise: RMS difference of a right engine from the trainer, in nats; None if it is not known.
     """
 
     def __init__(self, tokens: SampledTokens, noise: float | None) -> None:
         self.tokens, self.known_noise = tokens, noise
         self.models = {NOT_APPLIED: tokens.base, **tokens.models}
-        self.factors = {**FACTORS, **tokens.factors}
+        factors = {**FACTORS, **tokens.factors}
+        self.factors = {name: factor for name, factor in factors.items() if name not in tokens.models}
         self.prompts = len({*tokens.prompts})
         self.effect = self.apart(tokens.right, tokens.base)
         self.distance = self.apart(tokens.engine, tokens.right)
-        self.along = self.strength_from(tokens.base)
+        self.fit = self.fit_from(tokens.base)
+        self.along = self.fit.interval
 
     def apart(self, one: Sequence[float], other: Sequence[float]) -> float:
         """RMS distance of two models, in nats, at the tokens that both have."""
         squares = [(x - y) ** 2 for x, y in zip(one, other, strict=True) if y == y]
         return math.sqrt(fmean(squares)) if squares else 0.0
 
-    def strength_from(self, model: Sequence[float], right: Sequence[float] | None = None) -> Interval:
+    def fit_from(self, model: Sequence[float], right: Sequence[float] | None = None) -> Fit:
         """Strength of the right model, or of another one, in what sets the engine apart from a model."""
         arrays = zip(self.tokens.prompts, self.tokens.engine, right or self.tokens.right, model, strict=True)
-        return strength([(p, (e - c) * (a - c), (a - c) ** 2) for p, e, a, c in arrays if c == c and a == a])  # type: ignore[misc]
+        return fit_strength([(p, (e - c) * (a - c), (a - c) ** 2) for p, e, a, c in arrays if c == c and a == a])  # type: ignore[misc]
 
     @cached_property
     def fitted(self) -> list[float]:
@@ -249,20 +251,20 @@ class RolloutCase:
         """Least share of the square of an effect, in nats, that is more than noise."""
         return 1 - 2 * (self.noise if noise is None else noise) ** 2 / effect**2 if effect else -math.inf
 
-    def bounded(self, half: float, effect: float) -> float:
-        """Half an interval; exact noise that is known moves a strength no further than CERTAIN times, all along it."""
-        if self.known_noise is None or self.known_noise > EXACT or not effect:
+    def bounded(self, half: float, fit: Fit) -> float:
+        """Half an interval; exact noise that is known, CERTAIN times and all along it, moves a strength no further."""
+        if self.known_noise is None or self.known_noise > EXACT:
             return half
-        return min(half, CERTAIN * math.sqrt(2) * (self.known_noise + FLOOR) / effect)
+        return min(half, fit.certain(CERTAIN * (self.known_noise + FLOOR) * math.sqrt(len(self.tokens.engine))))
 
     def compare(self, name: str, model: Sequence[float]) -> Compared:
         """Compare the engine with a model that it could have."""
         effect = self.apart(self.tokens.right, model)
-        found = self.strength_from(model)
-        reliable, rms = self.reliable(effect), self.apart(self.tokens.engine, model)
+        fit = self.fit_from(model)
+        found, reliable, rms = fit.interval, self.reliable(effect), self.apart(self.tokens.engine, model)
         alarm = found.half if self.prompts >= FEW_PROMPTS else math.inf
-        alarm = self.bounded(alarm if alarm <= reliable / 2 else ALARM * alarm, effect)
-        found = Interval.around(found.value, self.bounded(found.half, effect))
+        alarm = self.bounded(alarm if alarm <= reliable / 2 else ALARM * alarm, fit)
+        found = Interval.around(found.value, self.bounded(found.half, fit))
         is_near = rms <= self.limit or rms <= LEFT * self.distance
         return Compared(
             name,
@@ -300,7 +302,7 @@ class RolloutCase:
         """Whether the strength of the adapter is not that of a right engine."""
         if self.reliable(self.effect) < RELIABLE:
             return False
-        half = self.bounded(ALARM * self.along.half if self.prompts >= FEW_PROMPTS else math.inf, self.effect)
+        half = self.bounded(ALARM * self.along.half if self.prompts >= FEW_PROMPTS else math.inf, self.fit)
         return self.along.value + half < self.allowed[0] or self.along.value - half > self.allowed[1]
 
     def is_further(self) -> bool:
@@ -311,9 +313,18 @@ class RolloutCase:
         found = LogprobDistance.of([Off(p, (e - a) ** 2, abs(e - a)) for p, e, a in squares])  # type: ignore[arg-type]
         return found.rms - sure_errors(found.prompts) * found.error > CERTAIN * (self.known_noise + FLOOR)
 
+    def untold(self) -> list[str]:
+        """Models that were given and cannot be compared, with the reason."""
+        told = {each.name for each in self.compared}
+        why = {
+            name: "as the right adapter" if any(value == value for value in model) else "not computed"
+            for name, model in self.models.items()
+        }
+        return [f"{name} ({why[name]})" for name in self.models if name not in told and self.effect]
+
     def factors_left(self) -> list[str]:
         """Factors on delta_W that the interval of the strength does not exclude."""
-        found = Interval.around(self.along.value, self.bounded(self.along.half, self.effect))
+        found = Interval.around(self.along.value, self.bounded(self.along.half, self.fit))
         share = min(1.0, max(0.0, self.reliable(self.effect)))
         return [
             name
@@ -351,7 +362,7 @@ def judge_tokens(tokens: SampledTokens, noise: float | None) -> Finding:
     found = next((found for rule in rules if (found := rule(case)) is not None), None) or _is_applied(case)
     excluded = [each.name for each in case.compared if each.is_excluded]
     factors = case.factors_left() if case.effect else []
-    left = [each.name for each in case.compared if not each.is_excluded] + factors
+    left = [each.name for each in case.compared if not each.is_excluded] + factors + case.untold()
     if found.verdict == "differs":
         left = [*found.not_excluded]
     also = f"; not excluded yet: {', '.join(left)}" if left and found.verdict is not None else ""
@@ -384,7 +395,7 @@ def _some_rows_are_others(case: RolloutCase) -> Finding | None:
         return None
     _, name, bad, good = min(found, key=lambda one: one[0])
     fault = INTERMITTENT if name == NOT_APPLIED else MIXED.format(name)
-    shown = ", ".join(map(str, bad[:FEW_AS_BASE])) + (", ..." if len(bad) > FEW_AS_BASE else "")
+    shown = ", ".join(printable(str(row)) for row in bad[:FEW_AS_BASE]) + (", ..." if len(bad) > FEW_AS_BASE else "")
     reason = (
         f"{fault}: {len(bad)} rows ({shown}) of {len(bad) + len(good)} at which it is seen have the logprobs of the "
         f"model *{name}*, and the others those of the right adapter: a part of the batch, or of the replicas"
@@ -402,11 +413,16 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         f"{case.allowed[1]:.3g} is right; the engine is off by {case.distance:.2g} nats, where the adapter changes "
         f"{case.effect:.2g}"
     )
+    if not (nearer or case.is_beyond()):
+        what += f", more than {CERTAIN:g} times the noise of {case.noise:.2g} where the adapter was zero"
     compared = sorted(case.compared, key=lambda each: (not each.explains, each.rms))
     found = [_suspect(each) for each in compared]
     if case.effect and case.reliable(case.effect) > 0:
         fitted, nearest = _fitted(case), found[0].rms if found else math.inf
         is_first = (fitted.explains or not found or not found[0].explains) and fitted.rms < NEARER * nearest
+        is_first = is_first and abs(case.along.value) > EXACT_STRENGTH  # a factor of 0 is the base model
+        if is_first and found and found[0].explains:  # a factor fits noise as well: it has to exclude what explains
+            is_first = case.fit_from(_model_of(case, found[0].detail), case.fitted).interval.low > HALF_WAY
         found.insert(0 if is_first else 1, fitted)
     if not found or not found[0].explains:
         also = f": the nearest, {found[0].detail}, is {found[0].rms:.2g} nats away" if found else ""
@@ -417,8 +433,10 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         for each in found[1:]
         if each.explains
         and (each.fault != SCALED or case.along.value > ROUNDED_WAY)
-        and not case.strength_from(_model_of(case, each.detail), model).low > HALF_WAY
+        and not case.fit_from(_model_of(case, each.detail), model).interval.low > HALF_WAY
     ]
+    if near.fault != SCALED and case.noise > EXACT:  # rounding leaves less of a change than its factor says
+        others += [f"{name} (not computed)" for name in case.factors]
     named = near.fault if near.detail == near.fault else f"{near.fault}: {near.detail}"
     return Finding("differs", f"{named}; {what}", near.fault, found, not_excluded=others)
 
@@ -432,7 +450,7 @@ def _suspect(each: Compared) -> Suspect:
 def _fitted(case: RolloutCase) -> Suspect:
     """The factor that explains the engine best, with the known factors that are as near."""
     rms = case.apart(case.tokens.engine, case.fitted)
-    half = max(case.bounded(case.along.half, case.effect), LEFT * abs(case.along.value))
+    half = max(case.bounded(case.along.half, case.fit), LEFT * abs(case.along.value))
     names = [name for name, factor in case.factors.items() if abs(factor - case.along.value) <= half]
     value = case.along.value
     bend = abs(value * value - value) * case.effect**2  # twice a logprob's second order, half the changes' variance
@@ -479,7 +497,7 @@ def _is_applied(case: RolloutCase) -> Finding:
         f"the adapter has the strength {case.along}, and {case.allowed[0]:.3g} to {case.allowed[1]:.3g} is right; the "
         f"engine is off by {case.distance:.2g} nats, where the adapter changes {case.effect:.2g}"
     )
-    found = Interval.around(case.along.value, case.bounded(case.along.half, case.effect))
+    found = Interval.around(case.along.value, case.bounded(case.along.half, case.fit))
     is_right = found.low <= case.allowed[1] and found.high >= case.allowed[0]
     if is_right and case.reliable_size > RELIABLE and is_narrow(found, case.allowed):
         coarse = f"; rounding alone may leave {case.allowed[0]:.3g} of it" if case.noise > EXACT else ""
