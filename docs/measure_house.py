@@ -27,7 +27,7 @@ PACKAGES = {
 WRITTEN_PAGES = ("compatibility.md", "faults.md", "servers-in-motion.md")
 """Pages of the docs that commands write; their words are not counted."""
 WRITTEN_PART = re.compile(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", re.DOTALL)
-"""Part of a page that `make bench` writes; its words are not counted."""
+"""Part of a page that a command writes or prints; its words are not counted."""
 PATCHES = ("monkeypatch.setattr", "mock.patch", "patch.object")
 """Functions that replace a name of a module or a class in a test."""
 PUBLIC = ("_asdict", "_replace", "_fields", "_getframe", "_exit")

@@ -145,7 +145,6 @@ def unfolded(
 
     Args:
         base: Plain base model, in eval mode, on the device and in the dtype to compute in.
-        adapter: The adapter.
         delta_dtype: Data type in which cores are applied.
         sampled: Tokens at which cores are applied; None means all.
 
@@ -251,7 +250,6 @@ def _add(base: nn.Module, name: str, delta: Tensor) -> dict[str, nn.Parameter]:
 
 
 def _pair(exact: ExactAdapter, module: AdaptedModule) -> tuple[Factor, Factor]:
-    """A and B of a module."""
     return exact.factor(module.site("A")), exact.factor(module.site("B"))
 
 
@@ -271,7 +269,6 @@ def reference_model(base: nn.Module, adapter: AdapterDir, *, delta_dtype: torch.
 
     Args:
         base: Plain base model, in eval mode, on the device and in the dtype to compute in; it is left as it was.
-        adapter: The adapter.
         delta_dtype: Data type in which cores, or A and B, are applied, if the device has it.
 
     Yields:

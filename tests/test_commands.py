@@ -92,6 +92,7 @@ def test_every_stage_has_its_commands() -> None:
                 "convert",
                 "shrink",
                 "merge",
+                "inspect-merge",
                 "diff",
                 "vllm",
                 "onnx",

@@ -106,7 +106,6 @@ class KnownFaults(StrictModel):
 
     Args:
         names: Usual names of the engines and programs, by the names in the table; engines have those of `--engine`.
-        faults: The faults.
     """
 
     names: dict[str, str]

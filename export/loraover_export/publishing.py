@@ -53,7 +53,6 @@ class Product:
         """Check that the output can be written, or replaced by `force`.
 
         Args:
-            request: The arguments of the export.
             inputs: Folders that it reads, in which the output may not lie.
 
         Raises:
@@ -66,7 +65,6 @@ class Product:
         """Make a draft, which takes the output's place after the block, unless its certificate has failed.
 
         Args:
-            request: The arguments of the export.
             outside: Folder in which the output may not lie.
         """
         with publish_directory(request.output, outside=outside, replace=request.force) as folder:
@@ -96,7 +94,6 @@ class Draft:
 
     Args:
         product: Kind of the finished output.
-        request: The arguments of the export.
         folder: Path of the draft.
     """
 

@@ -88,6 +88,7 @@ class MergeRequest(Request):
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA. Each sum is computed in float64 and
     rounded once to the data type of the base model's weight. The memory is that of the largest tensor.
+    `loraover export inspect-merge` says whether a merge by another tool holds an adapter.
 
     Exit code 1: a written weight failed its check, and nothing was written.
     """
@@ -102,6 +103,34 @@ class MergeRequest(Request):
     output: AnyPath = option("New folder for the merged model, its certificate and a model card.", short="-o")
     model: AnyName | None = base_model()
     force: bool = replaces("merged model")
+
+
+@dataclass(frozen=True)
+class InspectMergeRequest(Request):
+    """Say whether MERGED, weights that any tool wrote, hold ADAPTER, and how: once, not at all, twice, or in part.
+
+    ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any kind. MERGED is a folder, hub name or address of
+    safetensors files, or a GGUF file. For every module, MERGED minus the base model is compared with the adapter's
+    delta, and the rest with what the number format of MERGED rounds. Tokenizers and all other tensors are compared too.
+
+    Exit code 1: the adapter is missing in some modules, or was merged wrongly, or something else was changed. Exit code
+    3: no fault was found, but not everything could be compared or decided.
+    """
+
+    verb = "loraover export inspect-merge"
+    examples = (
+        "loraover export inspect-merge my-lora merged --model ./Qwen3-0.6B",
+        "loraover export inspect-merge my-lora merged-Q4_K_M.gguf --model ./Qwen3-0.6B",
+    )
+
+    adapter: AnyPath = given_adapter("LoRA-Over checkpoint, or PEFT adapter of any kind")
+    merged: AnyName = argument("Merged model: folder, hub name or address of safetensors files, or a GGUF file.")
+    model: AnyName | None = option(
+        "Base model: folder, hub name or address of safetensors files, or a GGUF file in F32, F16 or BF16.",
+        default=None,
+        default_text="the one that the adapter names",
+    )
+    html: AnyPath | None = option("New .html file for a page with the strength of every module.", default=None)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,6 @@ class BaseFiles:
     """A base model's folder.
 
     Args:
-        folder: The folder.
         config: Contents of `config.json`.
         shards: Files with tensors, by name; each is open.
     """
@@ -115,7 +114,6 @@ def open_files(source: ModelSource, stack: ExitStack, *, may_be_quantised: bool 
 
     Args:
         source: Place of the model.
-        stack: The stack.
         may_be_quantised: Whether a quantised model is accepted, some of whose tensors are not quantised.
 
     Raises:

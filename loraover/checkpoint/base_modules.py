@@ -65,8 +65,6 @@ def replaced_parameters(base: nn.Module, adapter: AdapterDir, plain: TensorFile)
     to the head. A module of `modules_to_save` has a copy of its parameters, so that only this name is replaced.
 
     Args:
-        base: The base model.
-        adapter: The adapter.
         plain: Its open file.
 
     Raises:

@@ -212,8 +212,8 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     """Open a LoRA-Over checkpoint as `read_checkpoint` does, but without comparing the checksums of its tensors.
 
-    Nothing that is made from its tensors may be kept before `check_sum` has accepted each file in HASHED_LATER, which
-    can run beside the work.
+    The caller compares them with `check_sum` for each file in HASHED_LATER, beside its work with the tensors, and keeps
+    nothing of this work if a file is refused.
     """
     path = Path(directory)
     if kind_of(path) != "folder":

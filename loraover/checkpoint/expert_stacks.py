@@ -44,7 +44,6 @@ class ExpertStack:
         module: Path of the module that holds the parameter.
         parameter: Name of the parameter.
         wrapper: Path before `.lora_A.weight` in the file: the module's, with `.base_layer` for each outer wrapper.
-        experts: Number of experts.
         is_flipped: Whether the file holds the pairs of the transposed matrices.
     """
 
@@ -108,7 +107,6 @@ class ExpertWeight:
     """The parameter of a base model that holds one matrix for each expert.
 
     Args:
-        experts: Number of experts.
         shape: Shape (out_features, in_features) of each expert's matrix.
         is_transposed: Whether the parameter holds it as (in_features, out_features).
     """

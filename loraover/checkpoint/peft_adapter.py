@@ -216,7 +216,6 @@ class ExactAdapter:
         """Return a tensor by its key in the adapter's file.
 
         Args:
-            key: The key.
             widen: Whether a stored value is converted to float64; else it keeps its type.
 
         Raises:

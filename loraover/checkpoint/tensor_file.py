@@ -113,6 +113,15 @@ class TensorFile:
         self._fill(memoryview(data), self._place(key)[0])
         return data
 
+    def part(self, key: str, start: int, size: int) -> NDArray[np.uint8]:
+        """Return some of a tensor's bytes, of any dtype and any values: `size` of them, from the byte `start` on."""
+        import numpy as np
+
+        data: Any = np.empty(size, dtype=np.uint8)
+        self._fill(memoryview(data), self._place(key)[0] + start)
+        found: NDArray[np.uint8] = data
+        return found
+
     def numbers(self, key: str) -> NDArray[np.float64]:
         """Read one tensor of floating-point numbers into NumPy's float64, without PyTorch.
 

@@ -17,7 +17,7 @@ COMMANDS = {
         "loraover.inspection.installation:show_installation",
     ),
 }
-SHORTCUTS = {"check": "export", "record": "serve", "verify": "serve"}
+SHORTCUTS = {"check": "export", "judge-rollouts": "serve", "record": "serve", "verify": "serve"}
 """Commands of a group that can also be called without the group's name, with that group."""
 EXAMPLES = [
     "loraover train demo --method lora-over -o runs/demo",

@@ -12,8 +12,9 @@ def _inspect(request: InspectRequest, as_json: bool) -> None:
     from loraover.common.atomic_output import publish_text
     from loraover.inspection.folder import inspect_folder, read_schedule
     from loraover.inspection.show import show_folder, show_next_steps, to_page
+    from loraover.reporting.html_page import check_new
     from loraover.reporting.reporter import print_line
-    from loraover.reporting.schedule import check_new, plot_schedule, schedule_figures, show_schedule
+    from loraover.reporting.schedule import plot_schedule, schedule_figures, show_schedule
 
     path, plot, html = request.path, request.plot, request.html
     report = inspect_folder(path)

@@ -41,8 +41,8 @@ def _run(request: TrainRequest, as_json: bool) -> None:
 def _plan(request: TrainRequest, recipe: Recipe, console: Console, as_json: bool) -> None:
     from loraover.common.atomic_output import publish_text
     from loraover.common.ranks import launched
+    from loraover.reporting.html_page import check_new
     from loraover.reporting.reporter import ConsoleReporter, print_line, print_rows
-    from loraover.reporting.schedule import check_new
     from loraover.training.plan import ASSUMPTION, make_plan, to_page
 
     ranks = launched()

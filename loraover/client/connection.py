@@ -143,7 +143,7 @@ def _proxy(scheme: str, place: str) -> Proxy | None:
 
 
 def explanation(refusal: http.client.HTTPResponse, hidden: Callable[[str, bool], str]) -> str:
-    """Return the beginning of a refusal's text; `hidden` hides secrets in it, given whether it was cut off."""
+    """Return the beginning of a refusal's text; `hidden` hides secrets in it, and is told whether it was cut."""
     try:
         text = refusal.read(EXPLANATION_BYTES)
         if refusal.length and len(text) < EXPLANATION_BYTES:  # `read` of a number of bytes ends without an error there

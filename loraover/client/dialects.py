@@ -59,7 +59,6 @@ class Dialect(NamedTuple):
 
         Args:
             model: Name of the model on the server; for llama-server, the index of its adapter.
-            prompt: The prompt.
             tokens: Number of tokens to generate; a server may end an answer before.
             is_base: Whether the base model is asked for, which some protocols name by leaving out the adapter.
             nonce: Text that no earlier request had, for a server that takes NONCE.
@@ -179,7 +178,7 @@ DIALECTS = [
 
 
 def cached_tokens(answer: Any, part: str, name: str) -> int | None:
-    """Number of tokens from a cache that a part of an answer tells; None if it tells none: few servers do."""
+    """Number of tokens from a cache that a part of an answer names; None if it names none: few servers do."""
     told = answer.get(part) if isinstance(answer, dict) else None
     found = told.get(name) if isinstance(told, dict) else None
     return found if type(found) is int and found >= 0 else None

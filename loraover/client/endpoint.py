@@ -222,7 +222,7 @@ class Endpoint:
         return None
 
     def engine(self) -> tuple[str, str] | None:
-        """Engine of the server, by the name that `--engine` takes, and its version; None if the server tells neither.
+        """Engine of the server, by the name that `--engine` takes, and its version; None if the server names neither.
 
         vLLM and llama-server name themselves as the owner of their models.
         """

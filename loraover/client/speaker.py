@@ -48,7 +48,7 @@ class Generated(NamedTuple):
         return up_to_unknown(self.tokens)
 
     def along(self, expected: Sequence[int]) -> list[dict[int, float]]:
-        """Logprobs from the first place to that of the first token that is not the expected one."""
+        """Logprobs at each place up to the first token that differs from the expected one, which is included."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, expected[:-1], strict=False))
         return self.tops[: len(list(same)) + 1]
 
@@ -73,7 +73,6 @@ class Speaker:
     """A server, addressed in the dialect in which it answers.
 
     Args:
-        endpoint: The server.
         model: Name of the base model there, which is asked in one dialect after the other.
         probe: A prompt in the form of a dialect; None if there is none in this form.
         by_text: Function that returns the ids of the tokens whose text no other token has, by the text.
@@ -225,7 +224,6 @@ def find_models(
     """Speak to a server, and find the names of the models there.
 
     Args:
-        endpoint: The server.
         speak: Makes the speaker, given the name of the base model there.
         adapter: Name of the adapter there; some servers load one that they do not list when it is first asked for.
         model: The base model's own name.

@@ -37,7 +37,8 @@ def later_step(name: str) -> Any:
 
     Args:
         name: "fold", called with a checkpoint's folder and a new folder, writes a plain LoRA and returns its
-            certificate; "record", called with an adapter's folder, writes its reference.
+            certificate; "record", called with an adapter's folder, writes its reference; "verify-rollouts", called with
+            a trainer of TRL, judges at each step whether its engine samples from the policy that is trained.
     """
     from importlib.metadata import entry_points  # 15 ms, and every import of a package reads this module
 

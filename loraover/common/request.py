@@ -120,7 +120,6 @@ class Request:
     """Base of the requests, whose fields are checked and converted when one is made.
 
     Args:
-        report: Receiver of progress.
         addresses: Addresses that fields had before their adapters were fetched, by the fields' names.
 
     Raises:
@@ -159,7 +158,7 @@ class Request:
         return not declarations(type(self))[name].is_default(getattr(self, name))
 
     def faults(self) -> Iterator[str]:
-        """Yield a sentence about each fault that no single field has; override it."""
+        """Yield a sentence about each fault that concerns several fields; subclasses override it."""
         yield from ()
 
     @classmethod
@@ -216,7 +215,6 @@ class Declared:
     """Field of a request.
 
     Args:
-        name: Its name.
         kind: Type of its value, or of each of several.
         is_several: Whether the value is a tuple.
         is_optional: Whether the value may be None.

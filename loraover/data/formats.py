@@ -116,7 +116,7 @@ TRAINED = ("train", "training")
 
 
 def _read_message(message: Any, form: RowForm, where: str) -> Any:
-    """Return a message with weight 0 if it is not to be learned, and with calls whose arguments are no JSON text."""
+    """Return a message with weight 0 if it is not to be learned, and with the arguments of its calls read from JSON."""
     if not isinstance(message, dict):
         return message
     for key in TRAINED:
@@ -238,7 +238,6 @@ def _after(system: str, example: Row, where: str) -> Row:
 
 
 def _texts_of(message: Row) -> str:
-    """Return what a message says, which may be in parts."""
     content = message.get("content") or ""
     return (content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)).strip()
 

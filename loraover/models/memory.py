@@ -78,9 +78,6 @@ def fit_base(
 
     Args:
         work: The work, as the beginning of a sentence.
-        base: The base model.
-        device: Device that it runs on.
-        compute_dtype: Data type that it runs in.
         needs: What it needs.
         say: Receiver of the sentences.
         max_memory_gib: Largest size of the base model's weights in memory, in GiB; None: what the device has free.
@@ -117,8 +114,6 @@ def memory_explained(
 
     Args:
         work: The work, as the beginning of a sentence.
-        device: Device that it runs on.
-        compute_dtype: Data type that it runs in.
         needs: Function that estimates what the work needs; it is called only after a failure.
         option: Name of the argument that chooses the device.
 

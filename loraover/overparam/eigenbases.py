@@ -23,7 +23,7 @@ logger = logging.getLogger("loraover")
 
 
 class BasisFollower:
-    """Running second moments of a group's gradients, and its bases, which are turned after them.
+    """Running second moments of a group's gradients, and the bases that follow them.
 
     A basis starts as the identity or where calibration has put it. Once a site has had enough gradients to span a
     block, its basis becomes the eigenvectors of the moment. Later refreshes sort the present columns by their estimated

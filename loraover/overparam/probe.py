@@ -40,7 +40,7 @@ def model_loss(model: Any, batch: Any) -> Tensor:
 
 
 def check_collated(batch: Any) -> None:
-    """Refuse a batch that does not hold a model's arguments by name, such as an online trainer's rows of prompts."""
+    """Refuse a batch that is not a dictionary of a model's arguments; an online trainer has rows of prompts instead."""
     if not isinstance(batch, Mapping):
         raise ConfigError(
             f"no loss can be computed from a batch that is a {type(batch).__name__} and not a dict; give a function of "

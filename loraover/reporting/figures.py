@@ -22,7 +22,6 @@ class Point:
     """A value in a row.
 
     Args:
-        value: The value.
         color: Name of its colour.
         shape: Its shape.
     """
@@ -34,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Band:
-    """A range of a row, shaded.
+    """A range of a row, or of the axis x of curves, shaded.
 
     Args:
         low: Its beginning.
@@ -217,18 +216,28 @@ class Curve:
 
 
 def curves_figure(
-    name: str, description: str, curves: Sequence[Curve], x: Axis, y: Axis, *, height: float = 210
+    name: str,
+    description: str,
+    curves: Sequence[Curve],
+    x: Axis,
+    y: Axis,
+    *,
+    height: float = 210,
+    bands: Sequence[Band] = (),
+    more_keys: Sequence[Key] = (),
 ) -> Figure:
     """Draw curves. Those of one colour differ in dashes and in the shape of their marks.
 
-    What lies beyond the axis y is cut off. The height is that of the plot without legend and axes. The description is
-    for readers who do not see the figure.
+    What lies beyond the axis y is cut off. The height is that of the plot without legend and axes. The ranges `bands`
+    of the axis x are shaded behind the curves, and `more_keys` explain them. The description is for readers who do not
+    see the figure.
     """
     forms: list[tuple[Shape, str | None]] = []
     for i, curve in enumerate(curves):
         place = sum(other.color == curve.color for other in curves[:i]) if curve.form is None else curve.form
         forms.append((SHAPES[place % len(SHAPES)], DASHES[place % len(DASHES)]))
     keys: list[Key] = [(curve.label, curve.color, shape) for curve, (shape, _) in zip(curves, forms, strict=True)]
+    keys += more_keys
     legend = _legend_height(keys)
     top = legend + LINE + 6
     bottom = top + height
@@ -245,6 +254,9 @@ def curves_figure(
         drawing.line([(plot.at(value), top), (plot.at(value), bottom)], "line", width=0.7)
     _bottom_axis(drawing, plot, bottom)
     inner = Drawing(WIDTH - EDGE - left, height)
+    for band in bands:
+        start, end = (x.share(value) * inner.width for value in (band.low, band.high))
+        inner.rect(start, 0, end - start, height, band.color, 0.25)
     for curve, (shape, dash) in zip(curves, forms, strict=True):
         _curve(inner, curve, x, y, shape, dash)
     drawing.inside(left, top, inner)

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from loraover.common.errors import ConfigError
 from loraover.reporting.palette import Tone, css_variables, tone_of
 from loraover.reporting.svg import Figure
 
@@ -61,7 +62,6 @@ class Page:
 
     Args:
         html: The page, with its figures in it.
-        figures: The figures.
     """
 
     html: str
@@ -138,6 +138,14 @@ def make_page(
         **values,
     )
     return Page(html, figures)
+
+
+def check_new(path: Path, ending: str) -> None:
+    """Raise ConfigError unless a file is new and its name has the right ending."""
+    if path.suffix != ending:
+        raise ConfigError(f"{path}: expected a name that ends in {ending}.")
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; name a new file.")
 
 
 def clauses(text: str) -> list[str]:

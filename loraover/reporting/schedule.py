@@ -14,10 +14,11 @@ from rich.table import Table as Drawn
 
 from loraover.checkpoint.metadata import Meta
 from loraover.common.atomic_output import publish_text
-from loraover.common.errors import ConfigError, printable
+from loraover.common.errors import printable
 from loraover.overparam.schedule import Round
 from loraover.overparam.sites import layer_of
 from loraover.reporting.figures import EDGE, WIDTH, Curve, curves_figure
+from loraover.reporting.html_page import check_new
 from loraover.reporting.svg import SMALL, Axis, Drawing, Figure, stacked, text_width
 from loraover.reporting.table import Column, Table
 
@@ -153,14 +154,6 @@ def plot_schedule(meta: Meta, path: Path) -> None:
     """Write the figures of a schedule to one new .svg file, one below the other."""
     check_new(path, ".svg")
     publish_text(path, stacked("schedule", schedule_figures(meta) or [_map(placed(meta))]).file())
-
-
-def check_new(path: Path, ending: str) -> None:
-    """Raise ConfigError unless a file is new and its name has the right ending."""
-    if path.suffix != ending:
-        raise ConfigError(f"{path}: expected a name that ends in {ending}.")
-    if path.exists():
-        raise ConfigError(f"{path}: is there already; name a new file.")
 
 
 def _map(rounds: Mapping[MapCell, int | None]) -> Figure:

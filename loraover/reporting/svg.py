@@ -32,7 +32,6 @@ class Figure:
         description: Title, which is also for readers who do not see the picture.
         parts: What is drawn, as elements of SVG in CSS variables.
         width: Width, in units that are about a pixel.
-        height: Height.
         caption: Text below it.
     """
 
@@ -104,7 +103,6 @@ class Drawing:
 
     Args:
         width: Width, in units that are about a pixel.
-        height: Height.
     """
 
     def __init__(self, width: float, height: float) -> None:
@@ -220,6 +218,7 @@ class Axis:
 
     def marks(self) -> list[tuple[float, str]]:
         """Return the values that have a number, with these numbers."""
+        chosen: list[float] = []
         if self.ticks is not None:
             chosen = [*self.ticks]
         elif self.is_log:
@@ -230,7 +229,7 @@ class Axis:
                 chosen = [value for value in between if self.low <= value <= self.high]
             else:
                 chosen = decades[:: math.ceil(len(decades) / MOST_MARKS)]
-        else:
+        if not chosen and self.ticks is None:  # also for a logarithmic scale between two round values
             rough = (self.high - self.low) / MOST_MARKS
             power = 10.0 ** math.floor(math.log10(rough))
             step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)

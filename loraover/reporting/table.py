@@ -54,8 +54,6 @@ class Table(Generic[Row]):
     """Table of a report.
 
     Args:
-        columns: The columns.
-        rows: The rows.
         title: Text above it.
         note: Explanation below it on a page.
         caption: Line below it on a terminal.

@@ -110,7 +110,7 @@ class Store(ABC):
 
 
 def open_store(address: Address) -> Store:
-    """Return the folder at an address; its package is imported now."""
+    """Return the folder at an address, after importing the package that reads its scheme."""
     return WebStore(address) if address.scheme in ("http", "https") else RemoteStore(address)
 
 
@@ -292,7 +292,6 @@ class Fetched:
     """A folder of this machine, and where its files come from.
 
     Args:
-        folder: The folder.
         address: Text that names the same files again: a path, an address with its secrets, or a hub name with its
             commit.
     """

@@ -28,7 +28,7 @@ ADAPTER = "default"  # PEFT's name of the only adapter
 
 
 class TrainingMethod:
-    """A method of training, made for one run; as it stands, training that needs nothing beside the Trainer.
+    """A method of training, made for one run; this base class needs only the Trainer.
 
     A recipe is checked by `check_recipe`. A run calls `check_rows`, `lora_options`, `freeze`, `start`, `check`, `train`
     (or `restore`) and `finish`, in this order.
@@ -63,7 +63,7 @@ class TrainingMethod:
 
     @classmethod
     def check_recipe(cls, recipe: BaseRecipe) -> None:
-        """Check the rest of a recipe that asks for the method, when it is read; as it stands, for one of `METHODS`.
+        """Check the other keys of a recipe of this method, when it is read; this base class does so for `METHODS`.
 
         Raises:
             ValueError: Keys that the method does not take.

@@ -50,7 +50,6 @@ def train_on_ray(
     A worker that dies ends all of them; Ray starts them again, and they continue from the last complete checkpoint.
 
     Args:
-        recipe: The recipe.
         output: The run's folder, on a disk that all machines share.
         address: Address of the cluster, or "local" for one on this machine.
         workers: Number of workers.

@@ -140,7 +140,6 @@ def make_plan(
     """Estimate memory, steps and tokens of a run without reading weights.
 
     Args:
-        recipe: The recipe.
         report: Receiver of the values that the recipe leaves open.
         tries: Whether to measure time and memory in a few steps with random weights where it can, see `try_steps`.
         gpus: Number of GPUs that the plan is for, with a process on each; None: one, or this machine.

@@ -72,6 +72,17 @@ class Recipe(MethodKeys):
         return self
 
     @model_validator(mode="after")
+    def _has_an_engine_to_verify(self) -> Recipe:
+        if self.verify_rollouts and not (self.training.model_extra or {}).get("use_vllm"):
+            raise ValueError(
+                f"verify_rollouts judges an engine that samples, and trainer {self.trainer or 'sft'} has none here; "
+                "use trainer grpo with training.use_vllm true, and vllm_mode server or colocate, or leave it out"
+            )
+        if self.verify_rollouts and self.method == "full":
+            raise ValueError("verify_rollouts judges how an engine applies an adapter, and method full trains none")
+        return self
+
+    @model_validator(mode="after")
     def _can_be_stepped(self) -> Recipe:
         if self.data.streaming and self.training.max_steps is None:
             raise ValueError("data.streaming needs training.max_steps, which says how many rows are read")

@@ -370,6 +370,11 @@ class BaseRecipe(StrictModel):
     distributed: Distributed = Field(Distributed(), description="How several processes train the run together.")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="Measures on held-out data.")
     diagnostics: bool = Field(False, description="Log step norms, and the norms and condition numbers of the cores.")
+    verify_rollouts: bool | Literal["stop"] = Field(
+        False,
+        description="Judge at each step of trainer grpo whether the engine samples from the policy that is trained; "
+        "stop also ends a run in which it does not. It needs training.use_vllm.",
+    )
     push_to_hub: str | None = Field(None, description="Repository to upload the plain LoRA to.")
     push_checkpoint: bool = Field(False, description="Upload the cores too, to the repository's folder checkpoint.")
     push_model: str | None = Field(

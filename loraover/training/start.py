@@ -232,7 +232,6 @@ def _check_fits(adapter: AdapterDir, drawn: Mapping[str, Factors], names: str, b
 def _started(
     plain: AdapterDir, certified: Mapping[str, list[Any]], drawn: Mapping[str, Factors], report: Reporter
 ) -> dict[str, _Module]:
-    """Return the start of each module of an adapter, by its path."""
     found: dict[str, _Module] = {}
     with plain.open() as exact, report.task("setting A and B", len(plain.modules)) as done:
         for path, module in plain.modules.items():

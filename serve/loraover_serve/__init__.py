@@ -25,6 +25,10 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.parity.statistics import Result as Result
     from loraover_serve.parity.statistics import Throughput as Throughput
     from loraover_serve.rollouts.loop import RolloutJudge as RolloutJudge
+    from loraover_serve.rollouts.report import JudgedStep as JudgedStep
+    from loraover_serve.rollouts.report import RolloutReport as RolloutReport
+    from loraover_serve.rollouts.run import judge_rollout_file as judge_rollout_file
+    from loraover_serve.rollouts.trl import VerifyRollouts as VerifyRollouts
     from loraover_serve.rollouts.verdict import Finding as Finding
     from loraover_serve.rollouts.verdict import judge_rollouts as judge_rollouts
     from loraover_serve.rollouts.verdict import scale_faults as scale_faults

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.checkpoint_damage import CORES, META, Q_A, TENSORS, WRONG_TENSORS, meta, replaced, site
+from support.checkpoint_damage import Q_A, TENSORS, WRONG_TENSORS, meta, replaced, site
 from support.make_checkpoint import Made, edit_json, reseal
 from support.refusals import Refused
 from support.tiny_models import tiny_gpt2
@@ -35,9 +35,6 @@ def test_what_a_reader_refuses_is_named(source: Path, tmp_path: Path, refused: R
     damage(source)
     reseal(source)
     refused("fold", source, named=(str(source), *named))
-    (source / META).unlink()
-    (source / CORES).unlink()
-    refused("fold", source, named=(str(source / META), "holds a plain LoRA without the cores", "output_dir"))
 
 
 def test_control_characters_of_a_file_do_not_reach_the_terminal(source: Path, refused: Refused) -> None:

@@ -17,6 +17,7 @@ PINNED: dict[str, dict[str, Any]] = {
         "trainer": None,
         "reward_funcs": [],
         "diagnostics": False,
+        "verify_rollouts": False,
         "push_to_hub": None,
         "push_checkpoint": False,
         "push_model": None,

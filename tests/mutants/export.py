@@ -30,6 +30,67 @@ EXPORT = (
         "return weight.mT if isinstance(module, nn.Embedding) else weight",
         Selection("test_merge.py", "oracles_sum"),
     ),
+    # Adapters in merged weights
+    Mutant(
+        "merged-strength-alone-decides",
+        "and self.explained[hypothesis].excess <= self.allowed(hypothesis, is_quantised=is_quantised)",
+        "and True",
+        Selection("test_inspect_merge.py", "another_base"),
+    ),
+    Mutant(
+        "merged-residual-alone-decides",
+        "abs(self.strength - self.expected(hypothesis)) <= near",
+        "True",
+        Selection("test_inspect_merge_gguf.py", "right_merge or other_families"),
+    ),
+    Mutant(
+        "merged-interval-has-no-residuals",
+        "d2y2 - 2 * s * d3y + s * s * d4",
+        "s * s * d4",
+        Selection("test_inspect_merge.py", "oracles"),
+    ),
+    Mutant(
+        "merged-expects-no-rounding",
+        "found.shift = _dot(delta, written - base)",
+        "found.shift = _dot(delta, target - base)",
+        Selection("test_inspect_merge.py", "right_merge or erases"),
+    ),
+    Mutant(
+        "merged-excess-forgets-the-target",
+        "_dot(off, off + 2 * error)",
+        "_dot(off, off)",
+        Selection("test_inspect_merge.py", "sums_are_those"),
+    ),
+    Mutant(
+        "merged-rows-stay-interleaved",
+        "rows[self.order()[start:stop] - start]",
+        "rows",
+        Selection("test_inspect_merge_gguf.py", "right_merge"),
+    ),
+    Mutant(
+        "merged-grid-has-a-step-more",
+        "values.dtype.type(grid.steps)",
+        "values.dtype.type(grid.steps + 1)",
+        Selection("test_inspect_merge_gguf.py", "right_merge"),
+    ),
+    Mutant(
+        "merged-norms-of-gemma-are-plain",
+        "added = 1.0 if",
+        "added = 0.0 if",
+        Selection("test_inspect_merge_gguf.py", "other_families"),
+    ),
+    Mutant(
+        "merged-pass-whatever-else-changed",
+        'verdict="failed" if bad or wrong or tokenizer else',
+        'verdict="failed" if bad else',
+        Selection("test_inspect_merge.py", "changed_beside or another_tokenizer"),
+    ),
+    Mutant(
+        "merged-tied-head-is-no-other",
+        "changed = ends & (modules | self.changes.saved)",
+        "changed = ends",
+        Selection("test_inspect_merge.py", "shares_the_embeddings"),
+    ),
     Mutant(
         "base-weights-are-copies-by-their-shape",
         "(found != base.weight(path).to(found.dtype))",

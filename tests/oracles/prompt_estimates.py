@@ -41,10 +41,12 @@ class Estimate:
     Args:
         value: The estimate.
         half: Half the width of the interval in which the truth lies, but for BY_CHANCE of the cases.
+        weight: The sum of phi w of a strength, in square nats.
     """
 
     value: Any
     half: Any
+    weight: Any = None
 
     @property
     def low(self) -> Any:
@@ -71,7 +73,7 @@ def strength(found: Projections) -> Estimate:
         value = _over(phi * x, phi * w)
     residual = (x - value[..., None, None] * w) / safe
     phi, inside = _clipped(residual, present)
-    return Estimate(value, _half(phi * root * residual, w, w * inside))
+    return Estimate(value, _half(phi * root * residual, w, w * inside), (phi * w).sum((-1, -2)))
 
 
 def log_ratios(logs: Floats) -> Estimate:

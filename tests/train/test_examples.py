@@ -64,6 +64,8 @@ LIBRARY = EXPORTS | {
     "run_onnxruntime",
     "catch_a_fault",
     "llama_server_cache",
+    "grpo_plugin",
+    "judge_other_loops",
     "demo_page",
     "verify",
     "parity",
@@ -312,6 +314,25 @@ def test_a_replaced_adapter_is_caught_and_cured(
 
 @pytest.mark.matrix
 @pytest.mark.engine
+@pytest.mark.matrix
+@pytest.mark.engine
+def test_under_the_plug_in_no_version_answers_on_what_an_older_one_has_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "installed").mkdir()
+    for name, value in {
+        "LORAOVER_VLLM": str(vllm_command()),
+        "PYTHONPATH": with_entry_points(tmp_path / "installed"),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))
+    run_script("grpo_plugin", tmp_path / "run", "--steps", "4")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ["; as trained: " in line for line in lines] == [False, True, True, True], lines
+
+
 def test_llama_servers_cache_of_prompts_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long_case = make_long_case(tmp_path)
     monkeypatch.setenv("LORAOVER_LLAMA_SERVER", str(python_of("LORAOVER_LLAMA_SERVER", "llama-server")))

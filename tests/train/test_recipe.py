@@ -160,6 +160,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"training": CONSTANT | {"warmup_steps": 1}}, "take constant_with_warmup"),
     ({"training": STEPS | {"bf16": True, "fp16": True}}, "give one of bf16 and fp16"),
     ({"trainer": "grpo"}, "trainer grpo needs reward_funcs"),
+    ({"verify_rollouts": True}, "judges an engine that samples, and trainer sft has none here"),
+    ({"verify_rollouts": "often"}, "verify_rollouts"),
     ({"trainer": "dpo", "method": "soma"}, "method soma trains with sft or seq2seq"),
     ({"trainer": "ppo"}, "trainer: Input should be 'sft'"),
     ({"data": {"train": []}}, "at least 1 item"),
@@ -181,6 +183,14 @@ def test_keys_that_do_not_fit_one_another_show_when_a_recipe_is_read(
     message = fault(write(changed(**parts)))
     assert said in message
     assert all(part in message for part in parts if part != "method")
+
+
+def test_an_engine_is_verified_where_one_samples_and_an_adapter_is_trained(write: Write) -> None:
+    rewarded: dict[str, Any] = {"trainer": "grpo", "reward_funcs": ["think_format_reward"], "verify_rollouts": "stop"}
+    assert "use trainer grpo with training.use_vllm true" in fault(write(changed(**rewarded)))
+    rewarded["training"] = STEPS | {"use_vllm": True}
+    assert load_recipe(write(changed(**rewarded))).verify_rollouts == "stop"
+    assert "method full trains none" in fault(write(changed(**rewarded, method="full")))
 
 
 def test_a_run_may_have_epochs_and_a_constant_rate_after_a_warmup(write: Write) -> None:

@@ -139,7 +139,6 @@ class FoldedAndTwins:
         checkpoint: The checkpoint, which holds the exact matrices.
         folded: Folder of the written adapter.
         dtype: Data type that it is stored in.
-        report: Receiver of progress.
 
     Raises:
         CheckpointError: PEFT has made a matrix that the checkpoint does not hold.

@@ -129,7 +129,6 @@ def merge(model: Any, adapter: AdapterDir, deltas: Iterable[Delta] | None = None
 
 
 def _add(weight: Tensor, delta: Delta) -> MatrixCertificate:
-    """Add delta_W to a weight (out, in)."""
     m, n = weight.shape
     return certify_merge(delta, (m, n), [merge_rows(weight, delta, rows) for rows in row_blocks(weight, delta)])
 

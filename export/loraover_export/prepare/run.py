@@ -80,9 +80,8 @@ def prepare_adapter(
     engine. The key is the SHA-256 of the adapter's files, of the base model's configuration and revision, of its
     weights where the result depends on them, of the options and of the versions. What is made is published whole
     under `cache/KEY`, so that any number of processes may share a cache: they wait for one another only where they
-    need the same adapter. A refusal that lies in the adapter is remembered, and raised again at once.
-
-    The function needs neither PEFT nor an engine, and it can be sent to other processes.
+    need the same adapter. A refusal that lies in the adapter is remembered, and raised again at once. The function
+    needs neither PEFT nor an engine, and it can be sent to other processes.
 
     Args:
         source: Folder of a LoRA-Over checkpoint, or of a PEFT adapter of any kind.
@@ -110,20 +109,7 @@ def prepare_adapter(
     started = perf_counter()
     source, folder = Path(source).absolute(), Path(cache).absolute()
     target = Target(engine, str(model), dtype, engine_version)
-    faults = []
-    if engine not in ENGINES:
-        faults.append(f"engine is {engine!r}, expected one of {', '.join(ENGINES)}.")
-    if dtype not in DTYPES:
-        faults.append(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-    for option, rank in (("max_lora_rank", max_lora_rank), ("approximate_to_rank", approximate_to_rank)):
-        if rank is not None and rank < 1:
-            faults.append(f"{option} is {rank}, expected 1 or more.")
-    if faults:
-        raise ConfigError(" ".join(faults))
-    largest = engine_of(engine).largest_rank if max_lora_rank is None else max_lora_rank
-    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
-        raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
-    ranks = RankLimits(largest, approximate_to_rank)
+    ranks = _check_options(target, max_lora_rank, approximate_to_rank)
     trained, name = named_base(source), engine_of(engine).base(target.model)
     base = resolve_model(name, trained.revision if trained.base_model_name_or_path == name else None)
     states = file_states(source)
@@ -137,6 +123,24 @@ def prepare_adapter(
         with remembered(folder, source, states):
             record = found or _publish(source, base, target, ranks, folder, states, started)
     return record.opened(folder, perf_counter() - started, cached=found is not None)
+
+
+def _check_options(target: Target, max_lora_rank: int | None, approximate_to_rank: int | None) -> RankLimits:
+    """Raise ConfigError with every option that cannot be used, or return the limits of the rank."""
+    faults = []
+    if target.engine not in ENGINES:
+        faults.append(f"engine is {target.engine!r}, expected one of {', '.join(ENGINES)}.")
+    if target.dtype not in DTYPES:
+        faults.append(f"dtype is {target.dtype!r}, expected one of {', '.join(DTYPES)}.")
+    for option, rank in (("max_lora_rank", max_lora_rank), ("approximate_to_rank", approximate_to_rank)):
+        if rank is not None and rank < 1:
+            faults.append(f"{option} is {rank}, expected 1 or more.")
+    if faults:
+        raise ConfigError(" ".join(faults))
+    largest = engine_of(target.engine).largest_rank if max_lora_rank is None else max_lora_rank
+    if approximate_to_rank is not None and largest is not None and approximate_to_rank > largest:
+        raise ConfigError(f"approximate_to_rank is {approximate_to_rank}, but the engine takes rank {largest} at most.")
+    return RankLimits(largest, approximate_to_rank)
 
 
 def _publish(

@@ -80,9 +80,6 @@ class Task(ABC):
     def read(self, request: EvaluationRequest) -> Questions:
         """Read the questions.
 
-        Args:
-            request: The user's request.
-
         Raises:
             DataError: No such data, or a row that lacks a field; the message has the row's number.
         """
@@ -94,7 +91,6 @@ class Task(ABC):
         Args:
             subject: The model.
             questions: Questions that `read` returned.
-            request: The user's request.
             keep: Called with the answers before another service scores them, so that `rate` can do it later.
 
         Raises:

@@ -88,7 +88,7 @@ def results_table(found: Evaluation) -> Table[ModelResult]:
         return "-" if result.interval is None else "{:.1%} to {:.1%}".format(*result.interval)
 
     def changed(result: ModelResult, sign: int) -> str:
-        """Number of answers that are right where the base model's is wrong, or the other way round."""
+        """Number of questions whose score is above the base model's, or below it where `sign` is -1."""
         base, mine = found.results[0].examples, result.examples
         if not base or not mine or mine is base:
             return "-"

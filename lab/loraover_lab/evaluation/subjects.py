@@ -36,7 +36,6 @@ class Answerer(ABC):
         Args:
             prompts: Only texts, or only conversations.
             max_new_tokens: Largest number of tokens in an answer.
-            report: Receiver of progress.
             stop: Texts after which the continuation of a text may end; it may also be longer.
         """
 

@@ -131,8 +131,6 @@ class MeasuredSpread:
     """Spread of a method's difference to a baseline, in squared % of the baseline's loss.
 
     Args:
-        method: The method.
-        baseline: The baseline.
         task: Task of the pilot or kept study.
         seeds: Number of seeds that both have.
         rows: Number of held-out examples.

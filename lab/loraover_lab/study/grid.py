@@ -62,7 +62,6 @@ class Run:
         task: Name of its task, see `StudyTask`.
         method: Method as the user named it, settings included.
         rate: Learning rate.
-        seed: Seed.
         recipe: Recipe with all settings of the run.
         is_ruler: Whether the method is shown only, and belongs neither to the baselines nor to the verdict.
         short: Short name of the method in reports; None: it has none.
@@ -144,7 +143,6 @@ def is_plain(method: str) -> bool:
 
 
 def _settings(task: StudyTask, method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of recipe keys that a task, a study and a method set."""
     shared = given | task.settings
     name, *own = split_outside_brackets(method, ":")
     if name not in METHOD_SETTINGS:

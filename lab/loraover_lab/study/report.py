@@ -240,7 +240,6 @@ def _method(
 
 
 def _known(values: Iterable[Number | None]) -> list[Number]:
-    """Return the values that are not None."""
     return [value for value in values if value is not None]
 
 

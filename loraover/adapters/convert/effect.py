@@ -143,7 +143,7 @@ def _load(
 
 
 def _move(parameters: list[nn.Parameter]) -> None:
-    """Replace parameters by moved ones; PEFT computes parts of some kinds in float32, so no unit is smaller."""
+    """Replace parameters by moved ones; a unit is at least float32's, in which PEFT computes parts of some kinds."""
     for parameter, found in zip(parameters, _moved(parameters, torch.float32), strict=True):
         parameter.data = found
 

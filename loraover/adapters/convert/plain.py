@@ -42,7 +42,6 @@ def plain_lora(source: Path, *, model: str | None, dtype: str, report: Reporter)
         source: Folder of a LoRA-Over checkpoint, or of an adapter of any kind.
         model: Base model; None means the one that the adapter names.
         dtype: Data type to store A and B in: fp32, bf16 or fp16.
-        report: Receiver of progress.
 
     Raises:
         ConfigError: A base model that cannot be read.

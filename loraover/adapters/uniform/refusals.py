@@ -80,7 +80,6 @@ def check_fields(
     """Refuse fields of PEFT's variants, of trained parameters, and unknown ones.
 
     Args:
-        adapter: The adapter.
         remedy: What to do instead, to follow "train without it, or ".
         allowed: Fields of trained parameters or variants that the export can hold.
         remedies: What to do about a field, where it is not `remedy`.
@@ -138,7 +137,6 @@ def check_tensors(
     """Refuse tensors that are neither A nor B, nor base weights that PEFT saves beside an adapted embedding.
 
     Args:
-        adapter: The adapter.
         weights: Shapes of the base model's weights, by the paths of their modules.
         remedy: What to do instead, to follow "train without it, or ".
         kinds: Descriptions of other tensors, by a part of their keys.

@@ -60,7 +60,9 @@ class Eigen(Decomposition):
     @model_validator(mode="after")
     def _steps_what_stands_still(self) -> Eigen:
         if self.train_auxiliary and "gradient" in (self.short, self.long):
-            raise ValueError("train_auxiliary needs bases that do not follow gradients: short and long 'calibration'")
+            raise ValueError(
+                "train_auxiliary needs bases that do not follow gradients: set short and long to 'calibration'"
+            )
         return self
 
     @cached_property

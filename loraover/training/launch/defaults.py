@@ -77,7 +77,7 @@ def settle(
     report: Reporter,
     gpus: Gpus | None = None,
 ) -> Settled:
-    """Check the rows of a recipe, and give the values that it leaves to them, to its method and to this machine.
+    """Check a recipe's rows, and choose the values that it leaves open by its rows, its method and this machine.
 
     A plan may have no tokenizer and no rows, and may be for `gpus` in place of this machine.
     """

@@ -45,7 +45,6 @@ class Prepared(Settled):
 
     Args:
         output: The run's folder.
-        report: Receiver of progress.
         examples: Training and held-out rows.
         model: What the trainer trains.
         untrained: A and B of every module before training; None where more than their product is trained.

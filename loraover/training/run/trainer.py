@@ -29,6 +29,7 @@ from loraover.callbacks.loraover_callback import LoraOverCallback
 from loraover.callbacks.seal_checkpoints import SealCheckpoints
 from loraover.common.errors import ConfigError, DataError
 from loraover.common.extras import install
+from loraover.common.later import later_step
 from loraover.common.provenance import peak_bytes
 from loraover.common.ranks import launched
 from loraover.common.reporter import Reporter
@@ -83,6 +84,8 @@ def make_trainer(
     if launched().size > 1 and leaves_out_repeated(name, trainer):
         _leave_out_repeated(trainer)
     trainer.remove_callback(PrinterCallback)
+    if recipe.verify_rollouts:
+        later_step("verify-rollouts")(trainer, action="stop" if recipe.verify_rollouts == "stop" else "warn")
     if recipe.diagnostics and recipe.trains_only_products:
         DiagnosticsCallback(over).add_to(trainer)
     if over is not None and name not in ("sft", "seq2seq", "classification"):

@@ -26,10 +26,16 @@ COMMANDS = {
         "loraover_serve.verify.run:verify_adapter",
         "loraover_serve.verify.show:show_report",
     ),
+    "judge-rollouts": Reporting(
+        "loraover_serve.rollouts.request:RolloutFileRequest",
+        "loraover_serve.rollouts.run:judge_rollout_file",
+        "loraover_serve.rollouts.show:show_report",
+    ),
 }
 EXAMPLES = [
     "loraover serve up for-vllm",
     "loraover serve watch watch.yaml",
+    "loraover serve judge-rollouts rollouts.jsonl",
     "loraover serve parity --adapter folded --baseline plain-lora -o parity",
 ]
 

@@ -10,7 +10,6 @@ from loraover_serve.watch.request import WatchRequest
 
 
 def _serve(request: ServeRequest, as_json: bool) -> None:
-    """Serve until the server ends or is stopped."""
     from dataclasses import replace
 
     from loraover.common.errors import EngineError
@@ -25,7 +24,6 @@ def _serve(request: ServeRequest, as_json: bool) -> None:
 
 
 def _watch(request: WatchRequest, as_json: bool) -> int:
-    """Watch until a signal ends it."""
     from dataclasses import replace
 
     from loraover.common.command_line import end_at_once

@@ -22,7 +22,6 @@ def check_plain(adapter: AdapterDir, reader: str) -> None:
     """Refuse an adapter that changes the base weights, or that adapts stacked experts.
 
     Args:
-        adapter: The adapter.
         reader: What cannot read it, as the subject of "applies no LoRA of experts".
 
     Raises:
@@ -37,7 +36,6 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
     """Refuse an adapter that is not one of a causal language model.
 
     Args:
-        adapter: The adapter.
         base: Its base model.
         command: The command that compares next tokens.
 

@@ -99,7 +99,6 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
     """Run a model in a coarser number format for a block; one rounded layer at a time is in memory.
 
     Args:
-        model: The model.
         format_: The number format.
     """
     exact: dict[nn.Module, nn.Parameter] = {}

@@ -45,7 +45,6 @@ def last_rows(index: int, positions: range, logits: Any, *, in_file: bool = Fals
 
     Args:
         index: Index of the question.
-        positions: The positions.
         logits: The logits, at these positions or at more before them.
         in_file: Whether the logprobs are kept in a file.
     """
@@ -69,10 +68,8 @@ def kept_rows(models: Models, index: int, logits: Any, engine: str) -> dict[int,
     """Rows of a question with the tokens that the models have, from an engine's logits after each of its tokens.
 
     Args:
-        models: The models.
         index: Index of the question.
         logits: The logits, (tokens, vocabulary).
-        engine: Name of the engine.
 
     Raises:
         EngineError: Logits that are not finite, or of another vocabulary.

@@ -44,9 +44,7 @@ class Setting:
     """Settings with which an engine is started.
 
     Args:
-        request: What the user asked for.
         adapters: Folder of each arm's adapter or checkpoint, by the arm's name. The base model is one more arm.
-        base: The base model.
         scratch: Folder for exports, empty at first.
         log: File for what the engine prints.
         longest: Number of tokens of the longest request with its answer.
@@ -104,11 +102,7 @@ class Engine(ABC):
 
     @classmethod
     def lacking(cls, request: EngineRequest) -> str | None:
-        """Return how to install what the engine lacks here, in words; None if it can be started.
-
-        Args:
-            request: What the user asked for.
-        """
+        """Return how to install what the engine lacks here, in words; None if it can be started."""
         is_here = cls.installed() is not None and all(installed_version([name]) is not None for name in cls.needs)
         return None if is_here else cls.hint
 
@@ -153,7 +147,6 @@ class Engine(ABC):
         """Return the arm's logprobs of next tokens at places, of tokens that the models have, or of the likeliest.
 
         Args:
-            arm: Name of the arm.
             models: The questions, with the models that the engine is compared with.
 
         Raises:
@@ -165,7 +158,6 @@ class Engine(ABC):
         """Return the arm's greedy answer to each prompt; the engine may end an answer early or hide its ids.
 
         Args:
-            arm: Name of the arm.
             prompts: Token ids.
             tokens: Number of tokens to generate.
 
@@ -327,9 +319,6 @@ class BatchingEngine(TimedEngine):
 @contextmanager
 def engine_errors(engine: str) -> Iterator[None]:
     """Turn the errors of torch, PEFT and onnxruntime-genai into one that names the engine.
-
-    Args:
-        engine: Name of the engine.
 
     Raises:
         EngineError: An error within the block.

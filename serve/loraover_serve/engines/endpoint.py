@@ -98,7 +98,6 @@ class EndpointEngine(OpenAiEngine):
     Args:
         speaker: The server, with the dialect in which it answers.
         names: See `OpenAiEngine`.
-        base: The base model.
     """
 
     def __init__(self, speaker: Speaker, names: Mapping[str, str], base: ModelSource) -> None:

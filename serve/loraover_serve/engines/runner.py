@@ -1,4 +1,4 @@
-"""A program for the python of another environment, which holds mlx-lm or OpenVINO GenAI and nothing of this package.
+"""A program for the python of another environment, which holds mlx-lm or OpenVINO GenAI and not this package.
 
 Each line that it reads is a request in JSON, {"method": ..., other arguments}, and each line that it writes is an
 answer, {"result": ...} or {"error": ...}. Arrays are handed over as .npy files. It ends with its input.

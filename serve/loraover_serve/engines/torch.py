@@ -32,6 +32,9 @@ Within = Callable[[Any], AbstractContextManager[Any]]
 LOGITS_AT_ONCE = 2**25
 """Logits that are held at once, 128 MiB of them in float32."""
 
+TREE = 512
+"""Most tokens of a tree: attention looks at all pairs of them."""
+
 
 @final
 class TorchEngine(LogitEngine, TimedEngine):
@@ -69,7 +72,6 @@ class TorchEngine(LogitEngine, TimedEngine):
         """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
 
         Args:
-            arm: Name of the arm.
             sequences: Token ids.
             within: Context manager that changes how the model computes; it is called with the model.
         """
@@ -159,12 +161,10 @@ def model_logits(
     Several sequences are run at once, with other tokens behind the shorter ones, which no token before them sees.
 
     Args:
-        model: The model.
         sequences: Token ids.
         last: Number of tokens after which logits are wanted; None means all.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    for batch in _batches(sequences, LOGITS_AT_ONCE // vocabulary):
+    for batch in _batches(sequences, _at_once(model)):
         longest = max(map(len, batch))
         padded = [[*tokens, *[tokens[-1]] * (longest - len(tokens))] for tokens in batch]
         firsts = [0 if last is None else max(0, len(tokens) - last) for tokens in batch]
@@ -173,6 +173,63 @@ def model_logits(
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest - left_out).logits
         for tokens, first, found in zip(batch, firsts, logits, strict=True):
             yield found[first - left_out : len(tokens) - left_out].float().cpu().numpy()
+
+
+def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """Yield a causal model's logits after the last tokens of each sequence, and run a common beginning only once.
+
+    Several sequences are run as one, in which a token stands once behind the same tokens. Its position is its place in
+    its own sequence, and it sees the tokens before it there. A model that mixes tokens otherwise than by attention, or
+    takes no such mask, answers otherwise or fails: try it first.
+
+    Args:
+        model: The model.
+        sequences: Token ids.
+        lasts: Number of the last tokens of each sequence after which logits are wanted.
+    """
+    for batch in _tree_batches(sequences, min(TREE, _at_once(model))):
+        indices: dict[tuple[int, int], int] = {}  # of a token, by that of the token before it
+        paths = []
+        for sequence in batch:
+            path = [-1]
+            for token in sequence:
+                path.append(indices.setdefault((path[-1], token), len(indices)))
+            paths.append(path[1:])
+        sees = torch.eye(len(indices), dtype=torch.bool)
+        for index, (before, _) in enumerate(indices):
+            if before >= 0:
+                sees[index] |= sees[before]
+        kept = [path[-last:] for path, last in zip(paths, lasts, strict=False)]
+        lasts = lasts[len(batch) :]
+        mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+        logits = model(
+            input_ids=torch.tensor([[token for _, token in indices]], device=model.device),
+            position_ids=(sees.sum(-1) - 1)[None].to(model.device),
+            attention_mask=mask[None, None].to(model.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor([index for mine in kept for index in mine], device=model.device),
+        ).logits[0]
+        yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept]))
+
+
+def _tree_batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Yield sequences in groups that are trees of at most so many tokens, or one sequence."""
+    batch: list[Sequence[int]] = []
+    begun = set[tuple[int, ...]]()
+    for tokens in sequences:
+        mine = {tuple(tokens[:length]) for length in range(1, len(tokens) + 1)}
+        if batch and len(begun | mine) > most:
+            yield batch
+            batch, begun = [], set()
+        batch.append(tokens)
+        begun |= mine
+    if batch:
+        yield batch
+
+
+def _at_once(model: Any) -> int:
+    """Number of tokens after which logits are held at once."""
+    return int(LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
 
 
 def _batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:

@@ -59,8 +59,6 @@ class Asker:
         """Speak to a server about the adapter of a reference.
 
         Args:
-            reference: The reference.
-            endpoint: The server.
             adapter: Name of the adapter there; None means that of the reference.
             base: Name of the base model there; None finds out.
             protocol: Protocol that the server speaks; None finds out.
@@ -194,8 +192,6 @@ class Asker:
         return Answers({}, rounds[0].rows, rounds=rounds, responses=self.speaker.responses)
 
     def _greedy(self) -> list[Greedy]:
-        """The adapter's greedy answer to each question."""
-
         def ask(place: int) -> Greedy:
             expected = self._expected(place)
             found = self.answer(ADAPTER, place, len(expected))

@@ -29,7 +29,7 @@ from loraover.client.dialects import MORE
 from loraover.client.speaker import Generated
 from loraover.common.errors import ConfigError, EngineError
 from loraover_serve.judge.asker import Asker, in_form, rows_along
-from loraover_serve.judge.case import flag, strength_along
+from loraover_serve.judge.case import fit_along, flag, most_noise, strength_along
 from loraover_serve.judge.estimates import Interval, log_ratio
 from loraover_serve.judge.evidence import Change, apart, by_prompt, difference, middle_by_prompt, projected
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
@@ -103,7 +103,6 @@ def long_questions(reference: Reference, option: Callable[[str], str] = flag, fi
     """The long questions of a reference.
 
     Args:
-        reference: The reference.
         option: Name of an option as its user writes it.
         field: Name of the option that needs them.
 
@@ -242,7 +241,7 @@ class WarmProbe:
         return self._ask(arm, own, ON_OWN)
 
     def sensitivity(self, cold: Mapping[str, Asked], noise: Asked) -> float:
-        """Ratio of the adapter's noise to the base model's, which no reference tells; at least 1."""
+        """Ratio of the adapter's noise to the base model's, which no reference holds; at least 1."""
         base, adapter = (
             _WarmCase(self._asker.models, {BASE: cold[arm]}, own._replace(arm=BASE)).noise.rms + FLOOR
             for arm, own in ((BASE, noise), (ADAPTER, self.on_own(ADAPTER)))
@@ -497,13 +496,13 @@ class _WarmCase:
         effect = math.sqrt(fmean(each.size / each.tokens for each in changes)) if changes else 0.0
         if effect <= FLOOR:
             return None
-        found = strength_along(changes)
+        found = fit_along(changes)
         if asked.rows is self._noise_rows:
-            return found
+            return found.interval
         sensitivity = self._models.sensitivity
-        certain = CERTAIN * math.sqrt(2) * (sensitivity * self.noise.rms + FLOOR) / effect
+        bounded = found.within(most_noise(changes, sensitivity * self.noise.rms))
         common = strength_along([*self._changes(BASE, self._noise_rows, stale, asked.arm)])
-        return Interval.around(found.value, min(found.half, certain) + sensitivity * abs(common.value))
+        return Interval.around(bounded.value, bounded.half + sensitivity * abs(common.value))
 
     def _changes(self, arm: str, rows: Rows, stale: Sequence[Row], of: str | None = None) -> Iterator[Change]:
         """Project what sets warm rows of an arm apart from cold ones on a fault of it, or of another arm."""
@@ -530,7 +529,7 @@ class _WarmCase:
         for place, row in sorted(asked.rows.items()):
             if place in cold:
                 off = difference(row, cold[place])
-                found.append(Off(self._models.places[place][0], fmean(d * d for d in off), max(map(abs, off))))
+                found.append(Off(self._models.places[place][0], fmean([d * d for d in off]), max(map(abs, off))))
         return found
 
     def lacking(self, asked: Asked) -> int:

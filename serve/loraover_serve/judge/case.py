@@ -1,9 +1,11 @@
 """Evidence of an engine, with the estimates that the rules ask of it.
 
-Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough: noise
-that is CERTAIN times what the base model shows, all of it along the adapter, moves the strength no further than
+Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough: a
+change has the noise of two answers, and the squares of noise that is CERTAIN times what the base model shows sum up to
 
-    CERTAIN * sqrt(2) * (noise + FLOOR) / effect.
+    2 * (CERTAIN * (noise + FLOOR))**2
+
+at each token, which bounds the error of the strength even if all of that noise lies along the adapter.
 
 What strength cannot see is off at right angles to the adapter. It shows as *excess*: how much further the adapter's
 answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise. The mean
@@ -17,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import fmean, median
 
-from loraover_serve.judge.estimates import Interval, log_ratio, strength, t_quantile
+from loraover_serve.judge.estimates import Fit, Interval, fit_strength, log_ratio, t_quantile
 from loraover_serve.judge.evidence import (
     Change,
     ComparedAnswer,
@@ -59,7 +61,6 @@ class Case:
     """Evidence of an engine, with the estimates that the rules ask of it.
 
     Args:
-        evidence: The evidence.
         served_format: Coarsest number format in which the base model is known to be served.
         option: Name of an option as its user writes it.
 
@@ -85,11 +86,7 @@ class Case:
     @cached_property
     def strength(self) -> Interval:
         """Strength of the adapter in what the engine changes."""
-        found = strength_along(self.changes)
-        if self.effect == 0:
-            return found
-        certain = CERTAIN * math.sqrt(2) * (self.noise.rms + FLOOR) / self.effect
-        return Interval.around(found.value, min(found.half, certain))
+        return fit_along(self.changes).within(most_noise(self.changes, self.noise.rms))
 
     @property
     def prompts(self) -> int:
@@ -247,8 +244,8 @@ class Case:
     def is_apart(self, off: Sequence[Off]) -> bool:
         """Whether answers that were sent together are further from those sent alone than noise explains.
 
-        Each of the two has the engine's noise, and so half of the square. A prompt counts as much as noise at least:
-        answers that are exactly alike do not hide the others.
+        Both sides have the engine's noise, so half of the square is taken. In the mean, no prompt counts as less than
+        noise: answers that are exactly alike do not hide the others.
 
         Args:
             off: Differences of the answers.
@@ -264,9 +261,19 @@ class Case:
         return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.models.sensitivity)
 
 
+def fit_along(changes: Sequence[Change]) -> Fit:
+    """Factor by which the directions are multiplied to fit the changes best, with what it rests on."""
+    return fit_strength([(each.prompt, each.along, each.size) for each in changes])
+
+
 def strength_along(changes: Sequence[Change]) -> Interval:
     """Factor by which the directions are multiplied to fit the changes best."""
-    return strength([(each.prompt, each.along, each.size) for each in changes])
+    return fit_along(changes).interval
+
+
+def most_noise(changes: Sequence[Change], noise: float) -> float:
+    """Root of the largest sum of squares of the noise in changes, in nats, by the RMS noise of single answers."""
+    return CERTAIN * math.sqrt(2) * (noise + FLOOR) * math.sqrt(sum(each.tokens for each in changes))
 
 
 def share_along(changes: Sequence[Change], estimate: Interval) -> float:

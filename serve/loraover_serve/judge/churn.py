@@ -71,7 +71,6 @@ class Said(NamedTuple):
         place: Place of the question.
         rows: The logprobs, as far as the tokens are the expected ones.
         seconds: Seconds that it took.
-        response: The response.
     """
 
     arm: str
@@ -220,7 +219,7 @@ def _life(endpoint: Endpoint) -> Literal["there", "silent", "ended"]:
 
 
 def _listed(endpoint: Endpoint) -> frozenset[tuple[str, str]] | None:
-    """Names and folders of the models that a server lists; None if it does not tell."""
+    """Names and folders of the models that a server lists; None if it lists none."""
     with suppress(EngineError, LookupError, TypeError, AttributeError):
         listed = endpoint.request("/v1/models", timeout_s=LIFE_S)["data"]
         return frozenset((str(each["id"]), str(each.get("root"))) for each in listed)
@@ -318,8 +317,9 @@ class _ChurnCase:
         self.is_cached = from_cache([each.response for each in meanwhile.said])
         self._noise_rows, alone = noise.rows, self._off(BASE, noise.rows)
         self.noise, self._by_prompt = LogprobDistance.of(alone), by_prompt(alone)
-        arms = {arm: [i for i, each in enumerate(meanwhile.said) if each.arm == arm] for arm in names}
-        self._said = {arm: [i for i in mine if self._off(arm, meanwhile.said[i].rows)] for arm, mine in arms.items()}
+        self._offs = [self._off(each.arm, each.rows) for each in meanwhile.said]
+        compared = [i for i, off in enumerate(self._offs) if off]
+        self._said = {arm: [i for i in compared if meanwhile.said[i].arm == arm] for arm in names}
         self._changes = {arm: {o: self._changed(arm, o) for o in self._known(arm)} for arm in names}
         self._busy = self._noise_in_churn()
 
@@ -332,6 +332,8 @@ class _ChurnCase:
         """Attribute the answers of a model."""
         changes, clear = self._changes[arm], self._clear_of(arm)
         found: list[Owner] = []
+        # The command may load versions of another adapter that no reference has.
+        unknown = Owner("of no known weights", None if arm.startswith(OTHER) else NO_KNOWN_WEIGHTS)
         for k, i in enumerate(self._said[arm]):
             prompt = self._models.places[self._meanwhile.said[i].place][0]
             noise = max(self.noise.rms, self._busy, self._by_prompt.get(prompt, 0.0))
@@ -343,12 +345,12 @@ class _ChurnCase:
                 found.append(nearest)
             else:  # an answer that is nearest to an innocent model is right, though noise may hide which one it is of
                 is_right = (fits and nearest.fault is None) or self._middle(i) <= limit
-                found.append(OWN if is_right else self._unknown(arm))
+                found.append(OWN if is_right else unknown)
         seen = {o: sum(c and f in (OWN, o) for c, f in zip(clear[o], found, strict=True)) for o in changes}
         return self._told(arm, found, {o: share_found(number) for o, number in seen.items() if o.fault is not None})
 
     def _clear_of(self, arm: str) -> dict[Owner, list[bool]]:
-        """Whether noise leaves each answer of an arm clearly nearer to a model or to a right one, for each model.
+        """For each known model, whether noise lets each answer of an arm show that it is that model's or a right one.
 
         The right ones are the arm's own and those that the command may have loaded.
         """
@@ -360,9 +362,17 @@ class _ChurnCase:
                 innocent = [o for o in changes if o.fault is None]
                 ways += [(self._changed(arm, owner, o), self._common(arm, owner, o)) for o in innocent]
             clear[owner] = [
-                all(along) for along in zip(*(_clear(way, max(scale, least)) for way, least in ways), strict=True)
+                all(along) for along in zip(*(self._clear(way, max(scale, least)) for way, least in ways), strict=True)
             ]
         return clear
+
+    def _clear(self, changes: Sequence[Change], noise: float) -> list[bool]:
+        """Whether noise, in nats, along the way from one model to another hardly reaches half of it, for each answer.
+
+        A question's own noise counts where it is larger.
+        """
+        own = [self._models.sensitivity * self._by_prompt.get(each.prompt, 0.0) for each in changes]
+        return [math.sqrt(c.size) / 2 > CLEAR * max(noise, mine) for c, mine in zip(changes, own, strict=True)]
 
     def _common(self, arm: str, owner: Owner, start: Owner = OWN) -> float:
         """Noise, in nats, on the way from one model to another that one reading of the common beginning brings."""
@@ -379,7 +389,7 @@ class _ChurnCase:
         return self._models.sensitivity * max(self.noise.rms, common) + FLOOR
 
     def _ends(self, arm: str, place: int, owner: Owner, start: Owner) -> tuple[Row, Row]:
-        """Rows at both ends of the way from one model to another."""
+        """Logprobs at a place by the model where a way starts, and by the owner to whom it leads."""
         return (self._cold[arm] if start is OWN else start.rows).get(place, {}), owner.rows.get(place, {})
 
     def _told(self, arm: str, found: Sequence[Owner], seen: Mapping[Owner, float]) -> _Judged:
@@ -421,11 +431,6 @@ class _ChurnCase:
             found.append(Owner(words, None if is_earlier else model.fault, model.fault, rows))
         return (each for each in found if LogprobDistance.of(self._off(arm, each.rows)).rms > FLOOR)
 
-    @staticmethod
-    def _unknown(arm: str) -> Owner:
-        """Owner of answers that no known model explains; of another adapter, the command may load other versions."""
-        return Owner("of no known weights", None if arm.startswith(OTHER) else NO_KNOWN_WEIGHTS)
-
     def _noise_in_churn(self) -> float:
         """Distance, in nats, that answers in churn usually have from the nearest known model.
 
@@ -448,13 +453,12 @@ class _ChurnCase:
         for place, row in sorted(rows.items()):
             if row and place in self._cold[arm]:
                 off = difference(row, self._cold[arm][place])
-                found.append(Off(self._models.places[place][0], fmean(d * d for d in off), max(map(abs, off))))
+                found.append(Off(self._models.places[place][0], fmean([d * d for d in off]), max(map(abs, off))))
         return found
 
     def _middle(self, index: int) -> float:
         """Distance of an answer from its model's own, in nats, that more than half of the positions reach."""
-        said = self._meanwhile.said[index]
-        return math.sqrt(median_low(each.square for each in self._off(said.arm, said.rows)))
+        return math.sqrt(median_low(each.square for each in self._offs[index]))
 
     def _changed(self, arm: str, owner: Owner, start: Owner = OWN) -> list[Change]:
         """Project what sets each answer apart from one model's on what sets another model's apart from that."""
@@ -484,8 +488,3 @@ def _scale(changes: Sequence[Change]) -> float:
     """Noise, in nats, that the median answer has along the way from one model to another; infinite without a way."""
     far = [min(abs(c.along), abs(c.size - c.along)) / math.sqrt(c.size) for c in changes if c.size > 0]
     return TO_SIGMA * median(far) if far else math.inf
-
-
-def _clear(changes: Sequence[Change], noise: float) -> list[bool]:
-    """Whether noise, in nats, along the way from one model to another hardly reaches half of it, for each answer."""
-    return [math.sqrt(c.size) / 2 > CLEAR * noise for c in changes]

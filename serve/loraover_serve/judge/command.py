@@ -152,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _seconds(text: str) -> float:
-    """Seconds that an option gives."""
     if not 1 <= (value := float(text)) <= TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 1 to {TIMEOUT_MAX:g}")
     return value

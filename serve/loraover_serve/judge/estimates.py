@@ -11,6 +11,13 @@ expert, so has a bounded weight. Positions of one prompt share their noise: the 
 sums (the sandwich of generalised estimating equations), and the interval has the quantile of Student's t for as many
 prompts as share the weight evenly.
 
+A few prompts have a wide interval. Where the noise n of an engine is known to be small, it bounds the error as well,
+since x = s w + n.d, phi is 1 at most, and by Cauchy and Schwarz
+
+    |sum of phi n.d| / sum of phi w <= sqrt(sum of phi n.n / sum of phi w) <= sqrt(sum of n.n / sum of phi w).
+
+The sum of phi w takes the place of that of w: positions with a bounded weight carry less of the estimate.
+
 Source: Huber 1964, doi:10.1214/aoms/1177703732; Liang and Zeger 1986, doi:10.1093/biomet/73.1.13.
 """
 
@@ -22,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean, median
-from typing import Final
+from typing import Final, NamedTuple
 
 from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
 
@@ -71,7 +78,27 @@ class Interval:
         return f"{value} % of the adapter is applied ({low} to {high} %)"
 
 
-def strength(points: Sequence[tuple[int, float, float]]) -> Interval:
+class Fit(NamedTuple):
+    """A fitted strength, with what it rests on.
+
+    Args:
+        interval: The strength, with the interval over prompts.
+        weight: The sum of phi w, in square nats.
+    """
+
+    interval: Interval
+    weight: float
+
+    def certain(self, most: float) -> float:
+        """Largest error of the strength if the squares of all noise sum up to most**2 at most, in square nats."""
+        return most / math.sqrt(self.weight) if self.weight else math.inf
+
+    def within(self, most: float) -> Interval:
+        """The strength, whose interval is no wider than `certain` makes it."""
+        return Interval.around(self.interval.value, min(self.interval.half, self.certain(most)))
+
+
+def fit_strength(points: Sequence[tuple[int, float, float]]) -> Fit:
     """The factor s of a direction in a change; see the head of this module.
 
     Args:
@@ -79,23 +106,24 @@ def strength(points: Sequence[tuple[int, float, float]]) -> Interval:
     """
     points = [point for point in points if point[2] > 0]
     if not points:
-        return Interval.around(0.0, math.inf)
+        return Fit(Interval.around(0.0, math.inf), 0.0)
     value = median(x / w for _, x, w in points)
     for _ in range(STEPS):
         phi, _, _ = _weighted(points, value)
         below = math.fsum(f * w for f, (_, _, w) in zip(phi, points, strict=True))
         value = math.fsum(f * x for f, (_, x, _) in zip(phi, points, strict=True)) / below
     phi, inside, residuals = _weighted(points, value)
+    weight = math.fsum(f * w for f, (_, _, w) in zip(phi, points, strict=True))
     sums, weights = defaultdict[int, float](float), defaultdict[int, float](float)
     for (prompt, _, w), f, r in zip(points, phi, residuals, strict=True):
         sums[prompt] += f * math.sqrt(w) * r
         weights[prompt] += w
     if len(sums) < 2:
-        return Interval.around(value, math.inf)
+        return Fit(Interval.around(value, math.inf), weight)
     bread = math.fsum(w for (_, _, w), within in zip(points, inside, strict=True) if within)  # of half of them, or more
     even = sum(weights.values()) ** 2 / sum(w * w for w in weights.values())
     error = math.sqrt(len(sums) / (len(sums) - 1) * sum(each * each for each in sums.values())) / bread
-    return Interval.around(value, error * t_quantile(max(even - 1, 1)))
+    return Fit(Interval.around(value, error * t_quantile(max(even - 1, 1))), weight)
 
 
 def _weighted(points: Sequence[tuple[int, float, float]], value: float) -> tuple[list[float], list[bool], list[float]]:

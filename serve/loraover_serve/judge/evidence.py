@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
+from operator import mul
 from statistics import fmean, median_low
 from typing import NamedTuple, final
 
@@ -97,10 +98,6 @@ Pair = tuple[int, list[int], list[float]]
 @final
 class Evidence:
     """Answers of an engine, and the models to compare them with.
-
-    Args:
-        models: The models.
-        answers: The answers.
 
     Attributes:
         compared: Which tokens are compared, in words.
@@ -235,8 +232,8 @@ def projected(prompt: int, change: Sequence[float], direction: Sequence[float]) 
         direction: The direction, in nats.
     """
     rest = [one - other for one, other in zip(change, direction, strict=True)]
-    along = math.fsum(one * other for one, other in zip(change, direction, strict=True))
-    size, total, far = (math.fsum(value * value for value in each) for each in (direction, change, rest))
+    along = math.fsum(map(mul, change, direction))
+    size, total, far = (math.fsum(map(mul, each, each)) for each in (direction, change, rest))
     return Change(prompt, len(change), along, size, total, far)
 
 

@@ -37,7 +37,6 @@ class Split(NamedTuple):
     """Answers of a model, of which some are wrong.
 
     Args:
-        fault: Name of the fault.
         words: Description of the wrong answers.
         bad: Headers and id of each wrong response.
         good: Headers and ids of the other responses at which the fault would be seen.

@@ -83,7 +83,6 @@ class FaultyModel(NamedTuple):
     """A model with a fault, which is run when it is asked for.
 
     Args:
-        fault: Name of the fault.
         detail: The fault in words.
         run: Function that returns the model's answers to a number of first questions, or to all if the number is None.
     """
@@ -136,7 +135,7 @@ class ReadChat(NamedTuple):
 
     @classmethod
     def of(cls, told: Sequence[int] | int | None, expected: Sequence[int]) -> list[ReadChat]:
-        """Compare the tokens that a server tells, or their number, with those expected; empty if it tells neither."""
+        """Compare the tokens that a server gives, or their number, with those expected; empty if it gives neither."""
         if isinstance(told, int):
             return [cls(told, len(expected), told == len(expected))]
         return [cls(len(told), len(expected), list(told) == list(expected))] if told else []

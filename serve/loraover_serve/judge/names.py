@@ -55,6 +55,9 @@ NOT_APPLIED_DETAIL = (
     "BASE:ADAPTER)"
 )
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
+"""Last parts of the paths of attention's modules."""
+
 
 def multiplied(factor: float) -> str:
     """The fault of an adapter with a factor, in words."""

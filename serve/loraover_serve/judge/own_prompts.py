@@ -1,4 +1,4 @@
-"""The user's own prompts, without a reference: the right answers are not known, and a server's are compared alone."""
+"""The user's own prompts, without a reference: a server's answers are compared with one another alone."""
 
 from __future__ import annotations
 

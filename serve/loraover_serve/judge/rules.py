@@ -71,7 +71,6 @@ class RuleFinding(NamedTuple):
     """Finding of a rule.
 
     Args:
-        verdict: The verdict.
         reason: The reason, in words.
         fault: Name of the fault; None if it has none.
         suspects: Faults that were compared, the nearest first.

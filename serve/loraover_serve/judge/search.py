@@ -46,11 +46,7 @@ WORTH = 0.3  # share on those, above which all prompts are run
 
 
 def suspects(case: Case) -> list[Suspect]:
-    """The nearest faults on all prompts, and then the others on the first ones, where they are further.
-
-    Args:
-        case: The engine's evidence.
-    """
+    """The nearest faults on all prompts, and then the others on the first ones, where they are further."""
     few = case.first(FEW)
     candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
     candidates += case.evidence.models.adapter_faults()
@@ -87,7 +83,6 @@ def _fitted(case: Case, few: int) -> FaultyModel:
     """The factor on every delta_W that explains the answers best: the best of a grid, then a golden-section search.
 
     Args:
-        case: The engine's evidence.
         few: Number of the first prompts to run.
     """
 
@@ -119,7 +114,6 @@ class BaseFault(NamedTuple):
     """A fault of the base model that explains its answers.
 
     Args:
-        fault: Name of the fault.
         detail: The fault in words.
         share: Share of the difference that it explains.
     """

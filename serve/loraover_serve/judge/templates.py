@@ -131,12 +131,12 @@ class Conversations(NamedTuple):
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError("a conversation has no messages, or one without a role or a content")
             if not (0 < len(each.tokens) <= MOST_TOKENS and are_ids(each.tokens, vocabulary)):
-                raise ValueError("a conversation has tokens that cannot be")
+                raise ValueError("a conversation has no token, too many, or ids outside the vocabulary")
             first, after = (0, 0) if each.date is None else each.date
             if not (are_ids([first, after], len(each.tokens) + 1) and first <= after) or not isinstance(
                 each.tools, list | tuple
             ):
-                raise ValueError("a conversation has a date or tools that cannot be")
+                raise ValueError("a conversation has a date outside its tokens, or tools that are not a list")
         return cls(found, {int(index): str(text) for index, text in content["pieces"].items()})
 
 
@@ -160,7 +160,7 @@ class TemplateReading(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """Tokens of a conversation as a server tells them, or their number; or the reason why it tells neither.
+    """Tokens of a conversation as a server gives them, or their number; or the reason why it gives neither.
 
     Args:
         tokens: Ids of the tokens; None if the server does not give them.
@@ -190,7 +190,7 @@ class _Told(NamedTuple):
 
 
 class _Compared(NamedTuple):
-    """A conversation, and what a server tells of it."""
+    """A conversation, and its tokens or their number from a server."""
 
     asked: Conversation
     told: _Told
@@ -242,7 +242,6 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     """Compare a server's chat template with the recorded one; None if none is recorded.
 
     Args:
-        endpoint: The server.
         model: Name of the adapter there.
         conversations: The recorded conversations.
     """
@@ -291,7 +290,7 @@ def _leaves_tools_out(each: _Compared, known: Sequence[_Compared]) -> bool:
 
 
 def _is_read_as(each: _Compared, known: Sequence[_Compared], messages: Sequence[Any]) -> bool:
-    """Whether the server tells the same of a conversation as of one with these messages and without tools."""
+    """Whether the server gives a conversation the tokens of one with these messages and without tools."""
     told = (each.told.tokens, each.told.number)
     plain = (one for one in known if not one.asked.tools and one.asked.messages == messages)
     return any(told == (one.told.tokens, one.told.number) for one in plain)
@@ -344,7 +343,7 @@ def _text(endpoint: Endpoint, tokens: Tokens, pieces: Mapping[int, str]) -> str:
 
 
 def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation]) -> list[_Told]:
-    """Tokens of each conversation as a server tells them, in the first form in which it tells most of the first one."""
+    """Tokens of each conversation by a server, from the first request form that gives tokens, else their number."""
     forms: tuple[Callable[[Conversation], _Told], ...] = (
         lambda each: _by_chat(endpoint, model, each, {"return_token_ids": True}),
         lambda each: _by_tokenize(endpoint, model, each),

@@ -59,7 +59,7 @@ class UserCommand:
             if code is None:
                 wrote = self._wrote(written)
                 raise CommandError(
-                    f"{self._option}: the time for all requests is over before the command's end; {wrote}"
+                    f"{self._option}: the time for all requests was over before the command ended; {wrote}"
                 )
             raise CommandError(self._failure(code, written))
 
@@ -152,7 +152,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it started, and kill what does not end when it is told to."""
+    """End a process with all that it started, and kill those that do not end when asked to."""
     until = time.monotonic() + PATIENCE_S
     with suppress(ProcessLookupError, PermissionError):  # nothing is left of them
         os.killpg(process.pid, signal.SIGTERM)

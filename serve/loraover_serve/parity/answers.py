@@ -130,7 +130,6 @@ def compare_outputs(
 
     Args:
         run: The samples.
-        requests: The requests of the run.
         references: Models in PyTorch that the base model, the vanilla and the folded adapter should answer like, by
             the name of the arm.
         folded_name: Name of the folded adapter's model, in words.
@@ -277,8 +276,6 @@ def distance_of(reference: str, model: Any, requests: Sequence[TokenRequest], sa
 
     Args:
         reference: The model in words.
-        model: The model.
-        requests: The requests of the run.
         samples: The answers.
     """
     answers: list[Answer] = []
@@ -350,7 +347,6 @@ def compare_together(
 
     Args:
         run: The samples.
-        requests: The requests of the run.
         adapter_of: Function that gives the adapter which answered a request of an arm.
         alone: Answers of each adapter alone, by its name and the index of the request; only these are compared.
         references: Models in PyTorch, by the names of the adapters.

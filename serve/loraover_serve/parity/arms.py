@@ -33,7 +33,6 @@ class Arms:
 
     Args:
         adapters: Folder of each arm's adapter, by the arm's name.
-        base: The base model.
         checkpoint: Folder of the checkpoint that was folded, for the unfolded model; None if there is none.
         also: Names of further adapters, which answer along with the folded one.
     """
@@ -48,7 +47,6 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
     """Read the folded adapter, and read or make the vanilla one.
 
     Args:
-        request: The arguments of the run.
         scratch: Folder for the adapters that are made.
 
     Raises:
@@ -91,7 +89,6 @@ def references(arms: Arms, *, device: str, compute_dtype: str) -> tuple[dict[str
 
     Args:
         arms: The adapters.
-        device: Device to run on.
         compute_dtype: Data type to run in.
 
     Returns:

@@ -131,7 +131,6 @@ def adapter_of(adapters: Sequence[str], concurrency: int, arm: str, request: int
     Args:
         adapters: Names of the adapters that take turns.
         concurrency: Number of requests of a wave.
-        arm: Name of the arm.
         request: Index of the request.
     """
     if arm not in (SWITCHING, MIXED):

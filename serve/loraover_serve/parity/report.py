@@ -73,11 +73,7 @@ class ParityReport(StrictModel):
 
 
 def verdict_of(report: ParityReport) -> Verdict:
-    """Return the verdict of a report in one or two plain sentences with their figures.
-
-    Args:
-        report: The report.
-    """
+    """Return the verdict of a report in one or two plain sentences with their figures."""
     speed, answers, cost = _speed(report), _answers(report), _cost(report.results)
     are_wrong = not all([o.agree for o in report.outputs] + [t.agree for t in report.together])
     parts = (answers, speed, cost) if are_wrong else (speed, answers, cost)

@@ -123,7 +123,7 @@ def _measured_report(request: ParityRequest, logs: Path) -> ParityReport:
 
 @dataclass
 class Measured:
-    """The measurements so far, and why there are no more.
+    """The measurements so far, and the failure that ended them, if one did.
 
     Args:
         runs: Samples of every engine at every concurrency.
@@ -176,7 +176,6 @@ class Collector:
     """The measurements of a run.
 
     Args:
-        request: The arguments of the run.
         arms: The adapters to compare.
         requests: The requests that every arm answers.
         setting: Settings of the engines.

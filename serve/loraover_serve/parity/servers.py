@@ -151,7 +151,6 @@ def cross_check(
 
     Args:
         run: Our measurement.
-        arm: Name of the arm.
         engine: The server.
         requests: Requests of the run; their prompts are sent as text.
         tokenizer: Tokenizer of the base model.

@@ -28,7 +28,6 @@ def show_report(report: ParityReport, request: ParityRequest, console: Console) 
     """Print a report's tables, notes and verdict, and the output.
 
     Args:
-        report: The report.
         request: Request that the report answers.
         console: Where to print.
     """
@@ -43,7 +42,6 @@ def show_report(report: ParityReport, request: ParityRequest, console: Console) 
 
 
 def _place(engine: str, concurrency: int) -> str:
-    """Return an engine and a concurrency, in one cell."""
     return engine if concurrency == 1 else f"{engine}, {concurrency} at once"
 
 

@@ -154,7 +154,7 @@ class Holds:
         return (self._cache / digest).is_dir()
 
     def _is_held(self, digest: str, place: Path) -> bool:
-        """Whether the lock is on the file that others find; one that was removed locks nothing."""
+        """Whether the locked file is the one that others find; a lock on a removed file keeps nobody out."""
         with self._lock:
             try:
                 return digest in self._files and os.path.samestat(os.fstat(self._files[digest]), place.stat())

@@ -113,7 +113,6 @@ def ask_server(
     """Ask a running server about one adapter after the other, with one reference in memory at a time.
 
     Args:
-        request: What the user asked for.
         others: Further adapters that it may answer with.
 
     Returns:
@@ -154,27 +153,31 @@ def ask_server(
             }
         )
         adapters.append(Named(name or known[-1]["adapter"], read))
-        request.report.line(f"asking {request.endpoint} for {adapters[-1].name}")
-        start, endpoint = time.monotonic(), endpoint_of(request)
-        try:
-            needs = "caches" if request.reload is None else "reload"
-            is_long = request.caches or request.reload is not None
-            more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
-            more["long"] = long_questions(reference, request.named, needs) if is_long else None
-            asker = _asker(request, endpoint, adapters[-1].name, reference)
-            if request.reload is not None:
-                more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
-            if request.churn_s is not None:
-                run = None if request.run is None else UserCommand(request.run, request.named("run"), endpoint.hidden)
-                more["churn"] = ChurnRequest(reference.caches or reference, request.churn_s, run)
-            result = {"engine": adapters[-1].name} | _asked(request, asker, **more)
-            found.append(result | {"requests": endpoint.sent})
-        except (ConfigError, EngineError) as error:  # a failure is a result beside those of the others
-            found.append(_failed(adapters[-1].name, error, time.monotonic() - start, endpoint.sent))
+        found.append(_ask_about(request, adapters[-1].name, reference))
     if not known:
         raise unread[0]
     name_crossed(request, [*adapters, *others], found)
     return known, found
+
+
+def _ask_about(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
+    """Ask a running server about one adapter; a failure is a result beside those of the others."""
+    request.report.line(f"asking {request.endpoint} for {name}")
+    start, endpoint = time.monotonic(), endpoint_of(request)
+    try:
+        needs = "caches" if request.reload is None else "reload"
+        is_long = request.caches or request.reload is not None
+        more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
+        more["long"] = long_questions(reference, request.named, needs) if is_long else None
+        asker = _asker(request, endpoint, name, reference)
+        if request.reload is not None:
+            more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
+        if request.churn_s is not None:
+            run = None if request.run is None else UserCommand(request.run, request.named("run"), endpoint.hidden)
+            more["churn"] = ChurnRequest(reference.caches or reference, request.churn_s, run)
+        return {"engine": name} | _asked(request, asker, **more) | {"requests": endpoint.sent}
+    except (ConfigError, EngineError) as error:
+        return _failed(name, error, time.monotonic() - start, endpoint.sent)
 
 
 def ask_without_reference(request: VerifyRequest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -282,7 +285,6 @@ def name_crossed(
     """Name the adapter that a server serves in place of one that differs, if it is one of the given adapters.
 
     Args:
-        request: What the user asked for.
         adapters: Adapters that the server serves, the checked ones first.
         found: Results of the checked ones, whose fault, reason and number of requests are changed.
         most: Largest number of adapters by whose references the server is checked; None means all that may be it.

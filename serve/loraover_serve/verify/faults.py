@@ -18,6 +18,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.judge.names import (
     ANOTHER,
+    ATTENTION,
     LAYERS,
     LEFT_OUT,
     PERMUTED,
@@ -28,7 +29,6 @@ from loraover_serve.judge.names import (
 )
 from loraover_serve.verify.variants import Deltas, LowRankChange, read_lora
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn")
 LAYER = re.compile(r"\.(\d+)\.")
 Rule = Callable[[AdapterConfig, int, float], float]
 
@@ -59,7 +59,6 @@ class FaultyAdapter:
     """An adapter that an engine may have served instead.
 
     Args:
-        fault: Name of the fault.
         detail: The fault in words.
         deltas: Deltas by the paths of their modules.
         with_others: Whether the adapter's fully trained parameters are in place.

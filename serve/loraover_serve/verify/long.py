@@ -12,12 +12,14 @@ from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loraover.checkpoint.carried_files import adapter_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError
-from loraover.models.load import ModelSource, load_config, load_model
+from loraover.models.load import ModelSource, load_config
 from loraover.reference import reference_model
 from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.endpoint import as_chats
@@ -44,7 +46,6 @@ class StaleModel(NamedTuple):
 
     Args:
         of: Arm under whose name it answers.
-        fault: Name of the fault.
         detail: The fault in words.
         model: Its logprobs.
     """
@@ -92,8 +93,7 @@ def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, line
 def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Sequence[int]], took_s: float) -> float:
     """Seconds that `record_long` is expected to take, by those of `make_models`.
 
-    Both load the base model once. Their other times grow with the calls of a model, and with the tokens of all calls;
-    the larger ratio counts.
+    Both times grow with the tokens that models read.
 
     Args:
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
@@ -106,46 +106,44 @@ def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[S
     shared: int = asked[2]
     readers, tails = 1 + versions, [len(prompt) - shared + new_tokens for prompt in long]
     runs, others = 3 * readers - 2, 4  # models on their own keys and values and on others'; two models, also rounded
-    calls = (readers + len(long) * (new_tokens + runs)) / (len(prompts) * (new_tokens + others))
     read: int = sum(len(prompt) + new_tokens for prompt in prompts)
-    return took_s * max(1.0, calls, (readers * shared + sum(tails) * (1 + runs)) / (read * (1 + others)))
+    return took_s * (readers * shared + sum(tails) * (new_tokens + runs)) / (read * (1 + others))
 
 
-@torch.inference_mode()
 def record_long(
-    request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None, asked: Any, device: str
+    request: RecordRequest, adapter: AdapterDir, plain: Any, earlier: AdapterDir | None, asked: Any
 ) -> tuple[list[Question], Expected, Expected, list[StaleModel]]:
     """The long questions, the right models' logprobs, and those on keys and values of other models.
 
     Args:
-        request: What the user asked for.
-        adapter: The adapter.
-        base: The base model.
+        plain: The base model, which stays as it is.
         earlier: Earlier version of the adapter; None if none is named.
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
-        device: Device to run on.
     """
     prompts, messages, shared = asked
-    plain = load_model(base, dtype=request.compute_dtype, device=device)
-    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+    ends = getattr(plain.config.get_text_config(), "eos_token_id", None)
     ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     with ExitStack() as until:
         models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
         if earlier is not None:
             models[EARLIER] = until.enter_context(reference_model(plain, earlier))
         caches = {arm: _read(model, prompts[0][:shared]) for arm, model in models.items()}
+        tails = [list(prompt[shared:]) for prompt in prompts]
+        for _ in range(request.new_tokens):
+            for tail, logits in zip(tails, _continued(models[ADAPTER], caches[ADAPTER], tails, 1), strict=True):
+                tail.append(int(logits[-1].argmax()))
         questions = []
-        for index, prompt in enumerate(prompts):
-            answer = _greedy(models[ADAPTER], caches[ADAPTER], prompt[shared:], request.new_tokens)
+        for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
+            answer = tuple(tail[len(prompt) - shared :])
             message = messages[index] if messages else None
             questions.append(Question(prompt, up_to_end(answer, ends), message))
 
         def run(arm: str, of: str) -> Expected:
             rows: dict[tuple[int, int], Any] = {}
-            for index, question in enumerate(questions):
-                kept = len(question.answered)
-                found = _continued(models[arm], caches[of], question.tokens[shared:], kept)
-                rows |= last_rows(index, question.answered, found.logits[0].float().cpu().numpy())
+            read = [question.tokens[shared:] for question in questions]
+            found = _continued(models[arm], caches[of], read, max(len(question.answered) for question in questions))
+            for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
+                rows |= last_rows(index, question.answered, logits)
             return Expected(rows)
 
         def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
@@ -189,12 +187,24 @@ def packed_long(
     }
 
 
-def _continued(model: Any, cache: Any, tokens: Sequence[int], kept: int) -> Any:
-    """Run a model on tokens behind keys and values, which stay as they are."""
-    ids = torch.tensor([list(tokens)], device=model.device)
-    return model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True, logits_to_keep=kept)
+@torch.inference_mode()
+def _continued(model: Any, cache: Any, tails: Sequence[Sequence[int]], kept: int) -> Iterator[NDArray[np.float32]]:
+    """Run a model on tails behind keys and values, which stay as they are; yields the logits of each one's last tokens.
+
+    All are run at once, with other tokens behind the shorter ones, which no token before them sees.
+    """
+    longest = max(map(len, tails))
+    ids = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=model.device)
+    copies = copy.deepcopy(cache)
+    copies.batch_repeat_interleave(len(tails))
+    most = longest - min(len(tail) - kept for tail in tails)
+    logits = model(input_ids=ids, past_key_values=copies, use_cache=True, logits_to_keep=most).logits
+    for tail, found in zip(tails, logits, strict=True):
+        last = most - (longest - len(tail))
+        yield found[last - kept : last].float().cpu().numpy()
 
 
+@torch.inference_mode()
 def _read(model: Any, tokens: Sequence[int]) -> Any:
     """Keys and values that a model has after tokens.
 
@@ -209,14 +219,3 @@ def _read(model: Any, tokens: Sequence[int]) -> Any:
             "record without long questions."
         )
     return found
-
-
-def _greedy(model: Any, cache: Any, tokens: Sequence[int], number: int) -> tuple[int, ...]:
-    def chosen() -> Iterator[int]:
-        now, kept = tokens, cache
-        for _ in range(number):
-            found = _continued(model, kept, now, 1)
-            kept, now = found.past_key_values, [int(found.logits[0, -1].argmax())]
-            yield now[0]
-
-    return tuple(chosen())

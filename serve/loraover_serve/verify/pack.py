@@ -17,6 +17,7 @@ from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
 from loraover_serve.judge.reference import ALPHABET, STEPS_PER_E, UNIT
 from loraover_serve.judge.search import FEW_OF_BASE
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, misplaced, rescaled
 from loraover_serve.verify.pytorch import TorchModels, likeliest
 
@@ -92,7 +93,6 @@ class RecordedFault:
 
     Args:
         of: Arm that has the fault.
-        fault: Name of the fault.
         detail: The fault in words.
         model: Its logprobs.
         questions: Number of questions that it was run on, the first ones.
@@ -136,6 +136,16 @@ def many_faults(models: TorchModels) -> Iterator[RecordedFault]:
         yield RecordedFault(BASE, COARSE_CACHE, f"keys and values are {way} to float8", model, NAMED)
     for fault, detail, run in variants.base_faults():
         yield RecordedFault(BASE, fault, detail, run(NAMED_LAYERS), NAMED_LAYERS)
+
+
+def planned_passes(models: TorchModels) -> list[float]:
+    """Cost of each of `main_faults` and `many_faults`, in passes of the model over one question."""
+    variants, number = models.variants, len(models.questions)
+    named, few = min(NAMED, number), min(NAMED_LAYERS, number)
+    main = sum(each.fault not in (LAYERS, NOT_APPLIED) for find in FAULTS for each in find(models.subject))
+    layers = max(1, variants.model.config.get_text_config().num_hidden_layers)
+    firsts = [each.layer for each in misplaced(models.subject)] + variants.first_layers()
+    return [named] * (main + len(FACTORS) + len(CACHE_ROUNDINGS)) + [few * (1 - at / layers) for at in firsts]
 
 
 def faulty_tops(models: TorchModels, faults: Sequence[RecordedFault]) -> dict[int, set[int]]:

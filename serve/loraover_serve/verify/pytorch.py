@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from functools import cached_property, partial
 from typing import Any, final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from loraover.checkpoint.peft_adapter import AdapterDir
@@ -21,7 +23,7 @@ from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import Expected, last_rows, row_of
 from loraover_serve.engines.base import TokenRequest
 from loraover_serve.engines.endpoint import text_of
-from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within, tree_logits
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE
@@ -37,6 +39,14 @@ KEPT = 128
 """Number of likeliest tokens of each right model at which an engine in this process is compared."""
 
 FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
+EXACT = ("fp32", "fp64")
+"""Data types in which another order of sums changes no answer by more than a server's noise."""
+
+LARGEST_TREE = 0.75
+"""Share of the questions' tokens that a tree of them may have, since each of its tokens costs a little more."""
+
+TREE_ERROR = 1e-4
+"""Largest error of a tree's logprobs, as a share of their spread: float32 gives 1e-6, tokens seen wrongly 1e-2."""
 Ids = NDArray[np.int64]
 
 
@@ -50,7 +60,6 @@ class TorchModels(Models):
 
     Args:
         name: The adapted model, in words.
-        questions: The questions.
         expected: Logprobs of the right models, by arm.
         sensitivity: Ratio by which bfloat16 arithmetic moves the adapted model's logprobs more than the base model's,
             at least 1.
@@ -246,12 +255,8 @@ def make_models(
     A checkpoint's unfolded model applies the cores and never forms A and B; any other adapter is applied by PEFT.
 
     Args:
-        adapter: The adapter.
-        base: The base model.
         prompts: Token ids of the prompts.
         new_tokens: Number of tokens of the greedy answers.
-        device: Device to run on.
-        report: Receiver of progress.
         dtype: Data type to run in: fp32, bf16, fp16 or fp64.
         subject: The adapter whose faults are looked for.
         messages: Message of each prompt's chat; empty if prompts are no chats.
@@ -262,9 +267,7 @@ def make_models(
         EngineError: A model that PyTorch fails to run.
     """
     report.line(f"loading the base model from {base.origin}")
-    model, name = load_model(base, dtype=dtype, device=device), reference_name(adapter)
-    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
-    ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    model, name, ends = load_model(base, dtype=dtype, device=device), reference_name(adapter), _end_tokens(base)
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
         engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
@@ -280,23 +283,65 @@ def make_models(
             rows = (last_rows(i, questions[i].window, logits, in_file=base.is_streamed) for i, logits in found)
             return Expected({place: row for mine in rows for place, row in mine.items()})
 
+        start = time.monotonic()
         plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
+        pass_s = (time.monotonic() - start) / len(plain)
         coarse = partial(rounding, format_=as_served("bf16", dtype))
         rounded = {arm: run(arm, within=coarse) for arm in (BASE, ADAPTER)}
-    variants = Variants(adapter, base, device, questions, dtype, answers_only=answers_only)
+        start = time.monotonic()
+        if as_tree := dtype in EXACT and agrees_in_trees(model, questions, plain[BASE]):
+            pass_s = time.monotonic() - start
+    how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree, "pass_s": pass_s}
+    variants = Variants(adapter, base, device, questions, dtype, **how)
     found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
-    places = [found.position(place) for place in range(len(found.places))]
-    moved = {}
-    for arm, exact in plain.items():
-        squares = [float(np.mean(np.square(exact.at(*place) - rounded[arm].at(*place)))) for place in places]
-        moved[arm] = math.sqrt(np.mean(squares))
-    sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
     bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
-    return replace(found, sensitivity=sensitivity, bf16_strength=bias or 1.0)
+    return replace(found, sensitivity=_sensitivity(found, rounded), bf16_strength=bias or 1.0)
+
+
+def _end_tokens(base: ModelSource) -> frozenset[int]:
+    """Ids of the tokens that end an answer, by the model's configuration."""
+    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def _sensitivity(models: TorchModels, rounded: Mapping[str, Expected]) -> float:
+    """Ratio by which rounding moves the adapted model's logprobs more than the base model's, at least 1."""
+    places = [models.position(place) for place in range(len(models.places))]
+    moved = {}
+    for arm, exact in models.expected.items():
+        squares = [float(np.mean(np.square(exact.at(*place) - rounded[arm].at(*place)))) for place in places]
+        moved[arm] = math.sqrt(np.mean(squares))
+    return max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
+
+
+@torch.inference_mode()
+def agrees_in_trees(model: Any, questions: Sequence[Question], expected: Expected) -> bool:
+    """Whether a model answers questions in one tree as it has answered them, and a tree has less tokens by a quarter.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        expected: Logprobs of this model after the tokens of each question's window.
+    """
+    sequences = [question.tokens for question in questions]
+    beginnings = {tokens[:length] for tokens in sequences for length in range(1, len(tokens) + 1)}
+    if len(beginnings) > LARGEST_TREE * sum(map(len, sequences)):
+        return False
+    errors, moves = [], []
+    try:
+        found = tree_logits(model, sequences, [len(question.answered) for question in questions])
+        for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
+            for place, row in last_rows(index, question.answered, logits).items():
+                right = expected.at(*place)
+                errors.append(np.mean(np.square(row - right)))
+                moves.append(np.var(right))
+    except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such mask, or no positions
+        return False
+    return bool(np.mean(errors) <= TREE_ERROR**2 * np.mean(moves))
 
 
 def up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
-    """The tokens up to the first end of the text: what follows it is not what anybody trained or reads."""
+    """The tokens up to the first end of the text, and that end; later ones were not trained, and nobody reads them."""
     last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: last + 1]

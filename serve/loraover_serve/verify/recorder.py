@@ -32,6 +32,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
 from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_device
+from loraover.models.fast_linear import fast_linear
 from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
@@ -48,9 +49,19 @@ from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import MOST_S, check_earlier, long_prompts, long_seconds, packed_long, record_long
-from loraover_serve.verify.pack import NAMED, choose_places, faulty_tops, main_faults, many_faults, pack_places
+from loraover_serve.verify.pack import (
+    NAMED,
+    RecordedFault,
+    choose_places,
+    faulty_tops,
+    main_faults,
+    many_faults,
+    pack_places,
+    planned_passes,
+)
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.variants import Variants
 
 SCHEMA_VERSION = 1
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
@@ -59,6 +70,7 @@ TOP = 20  # logprobs that most servers give
 KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
 MEASURED = 16  # questions on which rounding is measured
+ROUNDED_PASSES = 2  # of a model take about as long as one in which each weight is rounded
 JUDGE = Path(__file__).parents[1] / "judge"
 MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
 CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py", "common/hosts.py")
@@ -127,9 +139,10 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     if earlier is not None:
         check_plain(earlier, "a reference")
         check_earlier(request, adapter, earlier)
-    content = record(request, adapter, base, earlier)
-    if request.sealed is not None:
-        sealed = sealed_reference(request, adapter, base)
+    with fast_linear():
+        content = record(request, adapter, base, earlier)
+        sealed = None if request.sealed is None else sealed_reference(request, adapter, base)
+    if request.sealed is not None and sealed is not None:
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
         publish_file(request.sealed, lambda draft: draft.write_bytes(sealed), replace=request.force)
     raw = packed(content)
@@ -181,22 +194,32 @@ def record(
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
-    subject, start = make_subject(adapter, base), time.monotonic()
+    subject, runs, start = make_subject(adapter, base), 1 if earlier is None else 2, time.monotonic()
     models = make_models(adapter, base, *asked, subject=subject, messages=messages, answers_only=True)
-    took_s = time.monotonic() - start
-    say(f"running both models in {', '.join(FORMATS)}")
+    long_s = 0.0 if long is None else long_seconds(long, request.new_tokens, runs, prompts, time.monotonic() - start)
+    costs = planned_passes(models)
+    rounding = ROUNDED_PASSES * 2 * len(FORMATS) * min(MEASURED, len(models.questions))
+    rest_s = models.variants.pass_s / len(models.questions) * (rounding + sum(costs))
+    say(
+        f"running both models in {', '.join(FORMATS)}; this and the {len(costs)} known faults take about {rest_s:.0f} s"
+    )
     formats = {name: measure_rounding(models, as_served(name, dtype)) for name in FORMATS}
     power = choose_number(len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts))
     models = replace(models, questions=models.questions[: power["questions"]])
     say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
-    faults = list(main_faults(models))
-    right = models.expected[BASE], models.expected[ADAPTER]
-    places = choose_places(models.questions, right, faulty_tops(models, faults), KEPT)
-    changes = [fault.packed(places, models) for fault in chain(faults, many_faults(models))]
+    faults, changes = list[RecordedFault](), list[dict[str, Any]]()
+    with request.report.task("faults", len(costs)) as done:
+        for fault in main_faults(models):
+            faults.append(fault)
+            done(len(faults))
+        right = models.expected[BASE], models.expected[ADAPTER]
+        places = choose_places(models.questions, right, faulty_tops(models, faults), KEPT)
+        for fault in chain(faults, many_faults(models)):
+            changes.append(fault.packed(places, models))
+            done(max(len(faults), len(changes)))
     caches: dict[str, Any] = {}
     if long is not None:
-        long_s = long_seconds(long, request.new_tokens, 1 if earlier is None else 2, prompts, took_s)
-        caches = _with_long(request, adapter, base, earlier, long, device, tokenizer, long_s)
+        caches = _with_long(request, adapter, models.variants, earlier, long, tokenizer, long_s)
     return (
         {
             "schema_version": SCHEMA_VERSION,
@@ -238,19 +261,18 @@ def _long_questions(request: RecordRequest, base: ModelSource, tokenizer: Any) -
 def _with_long(
     request: RecordRequest,
     adapter: AdapterDir,
-    base: ModelSource,
+    base: Variants,
     earlier: AdapterDir | None,
     asked: Any,
-    device: str,
     tokenizer: Any,
     seconds: float,
 ) -> dict[str, Any]:
     """The section `caches` by its name; empty if long questions that nobody asked for would take too long."""
     say, named = request.report.line, request.named("long")
-    if request.long is None and (base.is_streamed or seconds > MOST_S):
+    if request.long is None and (base.source.is_streamed or seconds > MOST_S):
         why = (
             "the base model is read from its files each time"
-            if base.is_streamed
+            if base.source.is_streamed
             else f"they would take {seconds:.0f} s"
         )
         say(f"leaving out long questions, since {why}; {named} records them")
@@ -260,7 +282,7 @@ def _with_long(
         f"{seconds:.0f} s at most"
     )
     try:
-        recorded = record_long(request, adapter, base, earlier, asked, device)
+        recorded = record_long(request, adapter, base.model, earlier, asked)
     except ConfigError as error:
         if request.long:
             raise

@@ -273,7 +273,6 @@ def publish(request: VerifyRequest, found: Found) -> VerifyReport:
     """Write the report and its files where they are asked for, and return the report.
 
     Args:
-        request: What the user asked for.
         found: Findings of the verification.
 
     Raises:

@@ -17,8 +17,9 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected, last_rows
-from loraover_serve.engines.torch import model_logits
+from loraover_serve.engines.torch import model_logits, tree_logits
 from loraover_serve.judge.models import Question
+from loraover_serve.judge.names import WINDOW
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
 
 
@@ -29,7 +30,6 @@ class LowRankChange:
     Args:
         a: A, (r, in_features); for an embedding one column for each token.
         b: Scaling * B, (out_features, r).
-        scaling: The scaling.
         is_embedding: Whether the module is an embedding.
     """
 
@@ -61,12 +61,12 @@ class Variants:
     """The base model, loaded when it is first needed, and run with changed adapters.
 
     Args:
-        adapter: The adapter.
-        base: The base model.
-        device: Device to run on.
         questions: Tokens after which next tokens are compared.
         dtype: Data type to run in: fp32, bf16, fp16 or fp64.
         answers_only: Whether logprobs are wanted after the tokens of answers alone, as a server gives them.
+        loaded: The base model, if it is loaded already.
+        as_tree: Whether a common beginning of questions is run only once, which not every model allows.
+        pass_s: Seconds that the base model takes for all questions; 0 if that is not known.
 
     Attributes:
         source: The base model.
@@ -81,14 +81,19 @@ class Variants:
         dtype: str = "fp32",
         *,
         answers_only: bool = False,
+        loaded: Any = None,
+        as_tree: bool = False,
+        pass_s: float = 0.0,
     ) -> None:
         self._adapter, self.source, self._device, self._questions = adapter, base, device, questions
         self._positions = [question.answered if answers_only else question.window for question in questions]
-        self.dtype = dtype
+        self.dtype, self._loaded, self._as_tree, self.pass_s = dtype, loaded, as_tree, pass_s
 
     @cached_property
     def model(self) -> Any:
         """The base model."""
+        if self._loaded is not None:
+            return self._loaded
         return load_model(self.source, dtype=self.dtype, device=self._device)
 
     @cached_property
@@ -134,13 +139,20 @@ class Variants:
 
     def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
         """Name of each fault of the base model, the fault in words, and a function that runs it on some prompts."""
-        longest = max(len(question.tokens) for question in self._questions)
-        for fault, detail, changed, layer in base_faults(self.model, longest):
-            yield fault, detail, partial(self._changed, changed, layer)
+        for fault, detail, changed, layer in self._base_faults():
+            in_tree = self._as_tree and fault != WINDOW  # which makes a mask of its own
+            yield fault, detail, partial(self._changed, changed, layer, in_tree)
 
-    def _changed(self, changed: Change, layer: int, prompts: int | None) -> Expected:
+    def first_layers(self) -> list[int]:
+        """Index of the first layer that each fault of the base model changes."""
+        return [layer for *_, layer in self._base_faults()]
+
+    def _base_faults(self) -> Iterator[tuple[str, str, Change, int]]:
+        return base_faults(self.model, max(len(question.tokens) for question in self._questions))
+
+    def _changed(self, changed: Change, layer: int, in_tree: bool, prompts: int | None) -> Expected:
         with self._right.before(layer, ("base", prompts)), changed() as before:
-            return self._run(prompts, before)
+            return self._run(prompts, before, in_tree=in_tree)
 
     @contextmanager
     def _others(self, adapter: AdapterDir | None) -> Iterator[None]:
@@ -155,10 +167,14 @@ class Variants:
             put_parameters(self.model, saved)
 
     @torch.inference_mode()
-    def _run(self, prompts: int | None = None, before: Sequence[int] = ()) -> Expected:
+    def _run(self, prompts: int | None = None, before: Sequence[int] = (), *, in_tree: bool | None = None) -> Expected:
         sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
         positions = self._positions[:prompts]
-        found = model_logits(self.model, sequences, last=max(map(len, positions)))
+        lasts = [len(mine) for mine in positions]
+        if self._as_tree if in_tree is None else in_tree:
+            found = tree_logits(self.model, sequences, lasts)
+        else:
+            found = model_logits(self.model, sequences, last=max(lasts))
         asked = enumerate(zip(positions, found, strict=True))
         rows = (last_rows(index, at, logits, in_file=self.source.is_streamed) for index, (at, logits) in asked)
         return Expected({place: row for mine in rows for place, row in mine.items()})

@@ -19,13 +19,18 @@ from loraover_serve.watch.history import DAY_S, Check, History
 AT_ONCE = 4
 """Checks that run at the same time, each on another server."""
 
+CACHES_TIMES = 4
+"""Factor on the seconds that a check may take if it asks the server's cache, whose questions are long."""
+
+FAILED = "failed"
+"""Verdict of a check that did not end, and on the cache if it was to ask it."""
+
 
 @dataclass
 class PlannedCheck:
     """The next check of an adapter.
 
     Args:
-        target: The adapter.
         due: Time of the next check.
         is_running: Whether it is checked just now.
         is_deferred: Whether the check waits for the budget.
@@ -43,9 +48,6 @@ class Canary:
     The time may be set back: no check waits for longer than its interval, and what was sent counts as sent just now.
 
     Args:
-        watched: The configuration.
-        history: The history.
-        now: The time.
         draw: Source of the jitter.
         on_change: Receiver of each check whose verdict or fault differs from those before, and of the check before.
     """
@@ -75,10 +77,6 @@ class Canary:
         """Take another configuration; adapters that stay keep their times, if they are not too late for it.
 
         A first check comes an interval after the last one in the history, or soon, at a random time.
-
-        Args:
-            watched: The configuration.
-            now: The time.
         """
         with self._lock:
             before, self.watched = self._plan, watched
@@ -105,9 +103,6 @@ class Canary:
 
         A check that waits for the budget is overtaken by smaller ones, until it is an hour overdue. By then, an hour
         without other checks leaves the budget to it.
-
-        Args:
-            now: The time.
         """
         with self._lock:
             running = {one.target.server.name for one in self._plan.values() if one.is_running}
@@ -128,10 +123,15 @@ class Canary:
             return None
 
     def asks_caches(self, target: WatchTarget) -> bool:
-        """Whether the next check asks the server's cache: the first, each Nth, and all until it is as trained."""
+        """Whether the next check asks the server's cache: the first, each Nth, and all from a fault to its end.
+
+        One that failed or decided nothing counts as asked: the checks after it, which ask less, tell of the weights.
+        """
         last, later = self.history.last_of_caches(target.key)
         return target.caches_every > 0 and (
-            last is None or last.caches != "as trained" or later + 1 >= target.caches_every
+            last is None
+            or last.caches not in ("as trained", "inconclusive", FAILED)
+            or later + 1 >= target.caches_every
         )
 
     def reserve(self, target: WatchTarget, requests: int, now: float) -> bool:
@@ -156,7 +156,6 @@ class Canary:
         """Keep the result of a check, and plan the next one.
 
         Args:
-            target: The adapter.
             check: The result.
         """
         with self._lock:
@@ -198,22 +197,24 @@ def ask(
     """Check an adapter; one that cannot be checked has the verdict "failed".
 
     Args:
-        target: The adapter.
         clock: Clock in seconds since 1970.
         reserve: Function that says whether a number of further requests may be sent to find out which adapter answers
             in its place.
         with_caches: Whether the server's cache is asked, if the configuration wants it at all.
     """
-    begun = time.monotonic()
+    begun, request = time.monotonic(), replace(target.request, caches=target.request.caches and with_caches)
+    if request.caches and request.check_timeout_s is not None:
+        request = replace(request, check_timeout_s=CACHES_TIMES * request.check_timeout_s)
     try:
-        _, (found,) = ask_server(replace(target.request, caches=target.request.caches and with_caches))
+        _, (found,) = ask_server(request)
         if found["verdict"] == "differs" and target.others and reserve(target.search):
             files = (target.adapter, target.request.references[0]), *target.others
             adapters = [Named(name, partial(read_reference, file)) for name, file in files]
             name_crossed(target.request, adapters, [found], NEAREST)
     except LoraOverError as error:  # such as a reference that was removed, or a key that is no longer set
-        found = {"verdict": "failed", "reason": str(error), "requests": 0}
+        found = {"verdict": FAILED, "reason": str(error), "requests": 0}
     strength, distance, caches = found.get("strength"), found.get("adapter"), found.get("caches")
+    of_caches = None if caches is None else caches.fault or caches.verdict
     return Check(
         server=target.server.name,
         adapter=target.adapter,
@@ -226,5 +227,5 @@ def ask(
         strength=None if strength is None else float(strength.value),
         seconds=time.monotonic() - begun,
         requests=int(found["requests"]),
-        caches=None if caches is None else caches.fault or caches.verdict,
+        caches=FAILED if request.caches and found["verdict"] == FAILED else of_caches,
     )

@@ -66,7 +66,9 @@ class ServerSettings(StrictModel):
     key_variable: str | None = Field(default=None, description="Environment variable that holds the server's key")
     headers: list[str] = Field(default=[], description="Headers, as NAME=VARIABLE with an environment variable")
     ca_file: Path | None = Field(default=None, description="PEM file of certificates that sign the server's")
-    timeout_s: float = Field(default=120.0, ge=1, description="Seconds that a check may take")
+    timeout_s: float = Field(
+        default=120.0, ge=1, description="Seconds that a check may take; four times as many if it asks the cache"
+    )
 
 
 class WatchConfig(StrictModel):
@@ -87,7 +89,6 @@ class WatchTarget:
     """Adapter on a server.
 
     Args:
-        server: The server.
         adapter: Name of the adapter.
         request: Request of the verification.
         interval_s: Seconds between checks.
@@ -120,7 +121,6 @@ class Watched:
     """A configuration that was checked.
 
     Args:
-        config: The configuration.
         targets: Adapters on servers, in the order of the file.
         history: File of the history.
     """

@@ -31,7 +31,6 @@ class PageRow:
     """A row of the page.
 
     Args:
-        target: The adapter.
         last: Its last check; None before the first.
         change: The last check whose verdict or fault differed from the one before.
         plot: Distances over time.
@@ -76,7 +75,6 @@ def to_page(canary: Canary, now: float, command: str, config_fault: str | None) 
     """Make the page.
 
     Args:
-        canary: The canary.
         now: The time, in seconds since 1970.
         command: Command line of the watch.
         config_fault: Reason why the last reading of the configuration failed; None if it did not.
@@ -140,7 +138,6 @@ def draw(target: WatchTarget, checks: list[Check], now: float) -> Figure:
     """Draw distances over the last day: what noise explains as a line, and each check as a point of its verdict.
 
     Args:
-        target: The adapter.
         checks: Its checks, the first one first.
         now: The time at the right end.
     """
@@ -177,7 +174,6 @@ class Metrics:
     """The figures of a canary, read when Prometheus asks: an adapter that is no longer watched has none.
 
     Args:
-        canary: The canary.
         clock: Clock in seconds since 1970.
     """
 

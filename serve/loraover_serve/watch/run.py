@@ -87,7 +87,6 @@ class Watch:
     """A running watch.
 
     Args:
-        request: What the user asked for.
         clock: Clock in seconds since 1970.
     """
 
@@ -198,7 +197,6 @@ def serving(watch: Watch, report: Reporter) -> Iterator[str]:
     """Serve the page, /metrics and /healthz during a block, and yield the page's address.
 
     Args:
-        watch: The watch.
         report: Receiver of the address.
 
     Raises:

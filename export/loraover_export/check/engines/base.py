@@ -65,7 +65,6 @@ class Target:
     """Purpose for which an adapter is prepared.
 
     Args:
-        engine: Name of the engine.
         model: Folder or hub name of the base model; for ONNX Runtime, folder of the swappable export with the graph.
         dtype: Data type to store A and B in: fp32, bf16 or fp16.
         engine_version: Release of the engine; None means the one whose sources the rules were read from.
@@ -146,7 +145,7 @@ class EngineRules(ABC):
 
 @final
 class FormatRules(EngineRules):
-    """Rules of an engine that refuses PEFT's form, since it reads a format of its own, which one of our exports writes.
+    """Rules of an engine that refuses PEFT's form, since it reads another format, which one of our exports writes.
 
     Args:
         form: The format, which is declared in the module that writes it.

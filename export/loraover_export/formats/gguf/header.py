@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ class GgufTensor:
     Args:
         shape: Shape as PyTorch orders it, rows first.
         type_name: Name of the storage type, such as "F32" or "Q4_K".
+        start: Place of its first byte in the file.
+        row_bytes: Number of bytes of a row.
     """
 
     shape: tuple[int, ...]
     type_name: str
+    start: int
+    row_bytes: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class GgufHeader:
 
     Args:
         path: The file.
-        fields: Metadata by key; arrays are left out.
+        fields: Metadata by key; arrays are left out, but for the lists of texts that were asked for.
         tensors: Tensors by name.
     """
 
@@ -64,11 +68,11 @@ class GgufHeader:
         return sorted({tensor.type_name for tensor in self.tensors.values() if len(tensor.shape) > 1})
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read the metadata and the tensor layout of a GGUF file."""
+def read_header(path: Path, lists: Collection[str] = ()) -> GgufHeader:
+    """Read the metadata and the tensor layout of a GGUF file, with the lists of texts under some keys."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(path, content).header()
+            return _Reader(path, content, lists).header()
     except OSError as error:
         raise EngineError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except ValueError as error:  # an empty file cannot be mapped
@@ -76,8 +80,9 @@ def read_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
+    def __init__(self, path: Path, content: mmap.mmap, lists: Collection[str]) -> None:
         self._path = path
+        self._lists = lists
         self._content = content
         self._at = 0
 
@@ -92,7 +97,7 @@ class _Reader:
         found: dict[str, Any] = {}
         for _ in range(fields):
             key = self._text()
-            value = self._value(self._number("I"))
+            value = self._value(self._number("I"), is_kept=key in self._lists)
             if value is not None:
                 found[key] = value
         return GgufHeader(self._path, found, self._tensors(tensors, found.get("general.alignment", 32)))
@@ -116,12 +121,12 @@ class _Reader:
                 raise ValueError(f"{name!r} is listed twice")
             if 0 in shape or shape[-1] % block or offset % alignment:
                 raise ValueError(f"{name!r} has shape {shape} and begins at {offset}, which {kind.name} cannot have")
-            found[name] = GgufTensor(shape, kind.name)
+            found[name] = GgufTensor(shape, kind.name, offset, shape[-1] // block * size)
             end = max(end, offset + prod(shape) // block * size)
         start = -(-self._at // alignment) * alignment
         if found and start + end > len(self._content):
             raise ValueError(f"it has {len(self._content)} bytes, its tensors need {start + end}; copy it again")
-        return found
+        return {name: replace(tensor, start=start + tensor.start) for name, tensor in found.items()}
 
     def _take(self, size: int) -> int:
         """Skip some bytes, and return where they begin."""
@@ -144,8 +149,8 @@ class _Reader:
         begin = self._take(size)
         return self._content[begin : begin + size].decode("utf-8")
 
-    def _value(self, kind: int, nesting: int = 0) -> Any:
-        """Read a value; arrays are skipped and give None."""
+    def _value(self, kind: int, nesting: int = 0, *, is_kept: bool = False) -> Any:
+        """Read a value; arrays are skipped and give None, but for a list of texts that is to be kept."""
         if kind == STRING:
             return self._text()
         if kind in SCALARS:
@@ -156,6 +161,8 @@ class _Reader:
         if inner in SCALARS:
             self._take(count * struct.calcsize(f"<{SCALARS[inner]}"))
             return None
+        if inner == STRING and is_kept:
+            return [self._text() for _ in range(count)]
         for _ in range(count):
             if inner == STRING:
                 self._take(self._number("Q"))

@@ -159,7 +159,7 @@ class GgufTarget:
         return f"{self.modules[adapted.path].tensor}.lora_{side.lower()}"
 
     def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: Exact) -> Exact:
-        """Return a matrix of the uniform form as llama.cpp keeps it; the bound moves along with the value."""
+        """Return a matrix of the uniform form as llama.cpp keeps it, with its error bounds in the same order."""
         from loraover.checkpoint.exact_tensors import Exact
 
         module = self.modules[adapted.path]

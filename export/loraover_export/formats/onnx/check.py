@@ -81,7 +81,6 @@ def make_reference(
     Args:
         kind: The kind of model.
         model: The base model in float32, on the CPU; it is left as it was.
-        adapter: The adapter.
         cases: Tokens to run.
         precision: Precision of the weights: fp32, fp16 or int4.
         merged: Whether the graph's weights, which int4 rounds, include the adapter.

@@ -21,7 +21,6 @@ class Inputs:
 
     Args:
         adapters: The adapters, by the names of their files.
-        base: The base model.
         task_type: PEFT's name of the task; None if the adapters name none.
     """
 
@@ -74,7 +73,6 @@ def find_task(named: str | None, base: ModelSource) -> str:
 
     Args:
         named: PEFT's name of the task; None if the adapters name none, and the base model decides.
-        base: The base model.
 
     Raises:
         ConfigError: A task that no graph is made for, such as the embedding of texts, or no usable configuration.

@@ -104,7 +104,6 @@ class Export:
     """ONNX export, step by step.
 
     Args:
-        request: The arguments of the export.
         inputs: The sources and their base model.
         draft: An empty folder for the files.
 

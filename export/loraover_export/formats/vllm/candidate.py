@@ -38,7 +38,6 @@ class Candidate:
     """An adapter, the model that it is to be served on, and how: the subject of a pre-flight.
 
     Args:
-        adapter: The adapter.
         served: The model to be served.
         architectures: The classes of the release of vLLM whose rules apply.
         name: Name by which requests choose the adapter.

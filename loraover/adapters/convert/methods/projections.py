@@ -95,7 +95,6 @@ def _projections(adapter: Adapter[VeraFields], name_a: str, name_b: str, rows: i
 
 
 def _covers(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is as large as a shape, or larger."""
     return tensor.ndim == len(shape) and all(found >= least for found, least in zip(tensor.shape, shape, strict=True))
 
 

@@ -49,7 +49,7 @@ class DeftFields(MethodConfig):
 
 @final
 class Deft(ConversionMethod[DeftFields]):
-    """A projection of the weight that is replaced."""
+    """Adapters that replace a projection of the weight."""
 
     config = DeftFields
     tensors = ("deft_P", "deft_R")

@@ -79,17 +79,15 @@ def other_parameters(candidate: Candidate) -> Iterator[Problem]:
         if value:
             names = [str(item) for item in value] if isinstance(value, list | dict) else [str(value)]
             loads = HEADS.issuperset(names) and field == "modules_to_save"
+            version = candidate.architectures.version
+            kinds = "sequence and token classifiers" if version in TOKEN_HEADS else "sequence classifiers"
+            heads = f"vLLM {version} can load the heads of {kinds} from PEFT's own folder, but other engines cannot"
             yield Problem(
                 f"{field} is set ({listed(names)}): parameters that were trained in full do not fit into A and B"
-                + (f"; {_heads(candidate.architectures.version)}" if loads else ""),
+                + (f"; {heads}" if loads else ""),
                 f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
                 is_silent=field == "trainable_token_indices",
             )
-
-
-def _heads(version: str) -> str:
-    kinds = "sequence and token classifiers" if version in TOKEN_HEADS else "sequence classifiers"
-    return f"vLLM {version} can load the heads of {kinds} from PEFT's own folder, but other engines cannot"
 
 
 def patterns(candidate: Candidate) -> Iterator[Problem]:
