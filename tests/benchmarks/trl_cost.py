@@ -25,7 +25,7 @@ from benchmarks.trl_rollouts import MODEL, PROMPTS
 from support.online_trainers import online_trainer, planted
 from support.trl_engine import Adapter, LocalEngine
 
-STEPS, ROWS, NEW_TOKENS = 5, 16, 32
+STEPS, ROWS, NEW_TOKENS = 9, 32, 32
 
 
 class MadeUp(LocalEngine):

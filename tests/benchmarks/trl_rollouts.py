@@ -1,11 +1,12 @@
-"""The real GRPOTrainer on the real vLLM for a CPU, right and with planted faults: the step at which each is named.
+"""The real trainers of GRPO on the real vLLM for a CPU, right and with planted faults: when each is named.
 
     cd tests && ../.venv/bin/python -m benchmarks.trl_rollouts "float32: none" "float32: served as base"
     cd tests && ../.venv/bin/python -m benchmarks.trl_rollouts --write
 
-SmolLM2 is trained in float32 with a LoRA, and samples on vLLM in float32 or bfloat16, to which a stand-in for TRL's
-`VLLMGeneration` sends each version of the adapter under a new name. Every run is kept in tests/serve/rollouts/trl.json
-when it ends, so that the command goes on with the others; with `--write`, the table in `docs/rollouts.md` is written.
+SmolLM2 is trained in float32 with a LoRA, and samples on vLLM in float32 or bfloat16. GRPOTrainer has a stand-in for
+TRL's `VLLMGeneration`, which sends each version of the adapter under a new name; AsyncGRPOTrainer does so itself.
+Every run is kept in tests/serve/rollouts/trl.json when it ends, so that the command goes on with the others; with
+`--write`, the table in `docs/rollouts.md` is written.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import pytest
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -29,6 +32,7 @@ from loraover_serve import VerifyRollouts
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from benchmarks.page import ROOT, replaced
+from support.async_trainer import served_async_trainer
 from support.online_trainers import online_trainer, planted
 from support.trl_engine import VllmByHttp
 from support.vllm_command import vllm_command
@@ -36,25 +40,53 @@ from support.vllm_command import vllm_command
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 KEPT = ROOT / "tests" / "serve" / "rollouts" / "trl.json"
 PAGE = ROOT / "docs" / "rollouts.md"
-RATE, ROWS, COST_ROWS, NEW_TOKENS, SEED = 1e-3, 8, 32, 12, 0
+RATE, COST_ROWS, NEW_TOKENS, SEED = 1e-3, 32, 12, 0
 PROMPTS = [f"What is {a} times {a + 3}? It is" for a in range(11, 35)]
 
-RUNS: Mapping[str, tuple[str, str, int]] = {
-    "float32: none": ("", "float32", 24),
-    "bfloat16: none": ("", "bfloat16", 24),
-    "float32: served as base": ("base", "float32", 5),
-    "float32: stale by 1": ("stale", "float32", 5),
-    "float32: half the scale": ("half", "float32", 5),
-    "float32: every second row by the base model": ("mixed", "float32", 5),
-    "float32: attention layers only": ("attention", "float32", 5),
-    "bfloat16: served as base": ("base", "bfloat16", 12),
-    "float32: cost": ("", "float32", 5),
-    "bfloat16: cost": ("", "bfloat16", 5),
-}
-"""Fault, number format of the engine and optimizer steps of each run."""
 
-COSTS = ("float32: cost", "bfloat16: cost")
-"""Runs with as many rows as are run by default, of COST_ROWS in a step."""
+@dataclass(frozen=True)
+class Run:
+    """A run of a trainer.
+
+    Args:
+        fault: Fault that is planted; empty: none.
+        dtype: Number format of the engine.
+        steps: Number of optimizer steps.
+        max_staleness: AsyncGRPOTrainer's option; None takes GRPOTrainer.
+        rows: Number of rows of a step, all judged; None has COST_ROWS, of which as many are judged as by default.
+    """
+
+    fault: str = ""
+    dtype: str = "float32"
+    steps: int = 5
+    max_staleness: int | None = None
+    rows: int | None = 8
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the trainer is AsyncGRPOTrainer."""
+        return self.max_staleness is not None
+
+
+RUNS: Mapping[str, Run] = {
+    "float32: none": Run(steps=24),
+    "bfloat16: none": Run(dtype="bfloat16", steps=24),
+    "float32: served as base": Run("base"),
+    "float32: stale by 1": Run("stale"),
+    "float32: half the scale": Run("half"),
+    "float32: every second row by the base model": Run("mixed"),
+    "float32: attention layers only": Run("attention"),
+    "bfloat16: served as base": Run("base", "bfloat16", 12),
+    "float32, AsyncGRPO: none": Run(steps=24, max_staleness=1),
+    "float32, AsyncGRPO: none, max_staleness=0": Run(max_staleness=0),
+    "float32, AsyncGRPO: served as base": Run("base", max_staleness=1),
+    "float32, AsyncGRPO: stale by 1": Run("stale", max_staleness=1),
+    "float32, AsyncGRPO: half the scale": Run("half", max_staleness=1),
+    "bfloat16, AsyncGRPO: none": Run(dtype="bfloat16", steps=24, max_staleness=1),
+    "float32: cost": Run(rows=None),
+    "bfloat16: cost": Run(dtype="bfloat16", rows=None),
+}
+"""Runs by the names that the table has."""
 
 
 @contextmanager
@@ -63,32 +95,53 @@ def served(dtype: str, folder: Path) -> Iterator[type[VllmByHttp]]:
     source = resolve_model(MODEL).location
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     options = ("--dtype", dtype, "--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "16")
-    config = VllmServerConfig(model=source, max_loras=2, plugin=settings, options=options)
+    config = VllmServerConfig(model=source, max_loras=3, plugin=settings, options=options)
     with serve_vllm(config, folder / "vllm.log", executable=str(vllm_command()), startup_timeout_s=900) as server:
         yield type("Asked", (VllmByHttp,), {"url": server.url, "base": source})
 
 
 def run(name: str, engine: type[VllmByHttp], folder: Path) -> list[dict[str, Any]]:
     """Train, and return what is logged at each step."""
-    fault, _, steps = RUNS[name]
-    rows = COST_ROWS if name in COSTS else ROWS
+    made = RUNS[name]
     engine.folder = folder / name.replace(": ", "-").replace(" ", "-")
-    with planted(fault, engine=engine):
-        trainer = online_trainer(
-            "GRPO",
-            AutoModelForCausalLM.from_pretrained(engine.base, dtype="float32"),
-            engine.folder / "run",
-            prompts=PROMPTS,
-            steps=steps,
-            learning_rate=RATE,
-            max_completion_length=NEW_TOKENS,
-            per_device_train_batch_size=rows,
-            processing_class=AutoTokenizer.from_pretrained(engine.base),
-            peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=8, lora_alpha=16),
-            seed=SEED,
-        )
+    with pytest.MonkeyPatch.context() as patch, planted(made.fault, engine=engine):
+        trainer = async_run(made, engine, patch) if made.is_async else synchronous_run(made, engine)
         trainer.remove_callback(PrinterCallback)
-        return train(trainer, None if name in COSTS else rows)
+        return train(trainer, None if made.rows is None else made.rows * (1 + made.is_async))
+
+
+def synchronous_run(made: Run, engine: type[VllmByHttp]) -> Any:
+    """GRPOTrainer, with the stand-in for its `VLLMGeneration`."""
+    return online_trainer(
+        "GRPO",
+        AutoModelForCausalLM.from_pretrained(engine.base, dtype="float32"),
+        engine.folder / "run",
+        prompts=PROMPTS,
+        steps=made.steps,
+        learning_rate=RATE,
+        max_completion_length=NEW_TOKENS,
+        per_device_train_batch_size=made.rows or COST_ROWS,
+        processing_class=AutoTokenizer.from_pretrained(engine.base),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=8, lora_alpha=16),
+        seed=SEED,
+    )
+
+
+def async_run(made: Run, engine: type[VllmByHttp], patch: pytest.MonkeyPatch) -> Any:
+    """AsyncGRPOTrainer with its own worker, which loads each version of the adapter into the engine."""
+    return served_async_trainer(
+        Path(engine.base),
+        engine.folder / "run",
+        patch,
+        engine.url,
+        PROMPTS,
+        made.fault,
+        max_steps=made.steps,
+        learning_rate=RATE,
+        max_completion_length=NEW_TOKENS,
+        max_staleness=made.max_staleness,
+        seed=SEED,
+    )
 
 
 def train(trainer: Any, rows: int | None) -> list[dict[str, Any]]:
@@ -107,7 +160,7 @@ def train(trainer: Any, rows: int | None) -> list[dict[str, Any]]:
                     "strength": None if along is None else [along.value, along.low, along.high],
                     "effect": finding.effect,
                     "noise": finding.noise,
-                    "scalar": self.source.sink["sampling/sampling_logp_difference/mean"][-1],
+                    "scalar": scalar(self.source.sink),
                 }
             )
             print(json.dumps(found[-1]), flush=True)
@@ -125,6 +178,12 @@ def train(trainer: Any, rows: int | None) -> list[dict[str, Any]]:
     return found
 
 
+def scalar(sink: Mapping[str, Sequence[float]]) -> float | None:
+    """TRL's mean of abs(e - a), which AsyncGRPO does not log."""
+    values = sink.get("sampling/sampling_logp_difference/mean")
+    return None if values is None else values[-1]
+
+
 def named_at(steps: Sequence[Mapping[str, Any]]) -> tuple[int | None, str]:
     """The first step that differs, and the fault that is then named."""
     for index, step in enumerate(steps):
@@ -140,29 +199,34 @@ def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "| --- | --- | ---: | ---: | ---: | --- | --- | ---: | ---: |",
     ]
     for name, steps in runs.items():
-        if name in COSTS:
+        if RUNS[name].rows is None:
             continue
-        dtype, _, fault = name.partition(": ")
+        engine, _, fault = name.partition(": ")
         step, named = named_at(steps)
-        right = runs.get(f"{dtype}: none", [])
+        right = runs.get(f"{engine}: none", [])
         at = steps[step - 1] if step else steps[-1]
         value = at["strength"]
         cells = [
-            dtype,
+            engine,
             fault,
             str(len(steps)),
             str(sum(each["verdict"] == "differs" for each in steps)),
             str(step or "never"),
             named,
             "" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]",
-            f"{at['scalar']:.2g}",
-            f"{right[(step or len(steps)) - 1]['scalar']:.2g}" if len(right) >= (step or len(steps)) else "",
+            told(at),
+            told(right[(step or len(steps)) - 1]) if len(right) >= (step or len(steps)) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    for name in [name for name in COSTS if name in runs]:
+    for name in [name for name in runs if RUNS[name].rows is None]:
         checks, whole = (sum(step[key] for step in runs[name]) for key in ("check_s", "step_s"))
         lines += ["", f"With the default, checks took {checks / whole:.1%} of steps of {COST_ROWS} rows ({name[:-6]})."]
     return "\n".join(lines) + "\n"
+
+
+def told(step: Mapping[str, Any]) -> str:
+    """TRL's scalar of a step as a cell."""
+    return "" if step["scalar"] is None else f"{step['scalar']:.2g}"
 
 
 @click.command()
@@ -175,9 +239,9 @@ def main(names: Sequence[str], write: bool) -> None:
         publish_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), "trl_rollouts", f"\n{table(kept)}", PAGE))
         return
     missing = names or [name for name in RUNS if name not in kept]
-    for dtype in sorted({RUNS[name][1] for name in missing}):
+    for dtype in sorted({RUNS[name].dtype for name in missing}):
         with tempfile.TemporaryDirectory() as folder, served(dtype, Path(folder)) as engine:
-            for name in [name for name in missing if RUNS[name][1] == dtype]:
+            for name in [name for name in missing if RUNS[name].dtype == dtype]:
                 kept[name] = run(name, engine, Path(folder))
                 ordered = {each: kept[each] for each in [*RUNS, *kept] if each in kept}
                 publish_text(KEPT, json.dumps(_rounded(ordered)) + "\n")

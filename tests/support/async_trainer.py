@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import queue
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, packing
+from trl.chat_template_utils import qwen3_template
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_rollout_worker, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl.experimental.online_dpo import online_dpo_trainer as online_dpo_module
 
-from support.online_trainers import PROMPTS, odd_characters
+from support.online_trainers import PROMPTS, odd_answers, odd_characters
 
 
 def varlen_attention(
@@ -100,9 +103,28 @@ class Sampler:
 
 def async_trainer(base: Path, output: Path, patch: pytest.MonkeyPatch, fault: str = "", **options: Any) -> Any:
     """The trainer, with two micro-batches of eight rows at each step."""
+    on_cpu(patch)
+    sampler = type("Planted", (Sampler,), {"fault": fault})(base)
+    return AsyncGRPOTrainer(
+        str(base),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config(output, **options),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=AutoTokenizer.from_pretrained(str(base)),
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4),
+        rollout_worker=sampler,
+        weight_transfer=sampler,
+    )
+
+
+def on_cpu(patch: pytest.MonkeyPatch) -> None:
+    """Give the trainer what it takes from CUDA."""
     patch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention))
     patch.setattr(torch.cuda, "get_device_name", lambda device: "CPU")
-    sampler = type("Planted", (Sampler,), {"fault": fault})(base)
+
+
+def config(output: Path, **options: Any) -> AsyncGRPOConfig:
+    """Settings of the trainer: 16 rows at each step."""
     given: dict[str, Any] = {
         "max_steps": 6,
         "logging_steps": 1,
@@ -119,16 +141,64 @@ def async_trainer(base: Path, output: Path, patch: pytest.MonkeyPatch, fault: st
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
-    return AsyncGRPOTrainer(
+    return AsyncGRPOConfig(str(output), **(given | options))
+
+
+def served_async_trainer(
+    base: Path,
+    output: Path,
+    patch: pytest.MonkeyPatch,
+    url: str,
+    prompts: Sequence[str],
+    fault: str = "",
+    **options: Any,
+) -> Any:
+    """The trainer with its own worker and client, which ask a real vLLM; a fault changes the folder that it loads.
+
+    `base` has to be the folder that the server was started with. The worker wants an importable vLLM, of which it
+    uses nothing, and the template of answers that it knows for this form of chat.
+    """
+    on_cpu(patch)
+    patch.setattr(async_rollout_worker, "is_vllm_available", lambda: True)
+    tokenizer = AutoTokenizer.from_pretrained(str(base))
+    tokenizer.response_template = qwen3_template
+    trainer = AsyncGRPOTrainer(
         str(base),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=AsyncGRPOConfig(str(output), **(given | options)),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
-        processing_class=AutoTokenizer.from_pretrained(str(base)),
-        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4),
-        rollout_worker=sampler,
-        weight_transfer=sampler,
+        reward_funcs=odd_answers,
+        args=config(output, vllm_server_base_url=url, **options),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=8, lora_alpha=16),
     )
+    load, sent = trainer.vllm_client.load_lora_adapter, list[str]()
+
+    def planted(name: str, path: str) -> None:
+        sent.append(path)
+        if fault == "stale":
+            load(name, _kept(sent[max(len(sent) - 2, 0)]))
+        else:
+            load(name, _scaled(path, {"": 1.0, "base": 0.0, "half": 0.5}[fault]))
+
+    trainer.vllm_client.load_lora_adapter = planted
+    return trainer
+
+
+def _kept(path: str) -> str:
+    """A copy of an adapter, since the trainer removes its own after some syncs."""
+    copied = f"{path}-kept"
+    if not Path(copied).is_dir():
+        shutil.copytree(path, copied)
+    return copied
+
+
+def _scaled(path: str, factor: float) -> str:
+    """An adapter whose B is multiplied; the same folder for 1."""
+    if factor == 1:
+        return path
+    copied = Path(_kept(path)) / "adapter_model.safetensors"
+    tensors = load_file(copied)
+    save_file({name: one * factor if "lora_B" in name else one for name, one in tensors.items()}, copied)
+    return str(copied.parent)
 
 
 class Server(Sampler):

@@ -25,6 +25,11 @@ def odd_characters(completions: list[str], **_: Any) -> list[float]:
     return [sum(ord(character) % 7 for character in text) / (1 + len(text)) for text in completions]
 
 
+def odd_answers(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """The same for answers in a chat."""
+    return odd_characters([messages[-1]["content"] for messages in completions])
+
+
 @contextmanager
 def planted(
     fault: str = "", *, since: int = 0, dtype: torch.dtype = torch.float32, engine: type[LocalEngine] = LocalEngine

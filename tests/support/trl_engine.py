@@ -38,8 +38,8 @@ def times(adapter: Adapter, factor: float, only: Sequence[str] = ("",)) -> Adapt
 class LocalEngine:
     """An engine in this process: a copy of the model, in a number format.
 
-    Class attributes plant a fault from the sync number `since` on: base, stale, half, attention, or mixed, which
-    answers every second row by the base model.
+    Class attributes plant a fault from the sync number `since` on: base, stale, half, attention, upper (the layers from
+    the second on have no adapter), or mixed, which answers every second row by the base model.
     """
 
     fault: ClassVar[str] = ""
@@ -75,6 +75,7 @@ class LocalEngine:
             "stale": self.adapters[max(len(self.adapters) - 2, 0)],
             "half": times(now, 0.5),
             "attention": times(now, 0.0, MLP),
+            "upper": times(now, 0.0, ("layers.1.",)),
             "mixed": None if index % 2 else now,
         }
         return found[fault]

@@ -157,13 +157,20 @@ class Policy:
         return {name: one.detach().to("cpu", copy=True) for name, one in self.names.items()}
 
     def changes(self, factors: Mapping[str, float]) -> dict[str, Callable[[Adapter], Adapter]]:
-        """Changes of an adapter by mistake: B times each factor but 1, attention alone, and all but attention."""
+        """Changes of an adapter by mistake: B times each factor but 1, or B zero in a part of the modules."""
         every_b = [site for site in self.sites if site.matrix == "B"]
         found = {name: partial(self._times, factor, every_b) for name, factor in factors.items() if factor != 1}
-        for name, keeps in {"attention layers only": True, "all but attention layers": False}.items():
-            left_out = [site for site in every_b if (site.kind in ATTENTION) != keeps]
-            if 0 < len(left_out) < len(every_b):
-                found[name] = partial(self._times, 0.0, left_out)
+        numbers = [int(site.layer.split()[-1].replace("-", "0")) for site in every_b]
+        middle = (max(numbers) + 1) // 2
+        is_attention, is_upper = [site.kind in ATTENTION for site in every_b], [one >= middle for one in numbers]
+        for missing, name, other in (
+            (is_attention, "all but attention layers", "attention layers only"),
+            (is_upper, "the upper half of the layers missing", "the lower half of the layers missing"),
+        ):
+            if len({*missing}) == 2:
+                sides = list(zip(every_b, missing, strict=True))
+                found[name] = partial(self._times, 0.0, [site for site, is_in in sides if is_in])
+                found[other] = partial(self._times, 0.0, [site for site, is_in in sides if not is_in])
         return {**found}
 
     def _times(self, factor: float, sites: Sequence[Site], adapter: Adapter) -> Adapter:

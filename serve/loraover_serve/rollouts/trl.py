@@ -37,14 +37,14 @@ SCHEMA = 1
 KEPT = 4
 """Number of earlier adapters that an engine can be found to have."""
 
-LOOK_BACK = 4
+LOOK_BACK = 8
 """Number of checks after which the adapters of one step before and of the beginning are looked for without an alarm."""
 
 ALARMS = 2
 """Number of findings in a row that differ, after which training is stopped."""
 
 FEWEST_ROWS = 2
-SHARES = {False: 1 / 8, True: 1 / 16}
+SHARES = {False: 1 / 16, True: 1 / 32}
 """Share of the rows that is run by default, by whether the trainer's own logprobs have to be computed again."""
 
 AT_START = "the adapter as this run began"
@@ -82,8 +82,8 @@ class VerifyRollouts(TrainerCallback):
         every: Number of times that the engine samples between two checks.
         action: What follows when two checks in a row differ: "warn" goes on; "stop" saves a checkpoint, ends training,
             and raises ParityError. Both write `failure.json` into `output_dir`.
-        rows: Number of rows of each process that are run at a check. None takes an eighth, or a sixteenth if the
-            engine's number format is not the trainer's or there is dropout; at least 2.
+        rows: Number of rows of each process that are run at a check. None takes a sixteenth, or half as many if
+            the engine's number format is not the trainer's or there is dropout; at least 2.
         engine_dtype: Number format of the engine; None asks it once.
         merged: Whether the engine gets weights with the adapter in them; None: as TRL syncs.
         judge: The judge; None makes one with its defaults.

@@ -57,6 +57,9 @@ HALF_WAY = 0.5
 RELIABLE = 0.8
 """Smallest share of a change's square that has to be more than noise before the size of the change is judged."""
 
+SAME = 1e-3
+"""Share of the adapter's change by which two models may differ and be one."""
+
 ALARM = 2.0
 """Multiple of the half interval by which a strength is off before it is an alarm."""
 
@@ -283,9 +286,16 @@ class RolloutCase:
 
     @cached_property
     def compared(self) -> list[Compared]:
-        """Every known model that is not the right one everywhere."""
-        found = [self.compare(name, model) for name, model in self.models.items()]
+        """Every known model that is not the right one everywhere, nor the base model under another name."""
+        found = [self.compare(name, model) for name, model in self.models.items() if name not in self.twins]
         return [each for each in found if each.reliable > -math.inf]
+
+    @cached_property
+    def twins(self) -> list[str]:
+        """Models that are the base model, such as an earlier adapter whose B was zero."""
+        computed = {name: model for name, model in self.tokens.models.items() if any(value == value for value in model)}
+        base, most = self.tokens.base, SAME * self.effect
+        return [name for name, model in computed.items() if self.apart(base, model) <= most]
 
     @cached_property
     def reliable_size(self) -> float:
@@ -315,7 +325,7 @@ class RolloutCase:
 
     def untold(self) -> list[str]:
         """Models that were given and cannot be compared, with the reason."""
-        told = {each.name for each in self.compared}
+        told = {*self.twins, *(each.name for each in self.compared)}
         why = {
             name: "as the right adapter" if any(value == value for value in model) else "not computed"
             for name, model in self.models.items()
@@ -437,6 +447,8 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
     ]
     if near.fault != SCALED and case.noise > EXACT:  # rounding leaves less of a change than its factor says
         others += [f"{name} (not computed)" for name in case.factors]
+    if near.fault == NOT_APPLIED:
+        others += case.twins
     named = near.fault if near.detail == near.fault else f"{near.fault}: {near.detail}"
     return Finding("differs", f"{named}; {what}", near.fault, found, not_excluded=others)
 
