@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import count, takewhile
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from loraover.client.dialects import DIALECTS, TOPS, Dialect, Prompt, Read, token_id, up_to_unknown
 from loraover.client.endpoint import HEADER_CHARACTERS, AbsentError, Endpoint, UnfitRequestError, is_same_model
@@ -191,10 +191,20 @@ class Speaker:
         return self._find_texts()
 
 
-class ServerNames(NamedTuple):
+class Spoken(Protocol):
+    """A server that can be asked whether it has a model."""
+
+    def has(self, model: str) -> bool:
+        """Whether a model of this name answers."""
+
+
+AnySpeaker = TypeVar("AnySpeaker", bound=Spoken)
+
+
+class ServerNames(NamedTuple, Generic[AnySpeaker]):
     """A server, and the names of models there."""
 
-    speaker: Speaker
+    speaker: AnySpeaker
     base: str
     adapter: str
     listed: Mapping[str, str | None]
@@ -214,13 +224,13 @@ def _question(prompt: Prompt, tokens: int) -> Hashable:
 
 def find_models(
     endpoint: Endpoint,
-    speak: Callable[[str], Speaker],
+    speak: Callable[[str], AnySpeaker],
     *,
     adapter: str,
     model: str,
     base: str | None = None,
     named: Callable[[str], str],
-) -> ServerNames:
+) -> ServerNames[AnySpeaker]:
     """Speak to a server, and find the names of the models there.
 
     Args:

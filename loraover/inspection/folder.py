@@ -129,6 +129,7 @@ def _adapter(folder: Path, kind: Kind) -> FolderReport:
     adapter = AdapterFacts(
         kind=plain.peft_type,
         base_model=plain.base_model_name_or_path,
+        task=plain.task_type,
         ranks=sorted({shape[0] for name, shape in matrices.items() if name.endswith("A") and len(shape) == 2}),
         lora_alpha=plain.lora_alpha,
         variants=[name for name, is_used in (("rsLoRA", plain.use_rslora), ("DoRA", plain.use_dora)) if is_used],
@@ -208,6 +209,9 @@ def next_steps(report: FolderReport) -> list[NextStep]:
         step("Write an adapter for vLLM", "export", "vllm", str(path), "-o", beside("vllm"))
         onnx = ("export", "onnx", str(path), "--mode", "merged", "-o", beside("onnx"))
         step("Write an ONNX graph with the adapter merged", *onnx)
+    if adapter.task in ("FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS") and adapter.kind == "LORA":
+        step("Record its vectors, classes or scores, to check servers by", "record", str(path))
+        return steps
     if report.kind == "folded adapter":
         step("Measure its cost", "serve", "parity", "--adapter", str(path))
     if adapter.base_model is not None:

@@ -22,6 +22,7 @@ class AdapterFacts(_Fact):
 
     kind: str = Field(description="PEFT's name of the method, such as LORA.")
     base_model: str | None = Field(description="Base model that the adapter names.")
+    task: str | None = Field(None, description="Task, by PEFT's name; None: the adapter names none.")
     ranks: list[int] = Field(description="Ranks of the modules, each once.")
     lora_alpha: float = Field(description="Alpha of the modules without a pattern.")
     variants: list[str] = Field(description="Departures from plain LoRA: rsLoRA, DoRA.")

@@ -13,7 +13,8 @@ class InspectRequest(Request):
 
     PATH is the folder of a run, a LoRA-Over checkpoint, a plain or folded adapter, an export for vLLM or to ONNX.
     For a checkpoint, a map shows which matrices got cores, the extra parameters during training, and when.
-    Whether a merged model holds an adapter is what `loraover export inspect-merge` says.
+    Whether a merged model holds an adapter is what `loraover export inspect-merge` says; whether a server applies it,
+    `loraover verify`, also to vectors, classes and scores.
     """
 
     verb = "loraover inspect"

@@ -150,6 +150,7 @@ def load_model(
     device: str = "cpu",
     attention: str | None = None,
     quantization: str | None = None,
+    auto_class: str | None = None,
 ) -> Any:
     """Load a base model in eval mode, straight to a device: no second copy of the weights is made on the CPU.
 
@@ -161,6 +162,7 @@ def load_model(
         device: Device to load to: cpu, cuda, mps, auto, or one GPU such as cuda:1.
         attention: Implementation of attention, as transformers names it; None means transformers' choice.
         quantization: Form of the linear layers: nf4 or int8 of bitsandbytes, torchao-int8, or None.
+        auto_class: Class of transformers that loads it; None means that of the task.
 
     Raises:
         ConfigError: No such model or device, or a package that quantises is not installed.
@@ -183,6 +185,7 @@ def load_model(
     with suppress(ConfigError):  # of a configuration that transformers itself then refuses
         if kind == "CAUSAL_LM" and takes_images(source):
             name = "AutoModelForImageTextToText"
+    name = auto_class or name
     try:
         model = getattr(transformers, name).from_pretrained(
             source.location,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # each name as itself, by which type checkers know that it is
     from loraover_serve.judge.results import GreedyAgreement as GreedyAgreement
     from loraover_serve.judge.results import LogprobDistance as LogprobDistance
     from loraover_serve.judge.results import Suspect as Suspect
+    from loraover_serve.judge.vectors.reading import VectorFindings as VectorFindings
     from loraover_serve.parity.answers import Answer as Answer
     from loraover_serve.parity.answers import Distance as Distance
     from loraover_serve.parity.answers import Outputs as Outputs

@@ -80,7 +80,8 @@ class FleetCheckRequest(FleetRequest):
     ADAPTER is a LoRA-Over checkpoint or a PEFT adapter of any method. No engine is run or needs to be installed. Each
     engine is judged on the adapter as it is, in PEFT's form, and on what the export for that engine writes. Several
     adapters become a table with a line for each, and one that cannot be read does not stop the others.
-    `loraover export inspect-merge` looks for an adapter in weights that were merged already.
+    `loraover export inspect-merge` looks for an adapter in weights that were merged already, and `loraover verify` in
+    the answers of a server: texts, vectors, classes or scores.
 
     Exit code 1: an engine that `--engine` names cannot serve one of the adapters correctly, neither as it is nor as
     exported for that engine. Without `--engine`: no engine can serve one of the adapters correctly.

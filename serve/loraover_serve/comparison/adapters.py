@@ -53,8 +53,13 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
         remedy = "No export of ours takes such a model; serve it with PEFT."
     raise ConfigError(
         f"{adapter.path}: {base.name} with task_type {task!r} is not a causal language model, and {command} compares "
-        f"next tokens. {remedy}"
+        f"next tokens. {remedy}{_OF_SERVERS if task in OF_VECTORS else ''}"
     )
+
+
+OF_VECTORS = ("FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS")
+"""PEFT's tasks whose answers are vectors, classes or scores."""
+_OF_SERVERS = " Check a server of it by what `loraover record` keeps, with `loraover verify --reference`."
 
 
 def make_idle(like: AdapterDir, folder: Path) -> Path:

@@ -14,24 +14,28 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import TIMEOUT_MAX
+from types import MappingProxyType
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
-from loraover.common.errors import LoraOverError, UnscoredError
+from loraover.common.errors import ConfigError, LoraOverError, UnscoredError
 from loraover_serve.judge.asker import QUICK, Asker
 from loraover_serve.judge.caches import ask_warm, beside, long_questions
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
-from loraover_serve.judge.reference import Reference, read_reference
+from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.rules import judge
 from loraover_serve.judge.user_command import UserCommand
+from loraover_serve.judge.vectors.asking import VectorAsker
+from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+from loraover_serve.judge.vectors.verdict import judge_vectors
 
 
 def check(
@@ -128,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ca_file=asked.ca_file,
             ends=time.monotonic() + asked.check_timeout,
         )
-        reference = read_reference(asked.reference)
+        reference = read_any_reference(asked.reference)
+        if isinstance(reference, VectorReference):
+            return _shown(_check_vectors(asked, reference, endpoint), asked.json)
         needs = "caches" if asked.reload is None else "reload"
         long = long_questions(reference, field=needs) if asked.caches or asked.reload is not None else None
         run = None if asked.run is None else UserCommand(asked.run, flag("run"), endpoint.hidden)
@@ -147,7 +153,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except LoraOverError as error:
         found = unanswered(error)
-    print(json.dumps(found, indent=1, default=asdict) if asked.json else f"{found['verdict']}: {found['reason']}")
+    return _shown(found, asked.json)
+
+
+def _check_vectors(asked: argparse.Namespace, reference: VectorReference, endpoint: Endpoint) -> dict[str, Any]:
+    asker = VectorAsker.of(reference, endpoint, asked.served_name, asked.base_name)
+    others = {name: bool(getattr(asked, name)) for name in ("caches", "reload", "churn")}
+    return check_vectors(asker, asked.served_format, repeats=max(1, asked.repeats), is_quick=asked.quick, others=others)
+
+
+def check_vectors(
+    asker: VectorAsker,
+    served_format: str = "bf16",
+    option: Callable[[str], str] = flag,
+    *,
+    repeats: int = REPEATS,
+    is_quick: bool = False,
+    others: Mapping[str, bool] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Ask a server for vectors, classes or scores, and judge its answers.
+
+    Args:
+        asker: The server, with the reference.
+        served_format: Coarsest number format in which the server may hold the base model.
+        option: Name of an option as its user writes it.
+        repeats: Number of times that each text is asked of the adapter.
+        is_quick: Whether to ask only for a few answers of the adapter.
+        others: Whether the user wants a check that there is only for generated text, by the name of its field.
+
+    Returns:
+        The fields of an engine's result in verify.json, but for the engine.
+
+    Raises:
+        ConfigError: A check is wanted that there is only for generated text.
+        EngineError: A server that refuses, or whose answers cannot be read.
+    """
+    start = time.monotonic()
+    for name, is_wanted in others.items():
+        if is_wanted:
+            raise ConfigError(f"{option(name)} checks generated text, and this reference has vectors; leave it out.")
+    answers = asker.quick_answers() if is_quick else asker.answers(repeats)
+    found = judge_vectors(asker.reference, answers, served_format, option, is_quick=is_quick)
+    return found | {"seconds": time.monotonic() - start}
+
+
+def _shown(found: dict[str, Any], as_json: bool) -> int:
+    """Print a result, and return the exit code."""
+    print(json.dumps(found, indent=1, default=asdict) if as_json else f"{found['verdict']}: {found['reason']}")
     return EXIT_CODES[found["verdict"]]
 
 

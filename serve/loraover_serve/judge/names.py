@@ -47,6 +47,21 @@ SERVER_ENDED = "the server ended"
 IN_CHURN = (CROSSED, NO_KNOWN_WEIGHTS, CACHE_OF_RESPONSES, SERVER_ENDED)
 """Faults of a server whose adapters come and go."""
 
+POOLING = "another pooling"
+RAW = "vectors not normalised"
+FLIPPED = "vectors normalised"
+DIMENSION = "another dimension"
+PREFIX = "prefix of the input missing"
+ADDED_PREFIX = "a prefix added to the input"
+SPECIAL = "special tokens of the input missing"
+CUT = "input cut off"
+HEAD = "head of the adapter left out"
+ONLY_HEAD = "only the head of the adapter applied"
+LABELS = "labels in another order"
+ENCODING = "numbers in base64 are others"
+OF_VECTORS = (POOLING, RAW, FLIPPED, DIMENSION, PREFIX, ADDED_PREFIX, SPECIAL, CUT, LABELS, ENCODING)
+"""Faults of a server that computes vectors or classes otherwise, for every model alike."""
+
 COARSE_CACHE = "KV cache in fp8"
 """Name of a coarse KV cache, which is not a fault: the rest of the noise has to be that of the declared format."""
 

@@ -8,9 +8,9 @@ import json
 import math
 import string
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from loraover.client.dialects import alone_with_text
 from loraover.common.errors import CheckpointError
@@ -27,6 +27,8 @@ unexplained (`judge/search.py`)."""
 
 ALPHABET = f"{string.ascii_uppercase}0{string.ascii_lowercase}"
 """Characters of such differences: capitals are negative. Fewer of them make a smaller file."""
+
+Kind = TypeVar("Kind")
 
 LARGEST_FILE = 64_000_000  # bytes, unpacked
 
@@ -106,6 +108,19 @@ class Reference(Models):
         return Model(rows, [0.0] * len(rows), str(found["fault"]), str(found["detail"]), factor)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the reference for a report."""
+        return {
+            "adapter": self.adapter_name,
+            "base_model": self.base_name,
+            "sensitivity": self.sensitivity,
+            "bias": self.formats["bf16"]["strength"],
+            "prompts": len(self.questions),
+            "new_tokens": max(len(question.answer) for question in self.questions),
+            "device": self.device,
+        }
+
+    @property
     def factors(self) -> Sequence[float]:  # type: ignore[override]
         return (*FACTORS, *(factor for factor, _ in self._scaled if factor))
 
@@ -130,17 +145,7 @@ class Reference(Models):
 
     def scaled(self, factor: float, questions: int | None = None) -> Model:
         """Answers at a factor: a parabola through three recorded factors near it, or the outermost recorded one."""
-        known = self._scaled
-        factor = min(max(factor, known[0][0]), known[-1][0])
-        inner = range(1, len(known) - 1)
-        middle = min(inner, key=lambda index: abs(known[index][0] - factor), default=1)  # of two, a line
-        near = known[middle - 1 : middle + 2]
-        weights = [math.prod((factor - other) / (one - other) for other, _ in near if other != one) for one, _ in near]
-        rows = [
-            {i: sum(weight * row[i] for weight, row in zip(weights, rows, strict=True)) for i in rows[0]}
-            for rows in zip(*(model.rows for _, model in near), strict=False)
-        ]
-        return Model(rows, [0.0] * len(rows))
+        return between(self._scaled, factor)
 
     def adapter_faults(self) -> Iterable[FaultyModel]:
         return (_candidate(model) for model in self.variants[ADAPTER] if model.factor is None)
@@ -150,6 +155,25 @@ class Reference(Models):
 
     def with_coarse_caches(self) -> Iterable[Model]:
         return (model for model in self.variants[BASE] if model.fault == COARSE_CACHE)
+
+
+def between(known: Sequence[tuple[float, Model]], factor: float) -> Model:
+    """Answers at a factor: a parabola through three known factors near it, or the outermost known one.
+
+    Args:
+        known: Factors in ascending order with the model of each, at least two.
+        factor: Factor on every delta_W.
+    """
+    factor = min(max(factor, known[0][0]), known[-1][0])
+    inner = range(1, len(known) - 1)
+    middle = min(inner, key=lambda index: abs(known[index][0] - factor), default=1)  # of two, a line
+    near = known[middle - 1 : middle + 2]
+    weights = [math.prod((factor - other) / (one - other) for other, _ in near if other != one) for one, _ in near]
+    rows = [
+        {i: sum(weight * row[i] for weight, row in zip(weights, rows, strict=True)) for i in rows[0]}
+        for rows in zip(*(model.rows for _, model in near), strict=False)
+    ]
+    return Model(rows, [0.0] * len(rows))
 
 
 def _candidate(model: Model) -> FaultyModel:
@@ -162,10 +186,23 @@ def unpacked(level: str) -> float:
 
 
 def read_reference(path: Path) -> Reference:
-    """Read a reference.
+    """Read a reference of logprobs.
 
     Args:
         path: Its file.
+
+    Raises:
+        CheckpointError: Not a reference of this version.
+    """
+    return read_as(path, Reference)
+
+
+def read_as(path: Path, make: Callable[[Any], Kind]) -> Kind:
+    """Read the file of a reference.
+
+    Args:
+        path: The file.
+        make: Function that checks its contents, and returns the reference.
 
     Raises:
         CheckpointError: Not a reference of this version.
@@ -177,7 +214,7 @@ def read_reference(path: Path) -> Reference:
             raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(LARGEST_FILE + 1)
         if len(raw) > LARGEST_FILE:
             raise ValueError(f"more than {LARGEST_FILE} bytes")
-        return Reference(json.loads(raw))
+        return make(json.loads(raw))
     except (OSError, EOFError, zlib.error, RecursionError, RuntimeError, ArithmeticError) as error:
         fault: object = error
     except (LookupError, TypeError, ValueError, AttributeError) as error:

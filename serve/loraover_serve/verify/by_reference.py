@@ -20,7 +20,7 @@ from loraover.common.errors import CheckpointError, ConfigError, DataError, Engi
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import ask_warm, beside, long_questions
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
-from loraover_serve.judge.command import check, unanswered
+from loraover_serve.judge.command import check, check_vectors, unanswered
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
@@ -28,6 +28,8 @@ from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.results import Caches, Churn
 from loraover_serve.judge.user_command import UserCommand
+from loraover_serve.judge.vectors.asking import VectorAsker
+from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64
@@ -135,24 +137,14 @@ def ask_server(
     for name, file in zip_longest(names, files):
         read = partial(read_reference, file)
         try:
-            reference = read()
+            reference = read_any_reference(file)
         except CheckpointError as error:
             unread.append(error)
             adapters.append(Named(name or str(file), read))
             found.append(_failed(adapters[-1].name, error))
             continue
-        known.append(  # which is small, unlike the reference
-            {
-                "adapter": reference.adapter_name,
-                "base_model": reference.base_name,
-                "sensitivity": reference.sensitivity,
-                "bias": reference.formats["bf16"]["strength"],
-                "prompts": len(reference.questions),
-                "new_tokens": max(len(question.answer) for question in reference.questions),
-                "device": reference.device,
-            }
-        )
-        adapters.append(Named(name or known[-1]["adapter"], read))
+        known.append(reference.facts)  # which are small, unlike the reference
+        adapters.append(Named(name or reference.adapter_name, read))
         found.append(_ask_about(request, adapters[-1].name, reference))
     if not known:
         raise unread[0]
@@ -160,11 +152,13 @@ def ask_server(
     return known, found
 
 
-def _ask_about(request: VerifyRequest, name: str, reference: Reference) -> dict[str, Any]:
+def _ask_about(request: VerifyRequest, name: str, reference: Reference | VectorReference) -> dict[str, Any]:
     """Ask a running server about one adapter; a failure is a result beside those of the others."""
     request.report.line(f"asking {request.endpoint} for {name}")
     start, endpoint = time.monotonic(), endpoint_of(request)
     try:
+        if isinstance(reference, VectorReference):
+            return {"engine": name} | _vectors(request, endpoint, name, reference) | {"requests": endpoint.sent}
         needs = "caches" if request.reload is None else "reload"
         is_long = request.caches or request.reload is not None
         more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
@@ -178,6 +172,14 @@ def _ask_about(request: VerifyRequest, name: str, reference: Reference) -> dict[
         return {"engine": name} | _asked(request, asker, **more) | {"requests": endpoint.sent}
     except (ConfigError, EngineError) as error:
         return _failed(name, error, time.monotonic() - start, endpoint.sent)
+
+
+def _vectors(request: VerifyRequest, endpoint: Endpoint, name: str, reference: VectorReference) -> dict[str, Any]:
+    asker = VectorAsker.of(reference, endpoint, name, request.base_name, request.named)
+    others = {name: bool(getattr(request, name)) for name in ("caches", "reload", "churn_s")}
+    return check_vectors(
+        asker, request.declared_format, request.named, repeats=request.repeats, is_quick=request.quick, others=others
+    )
 
 
 def ask_without_reference(request: VerifyRequest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -291,7 +293,8 @@ def name_crossed(
     """
     searches: list[tuple[Named, dict[str, Any], Search]] = []
     for mine, result in zip(adapters, found, strict=False):
-        if result["verdict"] == "differs" and result["fault"] not in OF_THE_SERVER and adapters[1:]:
+        is_named = result["fault"] in OF_THE_SERVER or result.get("compared") == "vectors"
+        if result["verdict"] == "differs" and not is_named and adapters[1:]:
             with _again(request, result) as endpoint:
                 searches.append((mine, result, Search(_asker(request, endpoint, mine.name, mine.read()))))
     for other in adapters if searches else ():

@@ -62,6 +62,8 @@ from loraover_serve.verify.pack import (
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.variants import Variants
+from loraover_serve.verify.vector_models import has_vectors
+from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
 
 SCHEMA_VERSION = 1
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
@@ -89,7 +91,12 @@ class RecordReport(StrictModel):
     chats: int = Field(default=0, description="Number of chats that are recorded in the adapter's template")
     has_date: bool = Field(default=False, description="Whether the template prints a date, which may be another one")
     seconds: float = Field(default=0.0, description="Time that the recording took, in seconds")
-    effect: float = Field(description="RMS change of logprobs by the adapter, in nats")
+    vectors: str | None = Field(
+        default=None, description="Vectors, classes or scores that are recorded, in words; None for logprobs"
+    )
+    effect: float = Field(
+        description="RMS change of logprobs by the adapter, in nats; of vectors, relative to their RMS size"
+    )
     half: float | None = Field(
         description="Half the width of the interval in which a server that rounds like PyTorch in bfloat16 shows the "
         "strength of the adapter; None if the questions are too few to know it"
@@ -134,13 +141,16 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     adapter = read_source(request.adapter)
     check_plain(adapter, "a reference")
     base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
-    check_task(adapter, base, "record")
+    is_vectors = has_vectors(adapter, base)
+    if not is_vectors:
+        check_task(adapter, base, "record")
+        check_no_vectors(request)
     earlier = None if request.earlier is None else read_source(request.earlier)
     if earlier is not None:
         check_plain(earlier, "a reference")
         check_earlier(request, adapter, earlier)
     with fast_linear():
-        content = record(request, adapter, base, earlier)
+        content = _record_vectors(request, adapter, base) if is_vectors else record(request, adapter, base, earlier)
         sealed = None if request.sealed is None else sealed_reference(request, adapter, base)
     if request.sealed is not None and sealed is not None:
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
@@ -154,8 +164,9 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         path=request.destination,
         size_bytes=len(raw),
         questions=len(content["questions"]),
-        positions=len(content["positions"]),
-        variants=len(content["variants"]),
+        positions=len(content.get("positions", content["questions"])),
+        variants=len(content["variants"]) + len(content.get("settings", ())),
+        vectors=content["words"] if is_vectors else None,
         stale=[
             each["fault"]
             for each in content.get("caches", {"variants": ()})["variants"]
@@ -168,6 +179,12 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         half=content["power"]["half"],
         decides=content["power"]["decides"],
     )
+
+
+def _record_vectors(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
+    found = record_vectors(request, adapter, base, digests(adapter, base, load_tokenizer(base), is_chat=False))
+    origin = "the built-in texts" if request.prompts is None else f"the prompts of {request.prompts.name}"
+    return found | {"made": made(request, origin, str(choose_device(request.device)))}
 
 
 def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
@@ -238,7 +255,7 @@ def record(
             "positions": pack_places(places, *right, KEPT),
             "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
             "variants": changes,
-            "made": made(request, found, device),
+            "made": made(request, found.source, device),
         }
         | caches
         | pack_chats(tokenizer, models.vocabulary)
@@ -383,14 +400,14 @@ def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: 
     }
 
 
-def made(request: RecordRequest, prompts: Prompts, device: str) -> dict[str, Any]:
+def made(request: RecordRequest, source: str, device: str) -> dict[str, Any]:
     """Circumstances of a recording."""
     return {
         "command": request.command(),
         "date": today(),
         "device": device,
         "compute_dtype": request.compute_dtype,
-        "prompts": prompts.source,
+        "prompts": source,
         "versions": environment("transformers", "peft"),
     }
 

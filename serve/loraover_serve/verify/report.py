@@ -19,6 +19,7 @@ from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
 from loraover_serve.judge.names import STALE_CACHES
 from loraover_serve.judge.results import Caches, Churn, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
+from loraover_serve.judge.vectors.reading import VectorFindings
 
 REPORT_FILE = "verify.json"
 KEPT_PREFIX = "loraover-verify-kept-"
@@ -39,8 +40,9 @@ class EngineResult(StrictModel):
     verdict: Verdict
     reason: str = Field(description="Reason for the verdict, in words")
     fault: str | None = Field(default=None, description="The likely fault; None if none explains the answers")
-    compared: Literal["all tokens", "top tokens"] | None = Field(
-        default=None, description="Tokens whose logprobs were compared at each position; None after a failure"
+    compared: Literal["all tokens", "top tokens", "vectors"] | None = Field(
+        default=None,
+        description="Tokens whose logprobs were compared at each position, or vectors; None after a failure",
     )
     base: LogprobDistance | None = Field(
         default=None, description="Distance of the engine's base model from PyTorch's: the engine's noise"
@@ -90,6 +92,9 @@ class EngineResult(StrictModel):
         default=None, description="Answers on keys and values that the server has kept; None if not asked for"
     )
     churn: Churn | None = Field(default=None, description="Answers while adapters came and went; None if not asked for")
+    vectors: VectorFindings | None = Field(
+        default=None, description="Vectors, classes or scores in place of logprobs; None if next tokens were compared"
+    )
     suspects: list[Suspect] = Field(default=[], description="Faults that were compared, the nearest first")
     seconds: float = Field(description="Seconds to export, start and ask the engine")
     requests: int = Field(default=0, description="Number of requests of a check by a reference; 0 in other checks")

@@ -264,9 +264,9 @@ class Found(NamedTuple):
 class RecordRequest(Request):
     """Record how an adapter answers, so that any server can be checked without PyTorch and the base model.
 
-    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. PyTorch runs the base model,
-    the adapter, and each known fault of serving on the same questions. `loraover verify --reference` and the
-    file of `--checker` compare a server's answers with what is recorded.
+    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model, or of a model of vectors,
+    classes or scores. PyTorch runs the base model, the adapter, and each known fault of serving on the same questions.
+    `loraover verify --reference` and the file of `--checker` compare a server's answers with what is recorded.
 
     Published questions find mistakes, not fraud: a server that knows them could answer only these as trained. For an
     audit, --sealed writes a second reference with other questions, which you keep to yourself. Its SHA-256 is in the
@@ -302,6 +302,25 @@ class RecordRequest(Request):
         "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
     )
     max_memory_gib: float | None = max_memory()
+    pooling: str | None = option(
+        "Way in which a model of vectors makes one vector of those of its tokens.",
+        default=None,
+        default_text="as sentence-transformers saved it; else the last token of decoders and the first of encoders",
+        choices=("mean", "cls", "last", "max"),
+    )
+    normalised: bool | None = option(
+        "Whether vectors get the length 1.", default=None, default_text="as sentence-transformers saved it; else yes"
+    )
+    prefix: str | None = option(
+        "Text that the server puts before each input of a model of vectors, which is not sent.",
+        default=None,
+        default_text="the default prompt that sentence-transformers saved",
+    )
+    pairs: bool | None = option(
+        "Whether a classifier scores pairs of texts, as rerankers do; then a tab separates the two texts of a prompt.",
+        default=None,
+        default_text="if it has one label",
+    )
     sealed: AnyPath | None = option(
         "File for a second reference with other questions, of which only the SHA-256 is published.",
         default=None,

@@ -57,9 +57,10 @@ def show_report(report: VerifyReport, request: VerifyRequest, console: Console) 
 
 def show_recording(report: RecordReport, request: RecordRequest, console: Console) -> None:
     """Print what was recorded, and what it can decide."""
+    what = f"questions with {report.positions} positions" if report.vectors is None else f"texts, {report.vectors}"
     print_line(
         console,
-        f"{report.questions} questions with {report.positions} positions, {report.variants} faults, "
+        f"{report.questions} {what}, {report.variants} faults, "
         f"{report.size_bytes / 1000:.0f} kB, in {report.seconds:.0f} s",
     )
     if report.stale:

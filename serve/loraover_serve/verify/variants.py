@@ -120,7 +120,7 @@ class Variants:
         """
         adapter = source or self._adapter
         with (
-            _adding(self.model, deltas, adapter),
+            adding(self.model, deltas, adapter),
             self._others(adapter if with_others else None),
             self._right.before(layer, ("adapter", prompts)),
         ):
@@ -181,7 +181,9 @@ class Variants:
 
 
 @contextmanager
-def _adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
+def adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
+    """Add deltas to the outputs of a model's modules during a block."""
+
     def add(delta: LowRankChange, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         a, b = delta.a.to(output), delta.b.to(output)
         if delta.is_embedding:

@@ -14,8 +14,8 @@ from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge import caches
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
-from loraover_serve.judge.reference import read_reference
 from loraover_serve.judge.templates import most_requests
+from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.verify.by_reference import NEAREST, SCREENED
 from loraover_serve.verify.request import VerifyRequest
 
@@ -189,14 +189,18 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     file = folder / adapter.reference
     if file.is_dir():
         raise ConfigError(f"{file}: a folder; name the file of one reference.")
-    reference = read_reference(file)
+    reference = read_any_reference(file)
     most = QUICK
-    if not adapter.quick:
+    if isinstance(reference, VectorReference):
+        most = reference.most_requests(1 if adapter.quick else adapter.repeats)
+        if adapter.caches_every:
+            raise ConfigError(f"{file}: has vectors, and caches_every checks generated text; leave it out.")
+    elif not adapter.quick:
         most += (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places)
         most += 0 if adapter.without_template else most_requests(reference.conversations)
     name = adapter.name or reference.adapter_name
     try:
-        if adapter.caches_every:
+        if adapter.caches_every and not isinstance(reference, VectorReference):
             most += caches.most_requests(caches.long_questions(reference, lambda field: f"{field}_every"))
         request = VerifyRequest(
             references=(file,),

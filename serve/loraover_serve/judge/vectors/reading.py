@@ -1,0 +1,190 @@
+"""Answers of a server, read as a reference has them, and the way to compute them that explains them best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from loraover.common.errors import EngineError
+from loraover_serve.judge.case import Case, share_along, strength_along
+from loraover_serve.judge.estimates import IN_FILES, Interval
+from loraover_serve.judge.evidence import Evidence
+from loraover_serve.judge.limits import ADAPTER, BASE, EXPLAINED, FLOOR
+from loraover_serve.judge.models import Answers, AskedOnce
+from loraover_serve.judge.names import LABELS
+from loraover_serve.judge.results import Suspect
+from loraover_serve.judge.vectors.asking import VectorAnswers
+from loraover_serve.judge.vectors.reference import SIZE, Vector, VectorReference, VectorSetting
+
+LIKE = 0.25
+"""Deviation from 1 of the way to another setting, if that setting explains the answers."""
+
+
+@dataclass(frozen=True)
+class VectorFindings:
+    """Measurements of a check of vectors; distances are RMS differences, relative to the RMS size of a right answer."""
+
+    __pydantic_config__ = IN_FILES
+
+    path: str
+    """Path at which the server answered"""
+    task: str
+    """The task: embed, classify, score or token_classify"""
+    numbers: int | None
+    """Number of components of each answer; None if answers differ in it"""
+    noise: float | None
+    """Distance of the base model's answers from PyTorch's; None if the server has one model under both names"""
+    off: float | None
+    """Distance of the adapter's answers from PyTorch's; None if they cannot be compared"""
+    effect: float
+    """Distance that the adapter moves answers in PyTorch"""
+    setting: str | None = None
+    """Other way to compute both models that explains the answers, in words; None if they are computed as recorded"""
+    nearest: tuple[str, ...] = ()
+    """Faults of the adapter that were compared, in words, with their distances from the answers, the nearest first"""
+
+
+class AnswerReader:
+    """Answers, read as what the reference has: vectors, or logits that may come as probabilities.
+
+    Raises:
+        EngineError: Answers with changing numbers of components.
+    """
+
+    def __init__(self, reference: VectorReference, answers: VectorAnswers) -> None:
+        self.reference, self.answers = reference, answers
+        raw = {BASE: answers.base, ADAPTER: answers.adapter}
+        self.found = {arm: {place: said.numbers for place, said in each.items()} for arm, each in raw.items()}
+        wrong = self._of_other_size()
+        sizes = {len(row) for arm in self.found.values() for row in arm.values()}
+        self.size = sizes.pop() if len(sizes) == 1 else None
+        self.is_unreadable = bool(wrong)
+        if wrong and self.size is None:
+            raise EngineError(f"the server answers with {wrong[0]} numbers, and with others; {wrong[1]} are right.")
+
+    def _of_other_size(self) -> tuple[int, int] | None:
+        """Number of components of an answer, and of the recorded one, where they differ."""
+        pairs = (
+            (len(row), len(self.reference.rows[arm][place]))
+            for arm, rows in self.found.items()
+            for place, row in rows.items()
+        )
+        return next((pair for pair in pairs if pair[0] != pair[1]), None)
+
+    @cached_property
+    def read(self) -> Callable[[Vector], Vector]:
+        """The reading of answers that brings them nearest to the right ones: as they are, or from probabilities."""
+        rows = [row for arm in self.found.values() for row in arm.values()]
+        if any(self.reference.from_probabilities(row) is None for row in rows):
+            return self.reference.centred
+        ways: list[Callable[[Vector], Vector]] = [self.reference.centred, self._from_probabilities]
+        return min(ways, key=self._distance)
+
+    def _from_probabilities(self, row: Vector) -> Vector:
+        found = self.reference.from_probabilities(row)
+        return self.reference.centred(row) if found is None else found
+
+    def _distance(self, way: Callable[[Vector], Vector]) -> float:
+        right = {arm: [self.reference.answer(row) for row in rows] for arm, rows in self.reference.rows.items()}
+        return math.fsum(
+            min(math.dist(way(row), right[either][place]) for either in right)
+            for arm in self.found.values()
+            for place, row in arm.items()
+        )
+
+    @cached_property
+    def rows(self) -> dict[str, dict[int, Vector]]:
+        """Answers of each arm in the units of the model."""
+        return {arm: {place: self.read(row) for place, row in rows.items()} for arm, rows in self.found.items()}
+
+    def evidence(self, setting: VectorSetting) -> Evidence:
+        """The answers beside the models, as a server computes them in a setting."""
+        models = self.reference.models(setting)
+        known = range(len(models.places))
+        base, adapter = (
+            {place: models.row(row) for place, row in self.rows[arm].items() if place in known}
+            for arm in (BASE, ADAPTER)
+        )
+        rounds = [
+            AskedOnce(
+                {p: models.row(self.read(said.numbers)) for p, (said, _) in one.items() if p in known},
+                {p: told for p, (_, told) in one.items()},
+            )
+            for one in self.answers.rounds
+        ]
+        return Evidence(models, Answers(base, adapter, rounds=rounds, is_one_model=self.answers.is_one_model))
+
+    def findings(
+        self,
+        case: Case | None,
+        setting: tuple[VectorSetting, Case] | None = None,
+        nearest: Sequence[Suspect] = (),
+    ) -> VectorFindings:
+        """Measurements of the check."""
+        models = self.reference.models()
+        pairs = zip(models.base.rows, models.adapter.rows, strict=True)
+        effect = math.sqrt(fmean(fmean((one[i] - other[i]) ** 2 for i in one) for one, other in pairs))
+        is_noise_known = case is not None and not self.answers.is_one_model and self.found[BASE]
+        return VectorFindings(
+            self.answers.path,
+            self.reference.task,
+            self.size,
+            case.noise.rms / SIZE if case is not None and is_noise_known else None,
+            None if case is None else case.found.rms / SIZE,
+            effect / SIZE,
+            None if setting is None else setting[0].detail,
+            tuple(f"{each.fault} ({each.detail}): {each.rms / SIZE:.2g}" for each in nearest),
+        )
+
+
+def find_setting(read: AnswerReader, case: Case) -> tuple[VectorSetting, Case] | None:
+    """The other way to compute both models that explains the answers best, with the answers beside its models.
+
+    On a server with a base model, that has to explain most of what sets its answers apart from the right ones. On one
+    with a single model, the adapter's answers decide.
+    """
+    if case.noise.rms <= FLOOR:
+        return None
+    found: list[tuple[float, VectorSetting, Case]] = []
+    for setting in [*read.reference.settings(), *_orders(read)]:
+        other = Case(read.evidence(setting), case.served_format, case.option)
+        model, start = (other.evidence.base, case.evidence.base)
+        changes = case.evidence.base_changes(model)
+        if case.is_one_model:
+            model, start = other.evidence.adapter, case.evidence.adapter
+            changes = case.evidence.changes(model, start)
+        way = strength_along(changes)
+        explained = share_along(changes, way)
+        is_likely = abs(way.value - 1) <= LIKE and explained >= EXPLAINED and is_clear(way)
+        if is_likely and other.noise.rms < case.noise.rms:
+            found.append((other.noise.rms, setting, other))
+    if not found:
+        return None
+    _, setting, other = min(found, key=lambda each: each[0])
+    return setting, other
+
+
+def is_clear(way: Interval) -> bool:
+    """Whether the interval excludes 0; a single text has none."""
+    return way.low > 0
+
+
+def _orders(read: AnswerReader) -> list[VectorSetting]:
+    """The order of classes that brings the answers nearest to the right ones, if it is another one."""
+    reference, arm = read.reference, ADAPTER if read.answers.is_one_model else BASE
+    if reference.task != "classify":
+        return []
+    right = {place: reference.answer(reference.rows[arm][place]) for place in read.rows[arm]}
+
+    def apart(mine: int, theirs: int) -> float:
+        return math.fsum((row[mine] - right[place][theirs]) ** 2 for place, row in read.rows[arm].items())
+
+    classes = range(len(reference.labels))
+    order = [min(classes, key=lambda theirs: apart(mine, theirs)) for mine in classes]
+    if order == [*classes] or sorted(order) != [*classes]:
+        return []
+    shown = ", ".join(reference.labels[place] for place in order)
+    return [VectorSetting(LABELS, f"the classes come in the order {shown:.200}", reference.right.rows, order=order)]

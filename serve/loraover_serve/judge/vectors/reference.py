@@ -1,0 +1,359 @@
+"""A reference of vectors: texts, and what the right and the faulty models answer to each of them.
+
+A row is the vector of a text, the logits of a classifier, or the score of a pair. `record` keeps the rows of the base
+model and of the adapter as the model computes them, in float32, and those of faults as differences in steps of a 127th
+of the largest one in a row. Here they become the answers that a server should give, as *models* of the judge: a row has
+a number for each component, and all are in units in which the components of right answers have the RMS value SIZE.
+The judge's limits in nats, such as its floor of 1e-4, then stand for 1e-5 of a vector's size.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, final
+
+from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
+from loraover_serve.judge.models import FaultyModel, Model, Models, Question
+from loraover_serve.judge.names import FLIPPED, RAW
+from loraover_serve.judge.reference import Reference, between, read_as
+
+KIND = "vectors"
+"""Name of this kind of reference in its file; a file of logprobs names none."""
+
+VectorTask = Literal["embed", "classify", "score", "token_classify"]
+VECTOR_TASKS: tuple[VectorTask, ...] = ("embed", "classify", "score", "token_classify")
+"""Tasks: the vector of a text, its classes, the score of a pair of texts, and the classes of each token."""
+
+SIZE = 10.0
+"""RMS value of a component of right answers, in the units of the judge."""
+
+LEVELS = 127  # steps of the largest difference in a row of a fault
+SURELY = 1e-7  # smallest probability that is told from 0, and largest that is told from 1
+SUM = 1e-3  # by which probabilities of classes may miss the sum 1
+
+Vector = Sequence[float]
+
+
+class VectorQuestion(NamedTuple):
+    """A text that is asked for.
+
+    Args:
+        text: The text, or the query of a pair.
+        pair: Document of the pair; None for a single text.
+        tokens: Number of its tokens, with the prefix and with special tokens.
+    """
+
+    text: str
+    pair: str | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class VectorSetting:
+    """A way in which a server computes both models otherwise, such as another pooling; right if it has no fault.
+
+    Args:
+        fault: Name of the fault; empty for the right way.
+        detail: The fault in words.
+        rows: Function that returns the rows of an arm as the model computes them: those of the first questions.
+        is_flipped: Whether vectors are normalised where they should not be, or the reverse.
+        order: Place of each component in the right rows, where a server has another order; empty for the right one.
+        dimensions: Number of the first components that are left; None means all.
+    """
+
+    fault: str
+    detail: str
+    rows: Callable[[str], list[Vector]]
+    is_flipped: bool = False
+    order: Sequence[int] = ()
+    dimensions: int | None = None
+
+
+@final
+class VectorReference:
+    """A reference of vectors, as it was recorded.
+
+    Args:
+        content: Contents of the file.
+
+    Attributes:
+        adapter_name: Name of the adapter's folder.
+        base_name: Name of the base model.
+        task: What is asked for.
+        labels: Names of the classes in their order; empty for vectors.
+        activation: What a server makes of logits unless told otherwise: softmax, sigmoid, or None for vectors.
+        is_normalised: Whether vectors have the length 1.
+        questions: The texts.
+        rows: Rows of both arms, as the model computes them.
+        formats: Distance and strength of the right models in each number format.
+        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
+        device: Device that PyTorch ran on.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        if (content["schema_version"], content["kind"]) != (1, KIND):
+            raise ValueError(f"schema_version and kind are not 1 and {KIND}")
+        self.adapter_name, self.base_name = content["adapter"], content["base_model"]
+        if not isinstance(self.adapter_name, str) or not isinstance(self.base_name, str):
+            raise ValueError("the adapter and its base model need names")
+        if content["task"] not in VECTOR_TASKS or content["activation"] not in (None, "softmax", "sigmoid"):
+            raise ValueError("an unknown task or activation")
+        self.task: VectorTask = content["task"]
+        self.labels, self.activation = [str(each) for each in content["labels"]], content["activation"]
+        if (self.task == "embed") != (not self.labels) or len({*self.labels}) < len(self.labels):
+            raise ValueError("a classifier needs labels with different names, and a vector has none")
+        self.is_normalised, self.prefix = bool(content["normalised"]), str(content["prefix"])
+        self.questions = [_question(each, is_pair=self.task == "score") for each in content["questions"]]
+        self.sensitivity, self.device = float(content["sensitivity"]), str(content["made"]["device"])
+        self._lengths = [int(each["numbers"]) for each in content["questions"]]
+        if len(self.questions) < 2 or not all(0 < each < 2**20 for each in self._lengths):
+            raise ValueError("fewer than two questions, or a row without numbers")
+        if any(each % max(1, len(self.labels)) for each in self._lengths):
+            raise ValueError("a row does not have a number for each label")
+        self.rows = {arm: _rows(content["rows"][arm], self._lengths) for arm in (BASE, ADAPTER)}
+        self.formats = {
+            name: {part: float(content["formats"][name][part]) for part in ("distance", "strength")}
+            for name in NUMBER_FORMATS[1:]
+        }
+        if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
+            raise ValueError("a number format has no distance")
+        self._settings = [self._recorded(each, (BASE, ADAPTER)) for each in content["settings"]]
+        self._variants = [self._recorded(each, (ADAPTER,)) for each in content["variants"]]
+        if not 0 < self.unit < math.inf or not self.sensitivity >= 1:
+            raise ValueError("all rows are zero, or the sensitivity is below 1")
+
+    def _recorded(self, found: Mapping[str, Any], arms: Sequence[str]) -> tuple[VectorSetting, float | None]:
+        """A recorded fault, with its factor; its differences are read now, and added to the right rows when asked."""
+        number = found["questions"]
+        if type(number) is not int or not 1 <= number <= len(self.questions):
+            raise ValueError(f"the fault {found['detail']!r:.60} has no questions")
+        off = {arm: _differences(found[arm], self._lengths[:number]) for arm in arms}
+
+        def rows(arm: str) -> list[Vector]:
+            right = self.rows[arm][:number]
+            return [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(right, off[arm], strict=True)]
+
+        factor = None if found.get("factor") is None else float(found["factor"])
+        return VectorSetting(str(found["fault"]), str(found["detail"]), rows), factor
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts of the reference for a report."""
+        return {
+            "adapter": self.adapter_name,
+            "base_model": self.base_name,
+            "sensitivity": self.sensitivity,
+            "bias": self.formats["bf16"]["strength"],
+            "prompts": len(self.questions),
+            "new_tokens": 0,
+            "device": self.device,
+        }
+
+    @cached_property
+    def numbers(self) -> int:
+        """Number of components of a vector; 0 where rows differ."""
+        return self._lengths[0] if len({*self._lengths}) == 1 else 0
+
+    @cached_property
+    def unit(self) -> float:
+        """Number by which answers are divided."""
+        right = chain.from_iterable(self.answer(row) for arm in (BASE, ADAPTER) for row in self.rows[arm])
+        return math.sqrt(math.fsum(value * value for value in right) / (2 * sum(self._lengths))) / SIZE
+
+    @property
+    def right(self) -> VectorSetting:
+        """The way in which a right server computes."""
+        return VectorSetting("", "", lambda arm: list(self.rows[arm]))
+
+    def settings(self) -> list[VectorSetting]:
+        """Ways of servers that compute both models otherwise."""
+        found = [setting for setting, _ in self._settings]
+        if self.task == "embed":
+            name, detail = (
+                (RAW, "vectors come as they are pooled, and not with the length 1")
+                if self.is_normalised
+                else (FLIPPED, "vectors come with the length 1, and not as they are pooled")
+            )
+            found.append(VectorSetting(name, detail, self.right.rows, is_flipped=True))
+        return found
+
+    def variants(self) -> list[tuple[VectorSetting, float | None]]:
+        """Faults of the adapter alone, with the factor on every delta_W of those that are one."""
+        return list(self._variants)
+
+    def answer(self, row: Vector, setting: VectorSetting | None = None) -> list[float]:
+        """Answer that a server should give where the model computes a row: a vector, or logits without their mean."""
+        if self.task != "embed":
+            found = self.centred(row)
+            return [found[place] for place in setting.order] if setting is not None and setting.order else found
+        setting = setting or self.right
+        row = row if setting.dimensions is None else row[: setting.dimensions]
+        length = math.sqrt(math.fsum(value * value for value in row)) or 1.0
+        return [value / length for value in row] if self.is_normalised != setting.is_flipped else list(row)
+
+    def centred(self, logits: Vector) -> list[float]:
+        """Logits without the mean over the classes of each token, which softmax does not show."""
+        if self.activation != "softmax":
+            return list(logits)
+        classes = len(self.labels)
+        groups = (logits[at : at + classes] for at in range(0, len(logits), classes))
+        return [value - math.fsum(group) / classes for group in groups for value in group]
+
+    def from_probabilities(self, row: Vector) -> list[float] | None:
+        """Logits without their mean from what softmax or sigmoid makes of them; None if they are no probabilities."""
+        if self.activation is None or not all(0 <= value <= 1 for value in row):
+            return None
+        sure = [min(max(value, SURELY), 1 - SURELY) for value in row]
+        if self.activation == "sigmoid":
+            return [math.log(value / (1 - value)) for value in sure]
+        classes = len(self.labels)
+        if any(abs(math.fsum(row[at : at + classes]) - 1) > SUM for at in range(0, len(row), classes)):
+            return None
+        return self.centred([math.log(value) for value in sure])
+
+    def models(self, setting: VectorSetting | None = None) -> VectorModels:
+        """The models of the judge, as a server computes them in a setting."""
+        return VectorModels(self, setting or self.right)
+
+    def most_requests(self, repeats: int) -> int:
+        """Largest number of requests of a check."""
+        return (1 + repeats) * len(self.questions) + MORE_REQUESTS
+
+
+MORE_REQUESTS = 16
+"""Largest number of requests that find the server's form and names, and compare numbers with their base64."""
+
+
+@final
+class VectorModels(Models):
+    """Right and faulty models, whose rows have a number for each component in place of each token.
+
+    Args:
+        reference: The reference.
+        setting: The way in which the server computes; faults of the adapter are known in the right one alone.
+    """
+
+    def __init__(self, reference: VectorReference, setting: VectorSetting) -> None:
+        self._reference, self._setting = reference, setting
+        self.base, self.adapter = (self._model(setting, arm) for arm in (BASE, ADAPTER))
+        self.questions = [Question((), ()) for _ in reference.questions]
+        self.places = [(index, 0) for index in range(len(self.base.rows))]
+        self.sensitivity, self.vocabulary, self.ends = reference.sensitivity, 0, frozenset[int]()
+        self._faults = [] if setting.fault else reference.variants()
+
+    def row(self, answer: Vector) -> dict[int, float]:
+        """Row of the judge of what a server answers."""
+        return {index: value / self._reference.unit for index, value in enumerate(answer)}
+
+    def _model(self, setting: VectorSetting, arm: str, factor: float | None = None) -> Model:
+        rows = [self.row(self._reference.answer(row, self._setting)) for row in setting.rows(arm)]
+        return Model(rows, [0.0] * len(rows), setting.fault, setting.detail, factor)
+
+    @cached_property
+    def _scaled(self) -> list[tuple[float, Model]]:
+        known = [
+            (factor, self._model(setting, ADAPTER, factor)) for setting, factor in self._faults if factor is not None
+        ]
+        return sorted([(0.0, self.base), (1.0, self.adapter), *known], key=lambda pair: pair[0])
+
+    @property
+    def factors(self) -> Sequence[float]:  # type: ignore[override]
+        return [factor for factor, _ in self._scaled if factor]
+
+    def text(self, place: int) -> str | None:
+        return self._reference.questions[place].text
+
+    def rounding(self, number_format: str) -> float:
+        return SIZE * self._reference.formats[number_format]["distance"]
+
+    def bias(self, number_format: str) -> float:
+        return self._reference.formats[number_format]["strength"]
+
+    def scaled(self, factor: float, questions: int | None = None) -> Model:
+        return between(self._scaled, factor)
+
+    def adapter_faults(self) -> Iterable[FaultyModel]:
+        for setting, factor in self._faults:
+            if factor is None:
+                yield FaultyModel(setting.fault, setting.detail, partial(self._run, setting))
+
+    def _run(self, setting: VectorSetting, questions: int | None) -> Model:
+        return self._model(setting, ADAPTER)
+
+    def base_faults(self) -> Iterable[FaultyModel]:
+        return ()
+
+    def with_coarse_caches(self) -> Iterable[Model]:
+        return ()
+
+
+def _question(found: Mapping[str, Any], *, is_pair: bool) -> VectorQuestion:
+    text, pair, tokens = (found[name] for name in VectorQuestion._fields)
+    if not isinstance(text, str) or not isinstance(pair, str | None) or type(tokens) is not int:
+        raise ValueError("a question has no text, or no number of tokens")
+    if (pair is not None) != is_pair:
+        raise ValueError("a score needs pairs of texts, and anything else single ones")
+    return VectorQuestion(text, pair, tokens)
+
+
+def floats_of(encoded: str) -> list[float]:
+    """Finite numbers of a text in base64 that holds them in float32, the lowest byte first.
+
+    Raises:
+        ValueError: Another text, or a number that is not finite.
+    """
+    numbers = array("f", base64.b64decode(encoded, validate=True))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is not finite")
+    return numbers.tolist()
+
+
+def _rows(encoded: Any, lengths: Sequence[int]) -> list[Vector]:
+    numbers = floats_of(encoded)
+    if len(numbers) != sum(lengths):
+        raise ValueError(f"{len(numbers)} numbers, expected {sum(lengths)}")
+    return _split(numbers, lengths)
+
+
+def _differences(found: Mapping[str, Any], lengths: Sequence[int]) -> list[Vector]:
+    """Differences of a fault: a scale for each row, and a whole number of its 127ths for each component."""
+    scales = floats_of(found["scales"])
+    levels = array("b", base64.b64decode(found["levels"], validate=True))
+    if (len(scales), len(levels)) != (len(lengths), sum(lengths)):
+        raise ValueError("the numbers of a fault do not fit the rows")
+    rows = zip(scales, _split(levels, lengths), strict=True)
+    return [[scale * level / LEVELS for level in row] for scale, row in rows]
+
+
+def _split(numbers: Sequence[float], lengths: Sequence[int]) -> list[Vector]:
+    found, at = list[Vector](), 0
+    for length in lengths:
+        found.append(numbers[at : at + length])
+        at += length
+    return found
+
+
+def read_any_reference(path: Path) -> Reference | VectorReference:
+    """Read a reference of either kind.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        CheckpointError: Not a reference of this version.
+    """
+
+    def make(content: Any) -> Reference | VectorReference:
+        return VectorReference(content) if cast(Any, content).get("kind") == KIND else Reference(content)
+
+    return read_as(path, make)

@@ -1,0 +1,294 @@
+"""The verdict on a server of vectors, classes or scores: the first rule that finds something decides.
+
+1. The numbers are too many or too few; or what both models answer is explained by another way to compute it, such as
+   another pooling: that fault is named, with the strength of the adapter in it.
+2. Requests for the base model are answered with the adapter, or by another model.
+3. Some answers are the base model's, or answers to one text disagree.
+4. The adapter's strength, or its distance, is beyond what is allowed: the nearest fault of an adapter is searched for.
+5. The answers to a few texts are far off.
+6. *As trained* if the interval of the strength is narrow, and the number format is one that was asked for.
+
+Strength, excess, noise and the search for faults are those of answers with logprobs (`case`, `search`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from loraover_serve.judge.case import Case, flag, share_along, strength_along
+from loraover_serve.judge.estimates import share_found
+from loraover_serve.judge.evidence import by_prompt
+from loraover_serve.judge.fleet import Split, coverage, servers_in_words, servers_seen, some_are_base, some_disagree
+from loraover_serve.judge.limits import (
+    BASE,
+    CERTAIN,
+    ENOUGH_PROMPTS,
+    EXPLAINED,
+    FEW_AS_BASE,
+    FLOOR,
+    NUMBER_FORMATS,
+)
+from loraover_serve.judge.names import CUT, DIMENSION, ENCODING, IN_BASE, LABELS, OTHER_BASE, UNLIKE
+from loraover_serve.judge.rules import RuleFinding, is_narrow, quick
+from loraover_serve.judge.search import suspects
+from loraover_serve.judge.vectors.asking import VectorAnswers
+from loraover_serve.judge.vectors.reading import LIKE, AnswerReader, find_setting, is_clear
+from loraover_serve.judge.vectors.reference import SIZE, Vector, VectorReference, VectorSetting
+
+CUT_SHARE, CUT_TIMES = 0.02, 5.0
+"""Share of its size by which an answer to a text that was cut off is off at least, and times those to others are."""
+
+
+class VectorCase(NamedTuple):
+    """Answers of a server beside the models, with the estimates that the rules ask of them.
+
+    Args:
+        reference: The reference.
+        answers: The answers.
+        rows: Answers of both arms to each text, as the reference reads them.
+        case: The answers beside the right models.
+        setting: The setting that explains the answers, and the answers beside its models; None if it is the right one.
+        served_format: Coarsest number format in which the server may hold the base model.
+    """
+
+    reference: VectorReference
+    answers: VectorAnswers
+    rows: Mapping[str, Mapping[int, Vector]]
+    case: Case
+    setting: tuple[VectorSetting, Case] | None
+    served_format: str
+
+
+def judge_vectors(
+    reference: VectorReference,
+    answers: VectorAnswers,
+    served_format: str = "bf16",
+    option: Callable[[str], str] = flag,
+    *,
+    is_quick: bool = False,
+) -> dict[str, Any]:
+    """The verdict on a server, and what was measured; the arguments are those of `judge`.
+
+    Returns:
+        The fields of a result in verify.json, but for those that say who was judged and how long it took.
+
+    Raises:
+        EngineError: Answers with changing numbers of components.
+    """
+    read = AnswerReader(reference, answers)
+    headers = [told for one in answers.rounds for _, told in one.values()]
+    known = {"compared": "vectors", "servers": servers_seen(headers)}
+    if read.is_unreadable:
+        found = _of_another_size(read)
+        return known | _told(found) | {"vectors": read.findings(None)}
+    case = Case(read.evidence(reference.right), served_format, option)
+    if is_quick:
+        return known | _told(quick(case)) | {"vectors": read.findings(case)}
+    whole = VectorCase(reference, answers, read.rows, case, find_setting(read, case), served_format)
+    found = next(finding for rule in VECTOR_RULES if (finding := rule(whole)) is not None)
+    strength = (whole.setting[1] if whole.setting else case).strength
+    return (
+        known
+        | _told(found)
+        | {
+            "strength": strength if math.isfinite(strength.half) and case.effect > 0 else None,
+            "allowed_strength": case.allowed,
+            "number_format": case.number_format,
+            "visible_share": share_found(sum(map(len, case.as_base))),
+            "vectors": read.findings(case, whole.setting, found.suspects),
+        }
+    )
+
+
+def _told(found: RuleFinding) -> dict[str, Any]:
+    split = None if found.split is None else found.split.shown()
+    return {"verdict": found.verdict, "reason": found.reason, "fault": found.fault, "replicas": split}
+
+
+def _of_another_size(read: AnswerReader) -> RuleFinding:
+    """The answers have other numbers of components; of fewer, whether they are the first ones of the right vectors."""
+    reference, size, right = read.reference, read.size or 0, read.reference.numbers
+    what = "a vector" if reference.task == "embed" else "an answer"
+    if reference.task != "embed" or not 0 < size < right:
+        reason = f"{DIMENSION}: {what} has {size} numbers, expected {right or 'as many as recorded'}"
+        return RuleFinding("differs", f"{reason}; the server has another model, or another head", DIMENSION)
+    short = VectorSetting(DIMENSION, f"the first {size} of {right} numbers", reference.right.rows, dimensions=size)
+    case = Case(read.evidence(short))
+    reason = f"{DIMENSION}: a vector has {size} numbers, expected {right}"
+    if case.number_format is None:
+        return RuleFinding("differs", f"{reason}; they are not the first {size} of the right vector", DIMENSION)
+    return RuleFinding("differs", f"{reason}; they are its first ones, where {_strength(case)}", DIMENSION)
+
+
+def _strength(case: Case) -> str:
+    return f"the adapter has the strength {case.strength}"
+
+
+def numbers_differ(whole: VectorCase) -> RuleFinding | None:
+    """Vectors in base64 are not those that come as numbers, by more than two answers to one text differ."""
+    for numbers, encoded in whole.answers.encoded:
+        size = math.hypot(*numbers) / SIZE
+        noise = CERTAIN * math.sqrt(2) * (whole.case.noise.rms + FLOOR)
+        if len(numbers) != len(encoded) or math.dist(numbers, encoded) > noise * size:
+            reason = f"{ENCODING} than those of the same text in a list of numbers"
+            return RuleFinding("differs", reason, ENCODING)
+    return None
+
+
+def setting_is_another(whole: VectorCase) -> RuleFinding | None:
+    """Both models are computed in another way than was recorded."""
+    if whole.setting is None:
+        return None
+    setting, case = whole.setting
+    left = f"so computed, the answers are {_size(case.noise.rms)} off, where {_size(whole.case.noise.rms)} was found"
+    return RuleFinding("differs", f"{setting.fault}: {setting.detail}; {left}; {_strength(case)}", setting.fault)
+
+
+def input_is_cut(whole: VectorCase) -> RuleFinding | None:
+    """Answers to all texts from a number of tokens on are far off, and those to shorter ones are not."""
+    case, questions = whole.case, whole.reference.questions
+    off = by_prompt(case.off if case.is_one_model else case.evidence.off(BASE, case.evidence.base))
+    ordered = sorted(off, key=lambda place: questions[place].tokens)
+    for at in range(FEW_AS_BASE, len(ordered) - FEW_AS_BASE + 1):
+        near, far = ordered[:at], ordered[at:]
+        short, long = questions[near[-1]].tokens, questions[far[0]].tokens
+        most, least = max(off[place] for place in near), min(off[place] for place in far)
+        if short < long and least > CUT_SHARE * SIZE and least > CUT_TIMES * most:
+            reason = f"answers to texts of {long} tokens and more are off, and those to texts of up to {short} are not"
+            return RuleFinding("differs", f"{CUT}: {reason}; raise the server's largest length", CUT)
+    return None
+
+
+def labels_are_others(whole: VectorCase) -> RuleFinding | None:
+    """The server gives the likeliest class another name than the recorded one."""
+    labels = whole.reference.labels
+    for place, said in whole.answers.adapter.items():
+        mine = labels[max(range(len(labels)), key=said.numbers.__getitem__)] if labels else None
+        if said.label is not None and mine is not None and said.label != mine:
+            text = whole.reference.questions[place].text
+            reason = (
+                f"{LABELS}: the likeliest class of {text!r:.60} is {mine}, and the server calls it {said.label!r:.60}"
+            )
+            return RuleFinding("differs", reason, LABELS)
+    return None
+
+
+def base_is_wrong(whole: VectorCase) -> RuleFinding | None:
+    """Requests for the base model are answered by the adapter, or by another model."""
+    case = whole.case
+    if case.is_one_model:
+        return None
+    along = case.evidence.base_changes(case.evidence.adapter)
+    way = strength_along(along)
+    if abs(way.value - 1) <= LIKE and share_along(along, way) >= EXPLAINED and is_clear(way):
+        reason = f"requests for the base model are answered with {way.value:.2g} times the adapter"
+        return RuleFinding("differs", f"{IN_BASE}: {reason}", IN_BASE)
+    off = f"the base model's answers are {_size(case.noise.rms)} off"
+    if case.number_format is None:
+        return RuleFinding("differs", f"{off}, more than weights rounded to 4 bits would be: {OTHER_BASE}", OTHER_BASE)
+    if case.is_nearer():
+        return RuleFinding("differs", f"{off}, and the adapter's {_size(case.found.rms)}: {UNLIKE}", UNLIKE)
+    return None
+
+
+def some_are_others(whole: VectorCase) -> RuleFinding | None:
+    """Some of the adapter's answers are the base model's, or those to one text disagree."""
+    split = some_are_base(whole.case) or _disagreeing(whole.case)
+    return None if split is None else RuleFinding("differs", split.reason, split.fault, split=split)
+
+
+def _disagreeing(case: Case) -> Split | None:
+    split = some_disagree(case)
+    return None if split is None else split._replace(words="are not those to the same text at other times")
+
+
+def adapter_is_wrong(whole: VectorCase) -> RuleFinding | None:
+    """The strength or the distance is not that of a right adapter."""
+    case, (low, high) = whole.case, whole.case.allowed
+    is_off = case.effect > 0 and (case.strength.low > high or case.strength.high < low)
+    if not is_off and not case.is_further():
+        return None
+    found = f"{_strength(case)}, and {low:.4g} to {high:.4g} is right"
+    if not is_off:
+        off, noise = _size(case.found.rms), _size(case.noise.rms)
+        found = f"{_strength(case)}, and its answers are {off} off, where those of the base model are {noise} off"
+    compared = suspects(case)
+    nearest = compared[0]
+    if not nearest.explains:
+        reason = f"{found}; no known fault explains it: the nearest, {nearest.fault}, is {_size(nearest.rms)} off"
+        return RuleFinding("differs", f"{reason}; another adapter may be served", None, compared)
+    reason = f"{nearest.fault}: {nearest.detail}; {found}; with this fault, {_size(nearest.rms)} would be left"
+    return RuleFinding("differs", reason, nearest.fault, compared)
+
+
+def some_texts_are_far(whole: VectorCase) -> RuleFinding | None:
+    """The answers to a few texts are far off."""
+    far = whole.case.far(whole.case.off)
+    if len(far) < FEW_AS_BASE:
+        return None
+    text = whole.reference.questions[far[0]].text
+    reason = f"the answers to {len(far)} texts are far off, such as that to {text!r:.60}; the others are right"
+    return RuleFinding("differs", reason, None)
+
+
+def strength_is_wide(whole: VectorCase) -> RuleFinding | None:
+    """The interval of the strength is wide, or the adapter changes too little to be seen."""
+    case = whole.case
+    if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
+        return None
+    reason = (
+        f"the adapter moves answers by {_size(case.effect)} of their size, and the server's noise is "
+        f"{_size(case.noise.rms)}; its strength is {case.strength}, and a wrong adapter would pass as well"
+    )
+    if case.prompts < ENOUGH_PROMPTS:
+        reason += f"; {case.prompts} texts are few: record {ENOUGH_PROMPTS} or more"
+    return RuleFinding("inconclusive", reason)
+
+
+def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
+    """The base model is coarser than was declared."""
+    case = whole.case
+    found = case.number_format or NUMBER_FORMATS[-1]
+    if NUMBER_FORMATS.index(found) <= NUMBER_FORMATS.index(whole.served_format):
+        return None
+    reason = (
+        f"{_strength(case)}; answers are {_size(case.noise.rms)} off, as {found} would be, or another base model, or "
+        f"other inputs, such as behind a prefix; if it is served in {found}, say so with "
+        f"{case.option('served_format')}"
+    )
+    return RuleFinding("inconclusive", reason)
+
+
+def vectors_are_right(whole: VectorCase) -> RuleFinding:
+    """No rule found anything."""
+    case = whole.case
+    noise = f"the base model's are {_size(case.noise.rms)} off"
+    if case.is_one_model:
+        noise = "the server has one model under both names, so its own noise is not known"
+    reason = (
+        f"{_strength(case)}; it moves answers by {_size(case.effect)} of their size, they are {_size(case.found.rms)} "
+        f"off, and {noise}{coverage(case)}{servers_in_words(case)}"
+    )
+    return RuleFinding("as trained", reason)
+
+
+def _size(distance: float) -> str:
+    return f"{100 * distance / SIZE:.2g} %"
+
+
+VECTOR_RULES: tuple[Callable[[VectorCase], RuleFinding | None], ...] = (
+    setting_is_another,
+    input_is_cut,
+    labels_are_others,
+    base_is_wrong,
+    some_are_others,
+    adapter_is_wrong,
+    some_texts_are_far,
+    numbers_differ,
+    format_is_coarse,
+    strength_is_wide,
+    vectors_are_right,
+)
+"""The rules in their order; the last always finds something."""

@@ -1,0 +1,347 @@
+"""Vectors, classes and scores by HTTP: each planted fault of a server is named, and right ones pass."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import CheckpointError, EngineError
+from loraover_serve import record_adapter, verify_adapter, watch_adapters
+from loraover_serve.judge.command import check_vectors
+from loraover_serve.judge.vectors.asking import VectorAsker
+from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+from loraover_serve.judge.vectors.verdict import judge_vectors
+
+from support.drawn_vectors import answered, drawn_content, encoded, noisy_answers, rows_of
+from support.vector_server import BASE, SHOP, Serve, Service, save_encoder, save_vector_adapter, vector_server
+
+BF16 = 2e-3  # relative error of each number
+
+Checked = Callable[..., dict[str, Any]]
+
+
+class Recorded:
+    """A model with an adapter, its reference, and a server that answers for them.
+
+    Args:
+        folder: Folder for all of them.
+        task: The adapter's task.
+        labels: Names of its classes.
+        options: Fields of LoraConfig.
+    """
+
+    def __init__(self, folder: Path, task: str, labels: tuple[str, ...] = (), decoder: bool = True, **options: Any):
+        self.base = save_encoder(folder, task, labels, decoder=decoder)
+        self.adapter = save_vector_adapter(self.base, folder / SHOP, task, **options)
+        self.report = record_adapter(self.adapter, model=str(self.base), device="cpu")
+        self.service = Service(self.base, self.adapter, task)
+
+    @property
+    def reference(self) -> VectorReference:
+        """The reference that was recorded."""
+        found = read_any_reference(self.report.path)
+        assert isinstance(found, VectorReference)
+        return found
+
+    def checked(self, serve: Serve | None = None, protocol: str = "vllm", **more: Any) -> dict[str, Any]:
+        """The result of a check of a server."""
+        with vector_server(self.service, serve, protocol) as server:
+            asker = VectorAsker.of(self.reference, Endpoint(server.url, repeats=False), SHOP, BASE)
+            return check_vectors(asker, **({"repeats": 1} | more))
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return Recorded(tmp_path_factory.mktemp("embedder"), "FEATURE_EXTRACTION")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    labels = ("good", "bad", "odd")
+    folder = tmp_path_factory.mktemp("classifier")
+    return Recorded(folder, "SEQ_CLS", labels, decoder=False, target_modules=["query", "value"])
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return Recorded(tmp_path_factory.mktemp("reranker"), "SEQ_CLS", ("relevant",), target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    folder = tmp_path_factory.mktemp("tagger")
+    return Recorded(folder, "TOKEN_CLS", ("name", "other"), decoder=False, target_modules=["query", "value"])
+
+
+@pytest.mark.parametrize("noise", [0.0, BF16])
+@pytest.mark.parametrize("protocol", ["vllm", "infinity", "tei"])
+def test_a_right_server_of_vectors_is_as_trained(embedder: Recorded, protocol: str, noise: float) -> None:
+    found = embedder.checked(Serve(noise=noise), protocol)
+    assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
+    assert abs(found["strength"].value - 1) < 0.01
+    assert found["vectors"].noise == (None if protocol == "tei" else pytest.approx(noise, rel=0.2, abs=1e-6))
+
+
+OF_VECTORS = {
+    "served as base": Serve(arms={BASE: BASE, SHOP: BASE}),
+    "adapter in the base model": Serve(arms={BASE: SHOP, SHOP: SHOP}),
+    "wrong scaling": Serve(factor=0.5),
+    "another pooling": Serve(pooling="mean"),
+    "vectors not normalised": Serve(normalised=False),
+    "another dimension": Serve(dimensions=16),
+    "special tokens of the input missing": Serve(special=False),
+    "input cut off": Serve(longest=64),
+}
+
+
+@pytest.mark.parametrize("noise", [0.0, BF16])
+@pytest.mark.parametrize("fault", OF_VECTORS)
+def test_each_fault_of_a_server_of_vectors_is_named(embedder: Recorded, fault: str, noise: float) -> None:
+    found = embedder.checked(replace(OF_VECTORS[fault], noise=noise))
+    assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+
+
+def test_a_length_between_the_recorded_ones_is_named(embedder: Recorded) -> None:
+    found = embedder.checked(Serve(longest=100, noise=BF16))
+    assert found["fault"] == "input cut off", found["reason"]
+    assert "answers to texts of" in found["reason"]
+
+
+@pytest.mark.parametrize(("factor", "named"), [(2.0, "2"), (0.6, "0.6"), (3.0, "3")])
+def test_another_factor_on_the_adapter_is_told(embedder: Recorded, factor: float, named: str) -> None:
+    found = embedder.checked(Serve(factor=factor))
+    assert found["fault"] == "wrong scaling"
+    assert f"multiplied by {named}" in found["reason"]
+
+
+def test_the_adapters_strength_is_told_beside_another_pooling(embedder: Recorded) -> None:
+    for arm, strength in ((SHOP, 1.0), (BASE, 0.0)):
+        found = embedder.checked(Serve(pooling="mean", arms={BASE: BASE, SHOP: arm}))
+        assert found["fault"] == "another pooling"
+        assert found["strength"].value == pytest.approx(strength, abs=0.01)
+
+
+def test_another_pooling_is_named_where_there_is_one_model(embedder: Recorded) -> None:
+    found = embedder.checked(Serve(pooling="mean"), "tei")
+    assert (found["verdict"], found["fault"]) == ("differs", "another pooling"), found["reason"]
+
+
+def test_unknown_inputs_are_not_as_trained(embedder: Recorded) -> None:
+    assert embedder.checked(Serve(prefix="query: "))["verdict"] in ("differs", "inconclusive")
+
+
+def test_a_quick_check_tells_whether_the_adapter_is_applied(embedder: Recorded) -> None:
+    assert embedder.checked(is_quick=True)["verdict"] == "as trained"
+    found = embedder.checked(Serve(arms={BASE: BASE, SHOP: BASE}), is_quick=True)
+    assert (found["verdict"], found["fault"]) == ("differs", "served as base")
+
+
+def test_vectors_in_base64_have_to_be_the_same(embedder: Recorded) -> None:
+    found = embedder.checked(Serve(encoded=lambda row: row[::-1]))
+    assert found["fault"] == "numbers in base64 are others"
+
+
+def test_some_answers_of_the_base_model_are_found(embedder: Recorded) -> None:
+    reference = embedder.reference
+    right = {arm: np.array([reference.answer(row) for row in reference.rows[arm]]) for arm in (BASE, "adapter")}
+    mixed = right["adapter"].copy()
+    mixed[::4] = right[BASE][::4]
+    found = judge_vectors(reference, answered(right[BASE], right["adapter"], mixed))
+    assert (found["verdict"], found["fault"]) == ("differs", "some answers are the base model's")
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("protocol", ["vllm", "infinity", "tei"])
+def test_a_right_classifier_is_as_trained(classifier: Recorded, protocol: str, raw: bool) -> None:
+    found = classifier.checked(Serve(raw=raw, names=("good", "bad", "odd"), noise=1e-4), protocol)
+    assert found["verdict"] == "as trained", found["reason"]
+    assert found["vectors"].task == "classify"
+
+
+@pytest.mark.parametrize(
+    ("serve", "fault"),
+    [
+        (Serve(order=(2, 0, 1)), "labels in another order"),
+        (Serve(names=("bad", "good", "odd")), "labels in another order"),
+        (Serve(arms={BASE: BASE, SHOP: BASE}, raw=False), "served as base"),
+        (Serve(factor=2.0), "wrong scaling"),
+        (Serve(factor=0.0), "only the head of the adapter applied"),
+    ],
+)
+def test_each_fault_of_a_classifier_is_named(classifier: Recorded, serve: Serve, fault: str) -> None:
+    found = classifier.checked(serve)
+    assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
+
+
+def test_classes_of_other_names_are_refused(classifier: Recorded) -> None:
+    with pytest.raises(EngineError, match=r"names the classes LABEL_0, LABEL_1, LABEL_2, and the reference good, bad"):
+        classifier.checked(Serve(names=("LABEL_0", "LABEL_1", "LABEL_2")), "tei")
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("protocol", ["vllm", "infinity", "tei"])
+def test_scores_of_pairs_are_judged(reranker: Recorded, protocol: str, raw: bool) -> None:
+    assert "scores of pairs" in str(reranker.report.vectors)
+    found = reranker.checked(Serve(raw=raw), protocol)
+    assert found["verdict"] == "as trained", found["reason"]
+    found = reranker.checked(Serve(raw=raw, arms={BASE: BASE, SHOP: BASE}), protocol)
+    assert found["fault"] == "served as base", found["reason"]
+
+
+def test_classes_of_tokens_are_judged(tagger: Recorded) -> None:
+    assert tagger.checked()["verdict"] == "as trained"
+    assert tagger.checked(Serve(raw=False))["verdict"] == "as trained"
+    assert tagger.checked(Serve(arms={BASE: BASE, SHOP: BASE}))["fault"] == "served as base"
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_the_strength_is_that_of_least_squares(strength: float, noise: float) -> None:
+    """An oracle in NumPy and float64: the factor by which the adapter's changes fit those of the answers best."""
+    content, draw = drawn_content(), np.random.default_rng(3)
+    base, adapter = (rows_of(content, arm) for arm in (BASE, "adapter"))
+    shown = base + noise * draw.standard_normal(base.shape)
+    answers = base + strength * (adapter - base) + noise * draw.standard_normal(base.shape)
+    direction = adapter - base
+    oracle = float(np.sum((answers - shown) * direction) / np.sum(direction * direction))
+    found = judge_vectors(VectorReference(content), answered(shown, answers))["strength"]
+    assert found.value == pytest.approx(oracle, abs=1e-6 + noise / 2)
+    assert found.low <= strength + 1e-6
+    assert found.high >= strength - 1e-6
+
+
+def test_a_small_effect_beside_noise_is_inconclusive() -> None:
+    content = drawn_content()
+    base = rows_of(content, BASE)
+    near = base + 1e-3 * np.random.default_rng(1).standard_normal(base.shape)
+    reference = VectorReference(content | {"rows": content["rows"] | {"adapter": encoded(near)}})
+    found = judge_vectors(reference, noisy_answers(reference, np.random.default_rng(2), 4e-3))
+    assert found["verdict"] == "inconclusive"
+
+
+HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "NaN": (lambda found: _embedding(found, [float("nan")] * 32), "not finite, or too large"),
+    "infinite": (lambda found: _embedding(found, [1e400] * 32), "not finite, or too large"),
+    "huge": (lambda found: _embedding(found, [1e30] * 32), "not finite, or too large"),
+    "empty": (lambda found: _embedding(found, []), "not finite, or too large"),
+    "texts": (lambda found: _embedding(found, ["1"] * 32), "cannot be read"),
+    "bool": (lambda found: _embedding(found, [True] * 32), "cannot be read"),
+    "two": (lambda found: found | {"data": found["data"] * 2}, "expected one entry"),
+    "none": (lambda found: found | {"data": []}, "expected one entry"),
+    "null": (lambda found: found | {"data": None}, "expected one entry"),
+    "another model": (lambda found: found | {"model": "other"}, "'other' answered"),
+    "another index": (lambda found: found | {"data": [found["data"][0] | {"index": 3}]}, "expected the entry 0"),
+    "nested": (lambda found: _embedding(found, [[[1.0]]]), "cannot be read"),
+    "list": (lambda found: [found], "cannot be read"),
+}
+
+
+def _embedding(found: Any, row: Any) -> Any:
+    return found | {"data": [{"index": 0, "embedding": row}]}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_answers_that_are_no_vectors_are_refused(embedder: Recorded, name: str) -> None:
+    change, message = HOSTILE[name]
+    with pytest.raises(EngineError, match=message):
+        embedder.checked(Serve(change=change))
+
+
+def test_base64_that_holds_no_numbers_is_refused(embedder: Recorded) -> None:
+    def change(found: Any) -> Any:
+        return _embedding(found, "abc") if isinstance(found["data"][0]["embedding"], str) else found
+
+    with pytest.raises(EngineError, match="cannot be read"):
+        embedder.checked(Serve(change=change))
+
+
+def test_numbers_that_change_in_number_are_refused(embedder: Recorded) -> None:
+    rows = iter(range(1000))
+
+    def change(found: Any) -> Any:
+        return _embedding(found, [0.5] * (31 + next(rows) % 2))
+
+    with pytest.raises(EngineError, match="and with others"):
+        embedder.checked(Serve(change=change))
+
+
+def test_more_numbers_than_recorded_are_named(embedder: Recorded) -> None:
+    found = embedder.checked(Serve(change=lambda found: _embedding(found, [0.5] * 64)))
+    assert (found["verdict"], found["fault"]) == ("differs", "another dimension")
+    assert "64 numbers, expected 32" in found["reason"]
+
+
+def test_the_command_the_checker_and_the_watch_take_the_reference(embedder: Recorded, tmp_path: Path) -> None:
+    checker = tmp_path / "check.pyz"
+    record_adapter(embedder.adapter, model=str(embedder.base), output=tmp_path / "again.json.gz", checker=checker)
+    with vector_server(embedder.service) as server:
+        asked: dict[str, Any] = {"references": (embedder.report.path,), "endpoint": server.url, "base_name": BASE}
+        report = verify_adapter(**asked, output=tmp_path / "out")
+        words = [str(checker), str(embedder.report.path), server.url, "--base-name", BASE]
+        alone = subprocess.run([sys.executable, "-I", *words], capture_output=True, text=True, check=False)
+        adapters = [{"reference": str(embedder.report.path)}]
+        one = {"name": "one", "url": server.url, "base_name": BASE, "adapters": adapters}
+        config = {"history": "history.sqlite", "interval_s": 3600, "servers": [one]}
+        (tmp_path / "watch.yaml").write_text(json.dumps(config))
+        watched = watch_adapters(tmp_path / "watch.yaml", once=True)
+    assert (report.exit_code, report.engines[0].compared) == (0, "vectors")
+    assert "100 % of the adapter is applied" in report.engines[0].plainly
+    assert (tmp_path / "out" / "verify.html").is_file()
+    assert (alone.returncode, alone.stderr) == (0, ""), alone.stdout
+    assert alone.stdout.startswith("as trained: the adapter has the strength 1")
+    assert [check.verdict for check in watched.checks] == ["as trained"]
+
+
+@pytest.mark.parametrize("option", ["caches", "churn_s"])
+def test_checks_of_generated_text_are_refused(embedder: Recorded, option: str) -> None:
+    wanted: dict[str, Any] = {"base_name": BASE, option: 5 if option == "churn_s" else True}
+    with vector_server(embedder.service) as server, pytest.raises(EngineError, match="has vectors; leave it out"):
+        verify_adapter(references=(embedder.report.path,), endpoint=server.url, **wanted)
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "another version": {"schema_version": 2},
+    "no task": {"task": "sing"},
+    "labels of a vector": {"labels": ["a"]},
+    "too few numbers": {"rows": dict.fromkeys(("base", "adapter"), "A" * 4088)},
+    "not finite": {"rows": dict.fromkeys(("base", "adapter"), "AACA" + "/w" * 2046)},
+    "no base64": {"rows": dict.fromkeys(("base", "adapter"), "###")},
+    "zero": {"rows": dict.fromkeys(("base", "adapter"), "A" * 4096)},
+    "a pair": {"questions": [each | {"pair": "b"} for each in drawn_content()["questions"]]},
+    "a fault of no questions": {"variants": [{"fault": "a", "detail": "b", "questions": 0, "adapter": {}}]},
+    "a fault that does not fit": {
+        "variants": [{"fault": "a", "detail": "b", "questions": 2, "adapter": {"scales": "AAAAAA==", "levels": "AA=="}}]
+    },
+    "no distance": {"formats": {name: {"distance": 0, "strength": 1} for name in drawn_content()["formats"]}},
+    "a small sensitivity": {"sensitivity": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_damaged_reference_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(drawn_content() | BROKEN[name]).encode()))
+    with pytest.raises(CheckpointError, match="not a reference that can be used"):
+        read_any_reference(path)
+
+
+def test_recorded_differences_keep_their_promise(embedder: Recorded) -> None:
+    """A 127th of the largest difference in a row is the most that a component of a fault can be off by."""
+    reference = embedder.reference
+    mean = next(each for each in reference.settings() if "mean" in each.detail)
+    texts = [question.text for question in reference.questions]
+    for arm, name in ((BASE, BASE), ("adapter", SHOP)):
+        for text, row, right in zip(texts, mean.rows(arm), reference.rows[arm], strict=True):
+            exact = embedder.service.answer(name, [text], Serve(pooling="mean", normalised=False))
+            limit = np.abs(exact - right).max() / 127
+            assert np.abs(exact - row).max() <= 0.51 * limit + 1e-6
