@@ -151,6 +151,12 @@ def test_vectors_in_base64_have_to_be_the_same(embedder: Recorded) -> None:
     assert found["fault"] == "numbers in base64 are others"
 
 
+def test_answers_that_are_wrong_beside_others_are_named(embedder: Recorded) -> None:
+    found = embedder.checked(Serve(leaks=True, noise=BF16))
+    assert found["fault"] == "adapter leaks into the base model's answers in a mixed batch", found["reason"]
+    assert embedder.checked(Serve(leaks=True, noise=BF16), without_mixed=True)["verdict"] == "as trained"
+
+
 def test_some_answers_of_the_base_model_are_found(embedder: Recorded) -> None:
     reference = embedder.reference
     right = {arm: np.array([reference.answer(row) for row in reference.rows[arm]]) for arm in (BASE, "adapter")}

@@ -99,6 +99,7 @@ class Serve:
         raw: Whether logits come in place of probabilities.
         change: Function of the last answer, before it is sent.
         encoded: Function of a vector that is sent in base64.
+        leaks: Whether a request for the base model that follows one for the adapter is answered by the adapter.
     """
 
     pooling: str = "last"
@@ -115,6 +116,7 @@ class Serve:
     raw: bool = True
     change: Callable[[Any], Any] = lambda answer: answer
     encoded: Callable[[Row], Row] = lambda row: row
+    leaks: bool = False
 
 
 class Service:
@@ -180,10 +182,11 @@ class Service:
 
 @dataclass
 class Asked:
-    """A running server, with the path and body of each request."""
+    """A running server, with the path and body of each request, and the model that was asked last."""
 
     url: str
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    last: str = BASE
 
 
 @contextmanager
@@ -209,8 +212,13 @@ def vector_server(service: Service, serve: Serve | None = None, protocol: str = 
             if answer is None or body.get("model", BASE) not in served.arms:
                 self.answer(404, b"{}")
                 return
+            name = body.get("model", BASE)
+            before, asked.last = asked.last, name
+            if served.leaks and before == SHOP and name == BASE:
+                body = body | {"model": SHOP}
             try:
                 found = answer(body)
+                found = found | {"model": name} if isinstance(found, dict) else found
             except (KeyError, TypeError):  # a field that this server needs, or one that it does not take
                 self.answer(422, b"{}")
                 return

@@ -159,7 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_vectors(asked: argparse.Namespace, reference: VectorReference, endpoint: Endpoint) -> dict[str, Any]:
     asker = VectorAsker.of(reference, endpoint, asked.served_name, asked.base_name)
     others = {name: bool(getattr(asked, name)) for name in ("caches", "reload", "churn")}
-    return check_vectors(asker, asked.served_format, repeats=max(1, asked.repeats), is_quick=asked.quick, others=others)
+    return check_vectors(
+        asker,
+        asked.served_format,
+        repeats=max(1, asked.repeats),
+        is_quick=asked.quick,
+        without_mixed=asked.without_mixed,
+        others=others,
+    )
 
 
 def check_vectors(
@@ -169,6 +176,7 @@ def check_vectors(
     *,
     repeats: int = REPEATS,
     is_quick: bool = False,
+    without_mixed: bool = False,
     others: Mapping[str, bool] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Ask a server for vectors, classes or scores, and judge its answers.
@@ -179,6 +187,7 @@ def check_vectors(
         option: Name of an option as its user writes it.
         repeats: Number of times that each text is asked of the adapter.
         is_quick: Whether to ask only for a few answers of the adapter.
+        without_mixed: Whether no requests for both models are sent together.
         others: Whether the user wants a check that there is only for generated text, by the name of its field.
 
     Returns:
@@ -192,7 +201,7 @@ def check_vectors(
     for name, is_wanted in others.items():
         if is_wanted:
             raise ConfigError(f"{option(name)} checks generated text, and this reference has vectors; leave it out.")
-    answers = asker.quick_answers() if is_quick else asker.answers(repeats)
+    answers = asker.quick_answers() if is_quick else asker.answers(repeats, without_mixed=without_mixed)
     found = judge_vectors(asker.reference, answers, served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}
 

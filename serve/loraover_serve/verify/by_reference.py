@@ -178,7 +178,13 @@ def _vectors(request: VerifyRequest, endpoint: Endpoint, name: str, reference: V
     asker = VectorAsker.of(reference, endpoint, name, request.base_name, request.named)
     others = {name: bool(getattr(request, name)) for name in ("caches", "reload", "churn_s")}
     return check_vectors(
-        asker, request.declared_format, request.named, repeats=request.repeats, is_quick=request.quick, others=others
+        asker,
+        request.declared_format,
+        request.named,
+        repeats=request.repeats,
+        is_quick=request.quick,
+        without_mixed=request.without_mixed,
+        others=others,
     )
 
 

@@ -182,6 +182,7 @@ class VectorAnswers:
         base: Answers of the base model; empty if the server has one model under both names.
         rounds: Answers of the adapter, for each time that the texts were asked, with the headers of each response.
         encoded: Vectors of some texts as numbers, and as base64.
+        mixed: Answers of each arm while the other one is asked as well; empty if there are none.
         is_one_model: Whether the server has one model under both names.
     """
 
@@ -190,6 +191,7 @@ class VectorAnswers:
     rounds: Sequence[Mapping[int, tuple[VectorAnswer, Mapping[str, str]]]]
     encoded: Sequence[tuple[Vector, Vector]] = field(default=())
     is_one_model: bool = False
+    mixed: Mapping[str, Mapping[int, VectorAnswer]] = field(default_factory=dict)
 
     @property
     def adapter(self) -> dict[int, VectorAnswer]:
@@ -312,8 +314,8 @@ class VectorAsker:
         """Whether the server has one model under both names."""
         return self.names[BASE] == self.names[ADAPTER] or not self.speaker.form.names_model
 
-    def answers(self, repeats: int) -> VectorAnswers:
-        """Answers of both models; the adapter is asked several times.
+    def answers(self, repeats: int, *, without_mixed: bool = False) -> VectorAnswers:
+        """Answers of both models; the adapter is asked several times, and then both are asked together.
 
         Raises:
             EngineError: A server that refuses, or whose answers cannot be read.
@@ -323,7 +325,22 @@ class VectorAsker:
         rounds = [self._round(ADAPTER, places) for _ in range(repeats)]
         pairs = [(rounds[0][p][0].numbers, self.speaker.encoded(self.names[ADAPTER], p)) for p in places[:ENCODED]]
         encoded = [(numbers, found) for numbers, found in pairs if found is not None]
-        return VectorAnswers(self.speaker.form.path, alone, rounds, encoded, self.is_one_model)
+        mixed: dict[str, dict[int, VectorAnswer]] = {}
+        if not self.is_one_model and not without_mixed:
+            mixed = self._mixed(places)  # last, since its faults may stay in a cache
+        return VectorAnswers(self.speaker.form.path, alone, rounds, encoded, self.is_one_model, mixed)
+
+    def _mixed(self, places: Sequence[int]) -> dict[str, dict[int, VectorAnswer]]:
+        """Answers of both arms to texts, with requests for the other arm between those for each one."""
+
+        def ask(asked: tuple[str, int]) -> tuple[str, int, VectorAnswer]:
+            arm, place = asked
+            return arm, place, self.speaker.ask(self.names[arm], place)[0]
+
+        found: dict[str, dict[int, VectorAnswer]] = {BASE: {}, ADAPTER: {}}
+        for arm, place, said in at_once(ask, [(arm, place) for place in places for arm in (BASE, ADAPTER)]):
+            found[arm][place] = said
+        return found
 
     def quick_answers(self) -> VectorAnswers:
         """The adapter's answers to the texts whose vectors it changes most."""

@@ -115,7 +115,12 @@ class AnswerReader:
             )
             for one in self.answers.rounds
         ]
-        return Evidence(models, Answers(base, adapter, rounds=rounds, is_one_model=self.answers.is_one_model))
+        mixed = {
+            arm: {place: models.row(self.read(said.numbers)) for place, said in found.items() if place in known}
+            for arm, found in self.answers.mixed.items()
+        }
+        one = self.answers.is_one_model
+        return Evidence(models, Answers(base, adapter, mixed=mixed, rounds=rounds, is_one_model=one))
 
     def findings(
         self,

@@ -225,7 +225,7 @@ class VectorReference:
 
     def most_requests(self, repeats: int) -> int:
         """Largest number of requests of a check."""
-        return (1 + repeats) * len(self.questions) + MORE_REQUESTS
+        return (3 + repeats) * len(self.questions) + MORE_REQUESTS
 
 
 MORE_REQUESTS = 16

@@ -5,7 +5,7 @@
 2. Requests for the base model are answered with the adapter, or by another model.
 3. Some answers are the base model's, or answers to one text disagree.
 4. The adapter's strength, or its distance, is beyond what is allowed: the nearest fault of an adapter is searched for.
-5. The answers to a few texts are far off.
+5. The answers to a few texts are far off; or those to requests for both models that are sent together.
 6. *As trained* if the interval of the strength is narrow, and the number format is one that was asked for.
 
 Strength, excess, noise and the search for faults are those of answers with logprobs (`case`, `search`).
@@ -22,6 +22,7 @@ from loraover_serve.judge.estimates import share_found
 from loraover_serve.judge.evidence import by_prompt
 from loraover_serve.judge.fleet import Split, coverage, servers_in_words, servers_seen, some_are_base, some_disagree
 from loraover_serve.judge.limits import (
+    ADAPTER,
     BASE,
     CERTAIN,
     ENOUGH_PROMPTS,
@@ -30,7 +31,7 @@ from loraover_serve.judge.limits import (
     FLOOR,
     NUMBER_FORMATS,
 )
-from loraover_serve.judge.names import CUT, DIMENSION, ENCODING, IN_BASE, LABELS, OTHER_BASE, UNLIKE
+from loraover_serve.judge.names import CHANGED, CUT, DIMENSION, ENCODING, IN_BASE, LABELS, LEAKS, OTHER_BASE, UNLIKE
 from loraover_serve.judge.rules import RuleFinding, is_narrow, quick
 from loraover_serve.judge.search import suspects
 from loraover_serve.judge.vectors.asking import VectorAnswers
@@ -247,6 +248,19 @@ def strength_is_wide(whole: VectorCase) -> RuleFinding | None:
     return RuleFinding("inconclusive", reason)
 
 
+def mixed_differ(whole: VectorCase) -> RuleFinding | None:
+    """Answers of one model change while the other one is asked as well."""
+    case = whole.case
+    for arm, fault in ((BASE, LEAKS), (ADAPTER, CHANGED)):
+        if arm in case.mixed and case.is_apart(case.evidence.mixed[arm]):
+            reason = (
+                f"{fault}: these answers are {_size(case.mixed[arm].rms)} from those sent alone; requests for one "
+                f"model at a time are answered right: send them so, or judge them with {case.option('without_mixed')}"
+            )
+            return RuleFinding("differs", reason, fault)
+    return None
+
+
 def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
     """The base model is coarser than was declared."""
     case = whole.case
@@ -287,6 +301,7 @@ VECTOR_RULES: tuple[Callable[[VectorCase], RuleFinding | None], ...] = (
     adapter_is_wrong,
     some_texts_are_far,
     numbers_differ,
+    mixed_differ,
     format_is_coarse,
     strength_is_wide,
     vectors_are_right,

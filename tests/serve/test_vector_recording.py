@@ -1,0 +1,166 @@
+"""Recording of vectors, classes and scores: what a model's files say of them, adapters of each form, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from loraover import LoraOverConfig, OverParameterization, write_checkpoint
+from loraover.client.endpoint import Endpoint
+from loraover.common.errors import ConfigError, DataError, LoraOverError
+from loraover_export import fold_checkpoint
+from loraover_serve import record_adapter
+from loraover_serve.judge.command import check_vectors
+from loraover_serve.judge.vectors.asking import VectorAsker
+from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+
+from support.tiny_hub import save_llama
+from support.tiny_models import fill_b
+from support.vector_server import BASE, SHOP, Serve, Service, save_encoder, save_vector_adapter, vector_server
+
+TASK = "FEATURE_EXTRACTION"
+PART = "sentence_transformers.models."
+
+
+def save_parts(base: Path, pooling: dict[str, Any], *parts: str, **prompts: Any) -> None:
+    """Write what sentence-transformers writes beside a model."""
+    listed = [{"type": f"{PART}Transformer", "path": ""}, {"type": f"{PART}Pooling", "path": "1_Pooling"}]
+    listed += [{"type": f"{PART}{part}", "path": f"2_{part}"} for part in parts]
+    (base / "modules.json").write_text(json.dumps(listed))
+    (base / "1_Pooling").mkdir(exist_ok=True)
+    (base / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (base / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+def recorded(adapter: Path, base: Path, **options: Any) -> VectorReference:
+    """The reference of an adapter, recorded anew."""
+    report = record_adapter(adapter, model=str(base), device="cpu", force=True, **options)
+    found = read_any_reference(report.path)
+    assert isinstance(found, VectorReference)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("parts")
+    base = save_encoder(folder, TASK, decoder=False)
+    return base, save_vector_adapter(base, folder / SHOP, TASK, target_modules=["query", "value"])
+
+
+def test_pooling_length_and_prompt_are_those_of_the_models_files(made: tuple[Path, Path]) -> None:
+    base, adapter = made
+    prompts = {"query": "query: ", "document": "text: "}
+    save_parts(base, {"pooling_mode_mean_tokens": True}, "Normalize", prompts=prompts, default_prompt_name="query")
+    reference = recorded(adapter, base)
+    assert (reference.is_normalised, reference.prefix) == (True, "query: ")
+    service = Service(base, adapter, TASK)
+    right = Serve(pooling="mean", prefix="query: ")
+    expected = {
+        None: right,
+        "prefix of the input missing": Serve(pooling="mean"),
+        "a prefix added to the input": Serve(pooling="mean", prefix="text: "),
+        "another pooling": Serve(pooling="cls", prefix="query: "),
+    }
+    for fault, serve in expected.items():
+        with vector_server(service, serve) as server:
+            asker = VectorAsker.of(reference, Endpoint(server.url), SHOP, BASE)
+            found = check_vectors(asker, repeats=1)
+        assert found["fault"] == fault, found["reason"]
+
+
+def test_options_replace_what_the_files_say(made: tuple[Path, Path]) -> None:
+    base, adapter = made
+    save_parts(base, {"pooling_mode": "mean"}, prompts={"query": "query: "}, default_prompt_name="query")
+    assert not recorded(adapter, base).is_normalised  # no part of the model normalises
+    reference = recorded(adapter, base, pooling="last", normalised=True, prefix="")
+    assert (reference.is_normalised, reference.prefix) == (True, "")
+    text = reference.questions[3].text
+    exact = Service(base, adapter, TASK).answer(SHOP, [text], Serve(pooling="last", normalised=False))
+    assert np.abs(exact - reference.rows["adapter"][3]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pooling", "parts", "message"),
+    [
+        ({"pooling_mode_mean_tokens": True}, ("Dense",), r"has the part Dense, and only Transformer, Pooling"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, (), r"names the poolings mean, cls"),
+        ({"pooling_mode": "weightedmean"}, (), r"names the poolings weightedmean, expected one of mean"),
+        ({}, (), r"names the poolings none"),
+    ],
+)
+def test_models_of_other_parts_are_refused(
+    made: tuple[Path, Path], pooling: dict[str, Any], parts: tuple[str, ...], message: str
+) -> None:
+    save_parts(made[0], pooling, *parts)
+    with pytest.raises(ConfigError, match=message):
+        recorded(made[1], made[0])
+
+
+def test_an_adapter_of_the_model_with_its_head_and_a_checkpoint_are_recorded(tmp_path: Path) -> None:
+    """PEFT names the layers of a causal model behind `model.`, and the cores of a checkpoint are run unfolded."""
+    base = save_llama(tmp_path / "base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type=TASK)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    fill_b(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    write_checkpoint(tmp_path / "checkpoint", OverParameterization(model, LoraOverConfig(seed=5)), step=0)
+    unfolded = recorded(tmp_path / "checkpoint", base)
+    fold_checkpoint(tmp_path / "checkpoint", tmp_path / "folded")
+    folded = recorded(tmp_path / "folded", base)
+    for arm in (BASE, "adapter"):
+        assert np.abs(np.array(unfolded.rows[arm]) - np.array(folded.rows[arm])).max() < 1e-5
+    assert np.abs(np.array(folded.rows[BASE]) - np.array(folded.rows["adapter"])).max() > 0.01
+
+
+def test_texts_and_pairs_of_a_file_are_recorded(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("relevant",))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    file = tmp_path / "prompts.txt"
+    file.write_text("a query\ta document\nanother\tone more\n")
+    assert [each[:2] for each in recorded(adapter, base, prompts=file).questions] == [
+        ("a query", "a document"),
+        ("another", "one more"),
+    ]
+    file.write_text("a text\nanother\n")
+    assert [each.pair for each in recorded(adapter, base, prompts=file, pairs=False).questions] == [None, None]
+    with pytest.raises(DataError, match="'a text' is not a pair; put a tab"):
+        recorded(adapter, base, prompts=file)
+    file.write_text("a text\n")
+    with pytest.raises(DataError, match="holds 1 prompts, expected two or more"):
+        recorded(adapter, base, prompts=file, pairs=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": True}, r"--pairs.*does not have one label|pairs: .*does not have one label"),
+        ({"pooling": "mean"}, "is for vectors, and .* gives classes"),
+        ({"long": True}, "is for generated text, and this adapter has none"),
+    ],
+)
+def test_options_of_other_tasks_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("a", "b"))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=message):
+        recorded(adapter, base, **options)
+
+
+def test_options_of_vectors_are_refused_for_generated_text(base: Path, adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="is for adapters of vectors, classes or scores"):
+        record_adapter(adapter, model=str(base), device="cpu", force=True, pooling="mean")
+
+
+def test_a_classifier_whose_head_would_be_random_is_refused(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("a", "b"))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    with pytest.raises(LoraOverError, match=r"is a LlamaForCausalLM, whose head for classes would be random"):
+        recorded(adapter, save_llama(tmp_path / "plain"))
