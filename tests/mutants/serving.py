@@ -443,6 +443,42 @@ SERVING = (
         Selection("test_rollouts.py", "each_fault_is_named"),
     ),
     Mutant(
+        "rollouts-zero-adapter-is-a-stale-one",
+        "return [name for name, model in computed.items() if self.apart(base, model) <= most]",
+        "return []",
+        Selection("test_rollouts.py", "whose_b_was_zero"),
+    ),
+    Mutant(
+        "rollouts-run-is-its-last-step",
+        "return next((each for rule in rules for each in steps if rule(each)), steps[-1])",
+        "return steps[-1]",
+        Selection("test_rollout_files.py", "fault_that_is_over"),
+    ),
+    Mutant(
+        "rollouts-rows-of-a-file-are-its-prompts",
+        "found[argument] = [row[name] for row in rows]",
+        'found[argument] = [row["prompt_id"] for row in rows]',
+        Selection("test_rollout_files.py", "as_the_loop_itself or every_second_of_many"),
+    ),
+    Mutant(
+        "rollouts-training-goes-on",
+        "if self._alarms >= ALARMS:\n            self._write_failure",
+        "if self._alarms > ALARMS:\n            self._write_failure",
+        Selection("test_verify_rollouts.py", "begins_later"),
+    ),
+    Mutant(
+        "rollouts-merged-without-the-adapter",
+        'mine["weight"] = weight + delta.to(weight.dtype)',
+        'mine["weight"] = weight + 0 * delta.to(weight.dtype)',
+        Selection("test_verify_rollouts.py", "engine_s_number_format"),
+    ),
+    Mutant(
+        "rollouts-asks-for-the-adapter-of-now",
+        "by_place.setdefault(place + older, []).append(index)",
+        "by_place.setdefault(older, []).append(index)",
+        Selection("test_verify_rollouts.py", "older_adapter_than_it_says"),
+    ),
+    Mutant(
         "plugin-lets-go-at-once",
         "            if self._used[key[1]] < now - GRACE_S:\n",
         "            if key[1] not in used:\n",

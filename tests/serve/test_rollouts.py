@@ -63,6 +63,15 @@ def test_a_factor_that_rounding_sets_off_from_0_is_the_base_model() -> None:
     assert (found.verdict, found.fault) == ("differs", NOT_APPLIED), found.reason
 
 
+def test_an_earlier_adapter_whose_b_was_zero_is_the_base_model() -> None:
+    """Also where its logprobs, of sums with zeros in them, are a little nearer than those without it."""
+    step = last_step(Loop(0, EXACT, 0.02, "base"))
+    served = [b - 1e-9 for b in step.b]
+    found = judge_rollouts(**(step.given | {"e": served, "earlier": [step.a, served], "faults": {}}), noise=1e-6)
+    assert (found.verdict, found.fault) == ("differs", NOT_APPLIED), found.reason
+    assert "stale by 2" in found.not_excluded
+
+
 def test_noise_is_no_fault() -> None:
     """While rounding is larger than the adapter's change, the strength is anywhere around 1/2."""
     loops = [Loop(seed, ROUNDED, 0.01, answers=1, tokens=6) for seed in range(12)]

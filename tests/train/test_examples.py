@@ -26,11 +26,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 import loraover
+import loraover_export
 import loraover_serve
 from loraover import read_checkpoint
 from loraover.checkpoint.files import REFERENCE_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.command_line import run
+from loraover.models.load import resolve_model
 from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import serve_adapters
@@ -287,7 +289,9 @@ def test_a_replaced_adapter_is_caught_and_cured(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)  # for the log
     monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))  # other tests start servers, too
-    mine = Path(shutil.copytree(long_case.adapter, tmp_path / "mine"))
+    mine, earlier = tmp_path / "mine", tmp_path / "before"
+    for version, plain in ((long_case.adapter, mine), (long_case.earlier, earlier)):
+        loraover_export.export_vllm(version, output=plain, dtype="fp32")
     shutil.copy(long_case.recorded, mine / REFERENCE_FILE)
     started: list[psutil.Process] = []
 
@@ -302,7 +306,7 @@ def test_a_replaced_adapter_is_caught_and_cured(
             started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
 
     monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
-    found = run_script("catch_a_fault", mine, long_case.earlier, tmp_path / "verified")
+    found = run_script("catch_a_fault", mine, earlier, tmp_path / "verified")
     ((stock,), (cured,)) = found["stock"].engines, found["cured"].engines
     assert (stock.verdict, stock.fault) == ("differs", STALE_OF_EARLIER), stock.reason
     assert (cured.verdict, cured.fault) == ("as trained", None), cured.reason
@@ -328,7 +332,8 @@ def test_under_the_plug_in_no_version_answers_on_what_an_older_one_has_cached(
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))
-    run_script("grpo_plugin", tmp_path / "run", "--steps", "4")
+    model = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").location
+    run_script("grpo_plugin", tmp_path / "run", "--model", model, "--steps", "4")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert ["; as trained: " in line for line in lines] == [False, True, True, True], lines
 
