@@ -22,7 +22,7 @@ from support.plain_adapter import tiny_decoder
 from support.tiny_hub import tiny_tokenizer
 from support.vector_server import CLASSES
 from support.vllm_command import leaks_in_mixed_batches
-from support.vllm_loading import FEW_BLOCKS, load_adapter, serving_loader
+from support.vllm_loading import FEW_BLOCKS, serving_loader
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
@@ -54,7 +54,7 @@ def save_base(folder: Path, labels: tuple[str, ...] = ()) -> Path:
 
 
 def save_kind(base: Path, folder: Path, task: str, kind: str, **options: Any) -> Path:
-    """Save an adapter: a LoRA, a LoHa that is converted, or a LoRA-Over checkpoint that is folded; return its folder."""
+    """Save a LoRA, a LoHa that is converted, or a LoRA-Over checkpoint that is folded; return its folder."""
     plain, targets = folder.with_name(f"{folder.name}-trained"), ["q_proj", "v_proj", "down_proj"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
