@@ -113,11 +113,14 @@ class TensorFile:
         self._fill(memoryview(data), self._place(key)[0])
         return data
 
-    def part(self, key: str, start: int, size: int) -> NDArray[np.uint8]:
-        """Return some of a tensor's bytes, of any dtype and any values: `size` of them, from the byte `start` on."""
+    def part(self, key: str, start: int, size: int, room: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Return some of a tensor's bytes, of any dtype and any values: `size` of them, from the byte `start` on.
+
+        They are written into the first bytes of `room`, or into new memory if it is None.
+        """
         import numpy as np
 
-        data: Any = np.empty(size, dtype=np.uint8)
+        data: Any = np.empty(size, dtype=np.uint8) if room is None else room[:size]
         self._fill(memoryview(data), self._place(key)[0] + start)
         found: NDArray[np.uint8] = data
         return found

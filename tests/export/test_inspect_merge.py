@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from loraover.common.request import written_as_flags
 from loraover_export import InspectMergeReport, inspect_merge, merge_adapter
 from loraover_export.cli import cli
 from loraover_export.formats.gguf.base import write_base
+from loraover_export.merged.changes import AddedDelta
+from loraover_export.merged.matrices import FLOATS
 from loraover_export.merged.strength import ABSENT, ONCE, Hypothesis, Sums, measure
-from loraover_export.merged.weights import FLOATS
 
 from support.conversions import SOURCES, load_base, make_base, make_source
 from support.make_checkpoint import edit_tensors
@@ -91,6 +93,64 @@ def subtracted(path: str, w: Wide, d: Wide) -> Wide:
 
 def scaled(path: str, w: Wide, d: Wide) -> Wide:
     return w + 0.4 * d
+
+
+LARGE = {
+    "model.embed_tokens": (64, 600),
+    "model.layers.0.self_attn.q_proj": (700, 700),
+    "model.layers.0.mlp.up_proj": (2100, 600),
+    "model.layers.0.mlp.down_proj": (613, 601),
+}
+"""Shapes that are measured in float32, and of which one is read in several pieces."""
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("size", [0.5, 0.004])
+def test_large_weights_are_measured_as_well(dtype: str, size: float, tmp_path: Path) -> None:
+    planted = plant(tmp_path, dtype, shapes=LARGE, size=size)
+    report = inspect(planted, planted.merge())
+    assert verdicts(report) == {"merged": set(planted.deltas)}, report.sentence
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for module in report.modules:
+        w, d = planted.weights[module.module], planted.deltas[module.module]
+        y = merged[f"{module.module}.weight"].double().numpy() - w
+        s = (d * y).sum() / (d * d).sum()
+        half = 5 * np.sqrt((d**2 * (y - s * d) ** 2).sum()) / (d * d).sum()
+        assert module.strength == pytest.approx(s, abs=1e-5)
+        assert module.interval is not None
+        least, most = module.interval
+        assert least <= s <= most
+        assert 0.7 * half <= (most - least) / 2 <= 1.4 * half + 4e-3
+        assert module.expected == pytest.approx(s, abs=1e-4)
+        assert module.residual == pytest.approx(np.linalg.norm(y - s * d) / np.linalg.norm(d), rel=1e-2, abs=1e-4)
+    assert verdicts(inspect(planted, planted.base)) == {"not merged": set(planted.deltas)}
+    assert verdicts(inspect(planted, planted.merge("two", change=twice))) == {"merged twice": set(planted.deltas)}
+
+
+@pytest.mark.parametrize("first", [700, 2000])
+def test_a_large_weight_whose_first_rows_alone_are_the_base_models_is_read_to_its_end(
+    first: int, tmp_path: Path
+) -> None:
+    planted = plant(tmp_path, shapes=LARGE)
+    path = "model.layers.0.mlp.up_proj"
+    merged = planted.merge(change=lambda name, w, d: w + d * (np.arange(len(w))[:, None] >= first))
+    (module,) = (m for m in inspect(planted, merged).modules if m.module == path)
+    assert module.verdict == "other changes"
+    assert module.strength == pytest.approx(1 - first / 2100, abs=0.05)
+
+
+def test_a_scale_that_is_wrong_by_little_is_seen_in_all_modules_together(tmp_path: Path) -> None:
+    """Of each module alone, rounding leaves 3 % open."""
+    shapes = {f"model.layers.{k}.mlp.up_proj": (64, 64) for k in range(40)}
+    planted = plant(tmp_path, shapes=shapes, size=0.005)
+    right = inspect(planted, planted.merge("right"))
+    assert verdicts(right) == {"merged": set(shapes)}
+    assert all(m.interval is not None and m.interval[1] - m.interval[0] > 0.04 for m in right.modules)
+    for factor in (0.97, 1.03):
+        merged = planted.merge(f"by {factor}", change=lambda path, w, d, factor=factor: w + factor * d)  # type: ignore[misc]
+        report = inspect(planted, merged)
+        assert "merged" not in verdicts(report), report.sentence
+        assert report.exit_code == 1
 
 
 FAULTS: dict[str, tuple[Callable[[str, Wide, Wide], Wide], str, str]] = {
@@ -176,6 +236,44 @@ def test_a_quantised_merge_is_not_compared_and_no_fault(
     assert "is quantised (some-method)" in report.not_compared[0]
     (other,) = report.others
     assert (other.name, other.state) == ("model.layers.0.mlp.gate_proj.weight", "not compared")
+
+
+def test_tensors_of_half_bytes_are_compared(tmp_path: Path) -> None:
+    planted = plant(tmp_path)
+    folders = (planted.base, planted.merge(), planted.merge("other"))
+    for folder in folders:
+        file = Path(folder) / "model.safetensors"
+        packed = torch.arange(9, dtype=torch.uint8) + (folder == folders[2])
+        edit_tensors(file, partial(dict.update, packed=packed.view(torch.float4_e2m1fn_x2)))
+    assert inspect(planted, folders[1]).verdict == "passed"
+    (other,) = inspect(planted, folders[2]).others
+    assert (other.name, other.state, other.reason) == ("packed", "changed", "its bytes differ")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_rows_for_further_tokens_are_told_and_no_pass(adapted: bool, tmp_path: Path) -> None:
+    shapes = {f"model.{'layers.' * adapted}embed_tokens": (64, 32), "lm_head": (64, 32)}
+    shapes |= {path: SHAPES[path] for path in TARGETS}
+    planted = plant(tmp_path, shapes=shapes)
+    path = next(iter(shapes))
+    for padded, verdict, state in ((0.0, "inconclusive", "resized"), (0.5, "failed", "changed")):
+        more = planted.weights[path] + planted.deltas.get(path, 0) + padded
+        others = {path: np.vstack([more, np.zeros((8, 32))])}
+        report = inspect(planted, planted.merge(f"by {padded}", others=others))
+        assert report.verdict == verdict, report.sentence
+        found = {other.state: other.reason for other in report.others}
+        assert found.keys() == ({"resized"} if adapted else {state})
+        assert "resized" not in found or found["resized"].startswith("8 rows were added to its 64")
+
+
+def test_an_adapter_beside_the_merged_weights_is_told_and_no_pass(tmp_path: Path) -> None:
+    """Transformers would load the base model and the adapter, in place of the merged weights."""
+    planted = plant(tmp_path)
+    merged = Path(planted.merge())
+    (merged / "adapter_config.json").write_bytes((planted.adapter / "adapter_config.json").read_bytes())
+    report = inspect(planted, str(merged))
+    assert report.verdict == "inconclusive"
+    assert "holds adapter_config.json beside the merged weights" in report.not_compared[0]
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0,)])
@@ -328,7 +426,7 @@ def test_sums_are_those_of_float64(shape: tuple[int, int], dtype: str, factor: f
     sums = Sums()
     for rows in (slice(0, shape[0] // 2), slice(shape[0] // 2, None)):
         if len(w[rows]):
-            sums.add(measure(w[rows], m[rows], d[rows], FLOATS[dtype].nearest, [ABSENT, ONCE, third], {}))
+            sums.add(measure(w[rows], m[rows], d[rows], FLOATS[dtype].nearest, [ABSENT, ONCE, third]))
     y = m - w
     assert sums.strength == pytest.approx((d * y).sum() / (d * d).sum(), rel=1e-9, abs=1e-12)
     for hypothesis, found in sums.explained.items():
@@ -339,6 +437,34 @@ def test_sums_are_those_of_float64(shape: tuple[int, int], dtype: str, factor: f
         assert found.excess == pytest.approx(excess, rel=1e-3, abs=1e-6 * (y**2).sum() + 1e-12)
         assert found.excess >= -1e-9
     assert sums.fits(third, is_quantised=False)
+
+
+seeds = st.integers(0, 99)
+wide = st.tuples(st.integers(1, 40), st.sampled_from([1, 7, 63, 64, 601, 2048, 4099]))
+
+
+@settings(deadline=None)
+@given(
+    wide, st.integers(1, 9), st.sampled_from(["F16", "BF16"]), st.sampled_from([1e-4, 1e-2, 1.0]), st.integers(0, 99)
+)
+def test_sums_in_float32_are_within_their_bounds(
+    shape: tuple[int, int], r: int, dtype: str, size: float, seed: int
+) -> None:
+    """The factors of delta_W cancel: its elements are a hundredth of what is added up."""
+    w = stored(drawn(seed, *shape), dtype).double().numpy()
+    b, a = drawn(seed + 1, shape[0], r, size=size), drawn(seed + 2, r, shape[1])
+    factors = np.hstack([b, -0.99 * b]), np.vstack([a, a])
+    delta, d = AddedDelta(*factors), factors[0] @ factors[1]
+    m = stored(w + d, dtype).double().numpy()
+    narrow, out = delta.to(np.float32), np.empty(shape, np.float32)
+    narrow.write(0, shape[0], out)
+    assert np.linalg.norm(out - d) <= delta.error(2.0**-24)
+    sums = measure(w.astype(np.float32), m.astype(np.float32), out, FLOATS[dtype].nearest, [ABSENT, ONCE])
+    sums.spread = delta.error(2.0**-24)
+    assert abs(sums.strength - (d * (m - w)).sum() / (d * d).sum()) <= sums.arithmetic
+    assert delta.norm() == pytest.approx(np.linalg.norm(d), rel=1e-9)
+    assert sums.explained[ONCE].excess <= sums.allowed(ONCE, is_quantised=False)
+    assert sums.fits(ONCE, is_quantised=False)
 
 
 def truncate(folder: Path) -> None:

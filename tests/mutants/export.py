@@ -45,20 +45,20 @@ EXPORT = (
     ),
     Mutant(
         "merged-interval-has-no-residuals",
-        "d2y2 - 2 * s * d3y + s * s * d4",
-        "s * s * d4",
+        "y2 - 2 * s * dy + s * s * d2",
+        "s * s * d2",
         Selection("test_inspect_merge.py", "oracles"),
     ),
     Mutant(
         "merged-expects-no-rounding",
-        "found.shift = _dot(delta, written - base)",
-        "found.shift = _dot(delta, target - base)",
+        "found.shift = sums.dy - found.shift",
+        "found.shift = hypothesis.factor * sums.dd",
         Selection("test_inspect_merge.py", "right_merge or erases"),
     ),
     Mutant(
         "merged-excess-forgets-the-target",
-        "_dot(off, off + 2 * error)",
-        "_dot(off, off)",
+        "found.excess = found.off + 2 * _dot(off, error)",
+        "found.excess = found.off",
         Selection("test_inspect_merge.py", "sums_are_those"),
     ),
     Mutant(
@@ -69,8 +69,8 @@ EXPORT = (
     ),
     Mutant(
         "merged-grid-has-a-step-more",
-        "values.dtype.type(grid.steps)",
-        "values.dtype.type(grid.steps + 1)",
+        "least.dtype.type(grid.steps)",
+        "least.dtype.type(grid.steps + 1)",
         Selection("test_inspect_merge_gguf.py", "right_merge"),
     ),
     Mutant(

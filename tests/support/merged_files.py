@@ -93,18 +93,25 @@ def write_model(folder: Path, weights: Mapping[str, Wide], dtype: str, **config:
 
 
 def plant(
-    folder: Path, dtype: str = "BF16", *, r: int = 4, alpha: float = 6, size: float = 0.05, **config: Any
+    folder: Path,
+    dtype: str = "BF16",
+    *,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    r: int = 4,
+    alpha: float = 6,
+    size: float = 0.05,
+    **config: Any,
 ) -> Planted:
-    """Write a base model with weights of size 1, and an adapter whose deltas have about `size`."""
+    """Write a base model with weights of size 1, and an adapter of its layers whose deltas have about `size`."""
     folder.mkdir(exist_ok=True)
-    weights = {path: drawn(k, *shape) for k, (path, shape) in enumerate(SHAPES.items())}
+    weights = {path: drawn(k, *shape) for k, (path, shape) in enumerate(shapes.items())}
     weights = {path: stored(weight, dtype).double().numpy() for path, weight in weights.items()}
     write_model(folder / "base", weights, dtype)
     scaling = alpha / r**0.5 if config.get("use_rslora") else alpha / r
     part = (size / scaling) ** 0.5 / r**0.25
     matrices, deltas = {}, {}
-    for k, path in enumerate(TARGETS):
-        (m, n) = SHAPES[path]
+    for k, path in enumerate(path for path in shapes if "layers" in path):
+        (m, n) = shapes[path]
         pair = (drawn(100 + k, r, n, size=part), drawn(200 + k, m, r, size=part))
         a, b = (torch.from_numpy(matrix).float() for matrix in pair)
         matrices[path] = (a, b)

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from loraover.adapters.convert.kind import read_method, saved_module, why_conver
 from loraover.adapters.convert.methods.base import LowRank, Place
 from loraover.adapters.convert.prefix import mend_prefix
 from loraover.adapters.convert.source import MethodConfig, open_adapter
+from loraover.checkpoint.error_bounds import gamma
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.peft_adapter import (
     BASE_WEIGHT,
@@ -32,29 +32,68 @@ from loraover.checkpoint.tensor_file import TensorFile, open_tensors
 from loraover.common.errors import ConfigError
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
-from loraover_export.merged.strength import Hypothesis, Numbers
-from loraover_export.merged.weights import StoredRows, StoredWeights, Weights
+from loraover_export.merged.matrices import Numbers, StoredRows
+from loraover_export.merged.strength import Hypothesis
+from loraover_export.merged.weights import EMBEDDINGS, HEAD, StoredWeights, Weights, rows_in
+
+PRODUCT = 2**18
+"""Multiplications in a matrix product up to which OpenBLAS stays on one thread. Its own threads and ours would wait for
+one another: measured, a product of 16 x 16 by 16 x 4096 took a thousand times as long."""
 
 
-class AdapterFactors(NamedTuple):
-    """delta_W = left @ right in float64, with the scaling, or left itself.
+class AddedDelta:
+    """delta_W = left @ right, with the scaling, or left itself.
 
     Args:
-        left: Left factor, (out_features, r) or (tokens, r).
+        left: Left factor, (out_features, r) or (tokens, r), in float64.
         right: Right factor, (r, in_features) or (r, dimension); None if left is delta_W.
     """
 
-    left: Numbers
-    right: Numbers | None
+    def __init__(self, left: Numbers, right: Numbers | None) -> None:
+        self.left, self.right = left, right
 
     @property
-    def mT(self) -> AdapterFactors:  # noqa: N802
-        """The factors of the transposed delta."""
-        return AdapterFactors(self.left.T, None) if self.right is None else AdapterFactors(self.right.T, self.left.T)
+    def mT(self) -> AddedDelta:  # noqa: N802
+        """The transposed delta."""
+        return AddedDelta(self.left.T, None) if self.right is None else AddedDelta(self.right.T, self.left.T)
 
-    def rows(self, start: int, stop: int) -> Numbers:
-        """Return some rows of delta_W."""
-        return self.left[start:stop] if self.right is None else self.left[start:stop] @ self.right
+    def to(self, dtype: Any) -> AddedDelta:
+        """Return the delta with its factors in another number format."""
+        factors = (self.left, self.right)
+        left, right = (None if factor is None else np.ascontiguousarray(factor, dtype) for factor in factors)
+        assert left is not None, "only the right factor may be missing"
+        return AddedDelta(left, right)
+
+    def write(self, start: int, stop: int, out: Numbers) -> None:
+        """Compute some rows, in the number format of the factors, on one thread."""
+        left = self.left[start:stop]
+        if self.right is None:
+            np.copyto(out, left)
+            return
+        columns = max(1, PRODUCT // max(1, left.size))
+        for first in range(0, out.shape[1], columns):
+            np.matmul(left, self.right[:, first : first + columns], out=out[:, first : first + columns])
+
+    def norm(self, *, of_sizes: bool = False) -> float:
+        """Return the Frobenius norm in float64, from r x r matrices; with `of_sizes`, that of |left| |right|."""
+        left, right = self.left, self.right
+        if right is None:
+            return float(np.linalg.norm(left))
+        if of_sizes:
+            left, right = np.abs(left), np.abs(right)
+        return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
+
+    def error(self, unit: float) -> float:
+        """Return a bound of the norm of what rounding changes, with factors and products in another number format."""
+        rank = 0 if self.right is None else self.right.shape[0]
+        return gamma(rank + 2, unit) * self.norm(of_sizes=True)
+
+    def largest(self) -> float:
+        """Return a bound of the largest element."""
+        if self.right is None:
+            return float(np.abs(self.left).max(initial=0.0))
+        rows, columns = (np.sqrt((factor * factor).sum(axis)) for factor, axis in ((self.left, 1), (self.right, 0)))
+        return float(rows.max(initial=0.0) * columns.max(initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -71,7 +110,12 @@ class AdapterChange:
     path: str
     shape: tuple[int, int]
     factors: tuple[Hypothesis, ...]
-    read: Callable[[], AdapterFactors]
+    read: Callable[[], AddedDelta]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether a row of the weight belongs to a token, so that further tokens add rows."""
+        return f"{self.path}.weight".endswith((*EMBEDDINGS, HEAD))
 
 
 @dataclass(frozen=True)
@@ -163,7 +207,7 @@ def read_changes(adapter: Path, base: Weights) -> Iterator[Changes]:
             )
             for path, module in lora.modules.items()
         ]
-        replaced = {name: _in_full(file, key) for key, name in lora.others.items()}
+        replaced = {name: rows_in(file, key) for key, name in lora.others.items()}
         saved = frozenset(filter(read_json(adapter / CONFIG_FILE, Targets).saves, replaced))
         yield Changes(lora.tensors_path, lora.config.peft_type, modules, replaced, saved)
 
@@ -179,33 +223,28 @@ def _of_another_kind(path: Path, base: StoredWeights) -> Iterator[Changes]:
         for place in method.places(adapter):
             shape = weights.shapes.get(place.path)
             if shape is None:  # of an expert
-                left, right = _computed(place)
-                shape = len(left), (left if right is None else right).shape[1]
+                delta = _computed(place)
+                shape = len(delta.left), (delta.left if delta.right is None else delta.right).shape[1]
             modules.append(AdapterChange(place.path, shape, KNOWN_FACTORS, partial(_computed, place)))
         replaced = {}
         for key in layout.others:
             name = key.removeprefix(KEY_PREFIX).replace(BASE_WEIGHT, ".weight")
-            replaced[name] = _in_full(adapter.file, key)
+            replaced[name] = rows_in(adapter.file, key)
         saved = frozenset(name for name in replaced if saved_module(name, layout.config) is not None)
         yield Changes(layout.tensors_path, layout.config.peft_type, modules, replaced, saved)
 
 
-def _computed(place: Place) -> AdapterFactors:
+def _computed(place: Place) -> AddedDelta:
     found = place.delta()
     factors = (found.b, found.a) if isinstance(found, LowRank) else (found.value, None)
     left, right = (None if factor is None else factor.double().numpy() for factor in factors)
     assert left is not None, "only the right factor may be missing"
-    return AdapterFactors(left, right).mT if place.embedding else AdapterFactors(left, right)
+    return AddedDelta(left, right).mT if place.embedding else AddedDelta(left, right)
 
 
-def _in_full(file: TensorFile, key: str) -> StoredRows:
-    shape = file.shape(key)
-    return StoredRows(file, key, (prod(shape[:-1]), shape[-1] if shape else 1))
-
-
-def _factors(adapter: AdapterDir, file: TensorFile, module: AdaptedModule) -> AdapterFactors:
+def _factors(adapter: AdapterDir, file: TensorFile, module: AdaptedModule) -> AddedDelta:
     a, b = (_numbers(adapter, file, key) for key in module.keys)
-    found = AdapterFactors(np.ascontiguousarray(module.scaling * b), np.ascontiguousarray(a))
+    found = AddedDelta(np.ascontiguousarray(module.scaling * b), np.ascontiguousarray(a))
     return found.mT if module.is_embedding else found  # whose B is (dimension, r), and A (r, tokens)
 
 

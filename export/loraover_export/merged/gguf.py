@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,19 +28,9 @@ from loraover.common.request import as_written
 from loraover.models.load import ModelSource
 from loraover_export.formats.gguf.header import GgufHeader, GgufTensor, read_header
 from loraover_export.formats.gguf.target import FAMILIES, TENSORS, Family
-from loraover_export.merged.strength import Numbers
+from loraover_export.merged.matrices import FLOATS, Bytes, Numbers, Rounding, StoredMatrix, TensorPiece
 from loraover_export.merged.tokenizer import Tokenizer, in_gguf
-from loraover_export.merged.weights import (
-    EMBEDDING,
-    EXPERT,
-    FLOATS,
-    HEAD,
-    Block,
-    StoredMatrix,
-    StoredWeights,
-    TensorPiece,
-    Weights,
-)
+from loraover_export.merged.weights import EMBEDDING, EXPERT, HEAD, StoredWeights, Weights
 
 INTEGERS = ("I8", "I16", "I32", "I64")
 TOKENS = "tokenizer.ggml.tokens"
@@ -155,34 +146,36 @@ class GgufRows(StoredMatrix):
         found: NDArray[np.intp] = rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
         return found
 
-    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        size = self.stored.row_bytes // self.shape[0] if self.shape[1] == 1 else self.stored.row_bytes
-        data: Any = np.empty((stop - start) * size, np.uint8)
+    @property
+    def row_bytes(self) -> int:
+        return self.stored.row_bytes // self.shape[0] if self.shape[1] == 1 else self.stored.row_bytes
+
+    def raw(self, start: int, stop: int, room: Bytes | None = None) -> Bytes:
+        size = self.row_bytes
+        data: Any = np.empty((stop - start) * size, np.uint8) if room is None else room[: (stop - start) * size]
         found = os.preadv(self.file.fileno(), [memoryview(data)], self.stored.start + (self.first + start) * size)
         if found != len(data):
             raise CheckpointError(f"{self.path}: it became shorter while it was read; copy or download it again.")
-        rows: NDArray[np.uint8] = data.reshape(stop - start, size)
+        rows: Bytes = data.reshape(stop - start, size)
         return rows if self.heads is None else rows[self.order()[start:stop] - start]
 
-    def block(self, start: int, stop: int, dtype: Any) -> Block:
-        raw = self.raw(start, stop)
-        kind = FLOATS.get(self.type_name)
+    def decode(self, raw: Bytes, out: Numbers) -> Rounding | None:
+        kind, grid = FLOATS.get(self.type_name), GRIDS.get(self.type_name)
         if kind is not None:
-            values = kind.decode(raw.reshape(-1), dtype).reshape(-1, self.shape[1])
-            return self._without_added(Block(values, kind.nearest))
-        grid = GRIDS.get(self.type_name)
+            kind.decode(raw.reshape(-1), out)
+            if not self.added:
+                return kind.nearest
+            out -= self.added
+            return partial(_nearest_behind, kind.nearest, self.added)
+        out[...] = self._decode(raw)
         if grid is None:
-            return Block(self._decode(raw).astype(dtype, copy=False), None)
-        values, least, most = (self._decode(raw, grid, fill).astype(dtype) for fill in (None, grid.least, grid.most))
-        return _on_grid(values, least, most, grid)
+            return None
+        least, most = (self._decode(raw, grid, fill).astype(out.dtype) for fill in (grid.least, grid.most))
+        nearest = _on_grid(least, most, grid)
+        nearest(out, out)  # which differ from the decoded numbers by rounding alone
+        return nearest
 
-    def _without_added(self, block: Block) -> Block:
-        added, nearest = self.added, block.nearest
-        if not added or nearest is None:
-            return block
-        return Block(block.values - added, lambda values: nearest(values + added) - added)
-
-    def _decode(self, raw: NDArray[np.uint8], grid: Grid | None = None, fill: int | None = None) -> Numbers:
+    def _decode(self, raw: Bytes, grid: Grid | None = None, fill: int | None = None) -> Numbers:
         """Return the elements of some rows, or those of the rows with all their whole numbers alike."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
@@ -196,21 +189,27 @@ class GgufRows(StoredMatrix):
         return found
 
 
-def _on_grid(values: Numbers, least: Numbers, most: Numbers, grid: Grid) -> Block:
-    """Return elements as numbers of their grid, which differ from the decoded ones by rounding alone."""
-    spacing = (most - least) / values.dtype.type(grid.steps)
+def _nearest_behind(nearest: Rounding, added: float, values: Numbers, out: Numbers) -> None:
+    """Round numbers of which a format holds the sums with `added`."""
+    np.add(values, added, out=out)
+    nearest(out, out)
+    out -= added
+
+
+def _on_grid(least: Numbers, most: Numbers, grid: Grid) -> Rounding:
+    """Return the rounding to a grid whose smallest and largest numbers are given at every place."""
+    spacing = (most - least) / least.dtype.type(grid.steps)
     inverse = np.divide(1, spacing, out=np.zeros_like(spacing), where=spacing != 0)
 
-    def nearest(target: Numbers) -> Numbers:
-        number = target - least
-        number *= inverse
-        np.rint(number, out=number)
-        np.clip(number, 0, grid.steps, out=number)
-        number *= spacing
-        number += least
-        return number
+    def nearest(values: Numbers, out: Numbers) -> None:
+        np.subtract(values, least, out=out)
+        out *= inverse
+        np.rint(out, out=out)
+        np.clip(out, 0, grid.steps, out=out)
+        out *= spacing
+        out += least
 
-    return Block(nearest(values), nearest)
+    return nearest
 
 
 class GgufWeights(Weights):

@@ -65,7 +65,9 @@ class ModuleStrength(StrictModel):
         default=None, description="The same for the file that the verdict says was written: the format's own rounding"
     )
     erased: float | None = Field(
-        default=None, description="Share of the delta's squared norm in elements that a right merge stores as the base"
+        default=None,
+        description="Share of the delta's squared norm in elements that a right merge stores as the base; of a large "
+        "weight, in a sample of its rows",
     )
     reason: str = Field(default="", description="Cause of the verdict in words; empty for a plain merge")
 
@@ -74,8 +76,9 @@ class ParameterState(StrictModel):
     """Tensor to which no delta is added."""
 
     name: str = Field(description="Name of the tensor")
-    state: Literal["replaced", "left out", "changed", "missing", "added", "not compared"] = Field(
-        description="Replaced: it is the adapter's own, as it should be. Left out: it is still the base model's."
+    state: Literal["replaced", "left out", "changed", "missing", "added", "resized", "not compared"] = Field(
+        description="Replaced: it is the adapter's own, as it should be. Left out: it is still the base model's. "
+        "Resized: rows were added to it, such as those of further tokens"
     )
     reason: str = Field(default="", description="What was found, in words")
 

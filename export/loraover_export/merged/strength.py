@@ -14,21 +14,33 @@ that file. Where a merge rounds before it adds, its sum differs by some h from W
 
 since |M - T| <= |Q(T) - T| + 2 |h| at each place, with T = W + c D. A factor explains a weight if s is near s_c and X_c
 within this bound. The interval of s comes from the residuals r = M - W - s D, which rounding leaves: the standard error
-is sqrt(sum D^2 r^2) / <D, D> (White 1980, doi:10.2307/1912934), whatever their sizes.
+is sqrt(sum (sum D r)^2) / <D, D>, whatever their sizes; the inner sum is over a run of elements (White 1980,
+doi:10.2307/1912934, for runs of one; Liang and Zeger 1986, doi:10.1093/biomet/73.1.13, for longer ones).
+
+Sums are computed in float32 where that can show the rounding of M's format, in runs of n elements, whose sums are
+added up in float64. With u the unit roundoff, g = gamma_k of k = n + 4 roundings (gamma_k = k u / (1 - k u), Higham
+2002, section 3.1), and e = gamma_{r+2} | |B| |A| |, the bound of what rounding does to D, from r x r matrices:
+
+    |<D, Y> - its sum|  <=  (g |D| + e) |Y|            so that the strength errs by at most
+    |s - its value|     <=  ((g + e / |D|) |M - W| + (g + 2 e / |D|) |s| |D|) / |D|,
+
+and T errs by at most u |T| + |c| e, which is a part of |h|. `Sums.arithmetic` and `Sums.allowed` add these.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Numbers = NDArray[np.floating[Any]]
-Rounding = Callable[[Numbers], Numbers]
+from loraover.checkpoint.error_bounds import U32, U64, gamma
+from loraover_export.merged.matrices import Numbers, Rounding, nearest_bf16, nearest_f16
 
 STANDARD_ERRORS = 5.0
 """Half the width of the interval of a strength: one of two million normal draws is outside."""
@@ -44,6 +56,19 @@ LOOSE = 0.05
 
 FAINT = 0.01
 """Strength of a right merge, after rounding, below which the number format has erased the adapter."""
+
+
+VIA: Mapping[str, Rounding] = {"BF16": nearest_bf16, "F16": nearest_f16}
+"""Formats in which mergers hold sums before they store them in others."""
+
+FEW = 1 / 8
+"""Share of elements that differ, below which these are taken out and summed alone."""
+
+RUN, SHORTEST = 2048, 64
+"""Largest number of elements that are summed in float32, whose sums are added up in float64. A row is cut into
+such runs if its length has a divisor from `SHORTEST` on."""
+
+UNITS = {np.dtype(np.float32): U32, np.dtype(np.float64): U64}
 
 
 @dataclass(frozen=True)
@@ -71,13 +96,15 @@ class Explained:
     Args:
         excess: X, in squared units of the weight.
         error: Sum of squares of P - T.
+        off: Sum of squares of M - P.
         before: Sum of squares of the rounding before storage.
         shift: <D, P - W>.
-        different: Number of elements in which M is not P.
+        different: Number of elements in which M is not P, nor as near.
     """
 
     excess: float = 0.0
     error: float = 0.0
+    off: float = 0.0
     before: float = 0.0
     shift: float = 0.0
     different: int = 0
@@ -93,9 +120,13 @@ class Sums:
         dd: <D, D>.
         dy: <D, M - W>.
         yy: <M - W, M - W>.
-        moments: Sums of D^2 (M - W)^2, of D^3 (M - W), and of D^4.
+        moments: With the sums d, y and z of D^2, D (M - W) and (M - W)^2 over a run, the sums of y^2, of d y,
+            of d^2 and of d z over all runs. A run is one element in float64.
         erased: Sum of squares of D in elements for which a merge and its absence give one stored number.
-        lost: Sum of squares of Q(W + D) - Q(W) - D.
+        erasable: <D, D> over the rows in which these were looked for.
+        unit: Unit roundoff u of the coarsest number format that was computed in.
+        run: Largest number of elements in a run.
+        spread: Bound e of the norm of what that format does to D.
         explained: Sums of each hypothesis.
     """
 
@@ -104,17 +135,21 @@ class Sums:
     dd: float = 0.0
     dy: float = 0.0
     yy: float = 0.0
-    moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    moments: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
     erased: float = 0.0
-    lost: float = 0.0
+    erasable: float = 0.0
+    unit: float = 0.0
+    run: int = 0
+    spread: float = 0.0
     explained: dict[Hypothesis, Explained] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
         """Add the sums of other elements."""
-        for name in ("elements", "size", "dd", "dy", "yy", "erased", "lost"):
+        for name in ("elements", "size", "dd", "dy", "yy", "erased", "erasable"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        first, second, third = self.moments
-        self.moments = (first + other.moments[0], second + other.moments[1], third + other.moments[2])
+        self.unit, self.run = max(self.unit, other.unit), max(self.run, other.run)
+        self.spread = math.hypot(self.spread, other.spread)
+        self.moments = tuple(map(operator.add, self.moments, other.moments))
         for hypothesis, found in other.explained.items():
             mine = self.explained.setdefault(hypothesis, Explained())
             for name, value in vars(found).items():
@@ -130,8 +165,18 @@ class Sums:
         """Half the width of the interval of the strength."""
         if not self.dd:
             return 0.0
-        s, (d2y2, d3y, d4) = self.strength, self.moments
-        return STANDARD_ERRORS * math.sqrt(max(0.0, d2y2 - 2 * s * d3y + s * s * d4)) / self.dd
+        s, (y2, dy, d2, _) = self.strength, self.moments
+        return STANDARD_ERRORS * math.sqrt(max(0.0, y2 - 2 * s * dy + s * s * d2)) / self.dd
+
+    @property
+    def arithmetic(self) -> float:
+        """Bound of what the number format of the computation changes in the strength, and in half its interval."""
+        if not self.dd:
+            return 0.0
+        g, norm, s = gamma(self.run + 4, self.unit), math.sqrt(self.dd), abs(self.strength)
+        e, (_, _, d2, dz) = self.spread / norm, self.moments
+        mean = (g + e) * math.sqrt(self.yy) / norm + (g + 2 * e) * s
+        return mean + STANDARD_ERRORS * g * (math.sqrt(dz) + s * math.sqrt(d2)) / self.dd
 
     @property
     def residual(self) -> float:
@@ -144,20 +189,42 @@ class Sums:
 
     def allowed(self, hypothesis: Hypothesis, *, is_quantised: bool) -> float:
         """Return the largest excess that rounding explains, in squared units of the weight."""
-        found = self.explained[hypothesis]
-        imprecision = (IMPRECISION * abs(hypothesis.factor)) ** 2 * self.dd
+        found, factor = self.explained[hypothesis], abs(hypothesis.factor)
+        imprecision = (IMPRECISION * factor) ** 2 * self.dd
         # Of a number that is rounded before it is stored, an error of D changes the result by a whole spacing, where
         # it does: sum spacing |h| <= sqrt(sum spacing^2) |h|, and the squared error of rounding is spacing^2 / 12.
-        h = imprecision + math.sqrt(12 * found.before * imprecision) + ARITHMETIC**2 * self.size
-        return LOOSE * is_quantised * found.error + 4 * math.sqrt(found.error * h) + 4 * h
+        merger = imprecision + math.sqrt(12 * found.before * imprecision) + ARITHMETIC**2 * self.size
+        ours = self.unit * (math.sqrt(self.size) + factor * math.sqrt(self.dd)) + factor * self.spread
+        h = math.sqrt(merger) + ours
+        summed = gamma(self.run + 4, self.unit) * (found.off + 2 * math.sqrt(found.off * found.error))
+        return LOOSE * is_quantised * found.error + 4 * math.sqrt(found.error) * h + 4 * h * h + summed
 
     def fits(self, hypothesis: Hypothesis, *, is_quantised: bool) -> bool:
         """Whether a hypothesis explains the merged weight, by its strength and by its residual."""
-        near = self.half_width + IMPRECISION * abs(hypothesis.factor)
+        near = self.half_width + self.arithmetic + IMPRECISION * abs(hypothesis.factor)
         return (
             abs(self.strength - self.expected(hypothesis)) <= near
             and self.explained[hypothesis].excess <= self.allowed(hypothesis, is_quantised=is_quantised)
         )  # fmt: skip
+
+
+class Room:
+    """Memory that a thread computes in again and again; new memory would be cleared by the system each time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Any], Any] = {}
+        self._views: dict[tuple[str, tuple[int, ...], Any], Any] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return the array of a name, in a shape, with the numbers that were left in it."""
+        view = self._views.get((name, shape, dtype))
+        if view is None:
+            size, kept = math.prod(shape), self._kept.get((name, dtype))
+            if kept is None or kept.size < size:
+                self._views = {key: each for key, each in self._views.items() if key[::2] != (name, dtype)}
+                kept = self._kept[name, dtype] = np.empty(size, dtype)
+            view = self._views[name, shape, dtype] = kept[:size].reshape(shape)
+        return view
 
 
 def measure(
@@ -166,7 +233,10 @@ def measure(
     delta: Numbers,
     nearest: Rounding | None,
     hypotheses: Sequence[Hypothesis],
-    formats: Mapping[str, Rounding],
+    *,
+    holds_base: bool = False,
+    looks_at_erasure: bool = True,
+    room: Room | None = None,
 ) -> Sums:
     """Return the sums over the elements of one block, of which all arrays have one shape and one dtype.
 
@@ -176,38 +246,94 @@ def measure(
         delta: D.
         nearest: Q, the rounding to the nearest number that the format of M has at each place; None if these numbers
             are not known, so that every residual counts as explained.
-        hypotheses: Hypotheses to compute sums for; erasure needs `ABSENT` and `ONCE`.
-        formats: Roundings by the names in `Hypothesis.via`.
+        hypotheses: Hypotheses to compute sums for; erasure needs `ABSENT`, and `ONCE` after it.
+        holds_base: Whether the format of M has every number of W's.
+        looks_at_erasure: Whether to add up what a right merge erases.
+        room: Memory to compute in.
     """
-    change, squares = merged - base, delta * delta
-    sums = Sums(base.size, _dot(base, base), float(squares.sum(dtype=np.float64)), _dot(delta, change))
-    changes, product = change * change, delta * change
-    sums.yy = float(changes.sum(dtype=np.float64))
-    sums.moments = _dot(squares, changes), _dot(squares, product), _dot(squares, squares)
-    stored: dict[Hypothesis, Numbers] = {}
+    run = _run_length(base.shape[-1]) if base.dtype == np.float32 and base.size else 0
+    runs = (base.size // run, run) if run else base.shape
+    base, merged, delta = (each.reshape(runs) for each in (base, merged, delta))
+    get = partial((room or Room()).get, shape=runs, dtype=base.dtype)
+    change = np.subtract(merged, base, out=get("change"))
+    dd, dy, yy = _runs(delta, delta), _runs(delta, change), _runs(change, change)
+    sums = Sums(base.size, _dot(base, base), float(dd.sum()), float(dy.sum()), float(yy.sum()))
+    sums.moments = float(np.vdot(dy, dy)), float(np.vdot(dd, dy)), float(np.vdot(dd, dd)), float(np.vdot(dd, yy))
+    sums.unit, sums.run = UNITS[base.dtype], run
+    absent: Numbers | None = None
     for hypothesis in hypotheses:
-        found, start = Explained(), base
-        if hypothesis.via is not None:
-            start = formats[hypothesis.via](base)
-        target = start if hypothesis.factor == 0 else start + base.dtype.type(hypothesis.factor) * delta
-        if hypothesis.via is not None:
-            held = formats[hypothesis.via](target)
-            found.before, target = _dot(held - target, held - target), held
-        written = target if nearest is None else nearest(target)
-        off, error = merged - written, written - target
-        found.different = int(np.count_nonzero(off != 0))  # of a mask, which NumPy counts ten times as fast
-        found.error = _dot(error, error)
-        found.excess = _dot(off, off + 2 * error) if found.different and nearest is not None else 0.0
-        found.shift = _dot(delta, written - base)
+        if hypothesis == ABSENT and holds_base:
+            found, written = Explained(sums.yy, off=sums.yy, different=int(np.count_nonzero(change != 0))), base
+        else:
+            found, written = _explain(base, merged, delta, nearest, hypothesis, get)
+            found.shift = sums.dy - found.shift
         sums.explained[hypothesis] = found
-        stored[hypothesis] = written
-    if ABSENT in stored and ONCE in stored:
-        kept = stored[ONCE] - stored[ABSENT]
-        sums.erased = float(squares[kept == 0].sum(dtype=np.float64))
-        lost = kept - delta
-        sums.lost = _dot(lost, lost)
+        if hypothesis == ABSENT:
+            absent = written if written is base else written.copy()
+        elif hypothesis == ONCE and absent is not None and looks_at_erasure:
+            kept = np.multiply(delta, written == absent, out=get("off"))
+            sums.erased, sums.erasable = _dot(kept, kept), sums.dd
     return sums
 
 
+def _explain(
+    base: Numbers, merged: Numbers, delta: Numbers, nearest: Rounding | None, hypothesis: Hypothesis, get: Any
+) -> tuple[Explained, Numbers]:
+    """Return the sums of a hypothesis, with <D, M - P> in place of the shift, and P."""
+    found, start, target, written = Explained(), base, get("target"), get("written")
+    if hypothesis.via is not None:
+        start = get("start")
+        VIA[hypothesis.via](base, start)
+    if hypothesis.factor == 1:
+        np.add(start, delta, out=target)
+    else:
+        np.multiply(delta, base.dtype.type(hypothesis.factor), out=target)
+        target += start
+    if hypothesis.via is not None:
+        held = get("held")
+        VIA[hypothesis.via](target, held)
+        target -= held
+        found.before, target = _dot(target, target), held
+    if nearest is None:
+        np.copyto(written, target)
+    else:
+        nearest(target, written)
+    error = np.subtract(written, target, out=get("error"))
+    found.error = _dot(error, error)
+    differs = np.not_equal(merged, written)  # a mask, which NumPy counts ten times as fast as numbers
+    found.different = int(np.count_nonzero(differs))
+    if not found.different or nearest is None:
+        found.shift = _dot(delta, merged - written) if found.different else 0.0
+        return found, written
+    if found.different < FEW * base.size:
+        at = np.flatnonzero(differs)
+        off, error, delta = (each.reshape(-1)[at].astype(np.float64) for each in (merged, error, delta))
+        off -= written.reshape(-1)[at]
+    else:
+        off = np.subtract(merged, written, out=get("off"))
+    found.shift, found.off = _dot(delta, off), _dot(off, off)
+    found.excess = found.off + 2 * _dot(off, error)
+    if off.ndim == 1:
+        found.different = int(np.count_nonzero(off * (off + 2 * error)))  # two numbers may be equally near
+    return found, written
+
+
+@cache
+def _run_length(columns: int) -> int:
+    """Return the number of elements that are summed in float32 at once, a divisor of the columns."""
+    best = max(size for size in range(1, RUN + 1) if columns % size == 0)
+    return best if best >= SHORTEST else columns
+
+
+def _runs(one: Numbers, other: Numbers) -> NDArray[np.float64]:
+    """Return the scalar products of runs, which are rows in float32 and elements in float64, as float64."""
+    if one.dtype == np.float64:
+        return one * other
+    found: NDArray[np.float64] = np.vecdot(one, other).astype(np.float64)
+    return found
+
+
 def _dot(one: Numbers, other: Numbers) -> float:
-    return float(np.dot(one.reshape(-1), other.reshape(-1)))
+    if one.dtype == np.float64:
+        return float(np.vdot(one, other))
+    return float(np.vecdot(one, other).sum(dtype=np.float64))

@@ -1,26 +1,22 @@
-"""Matrices of a model's files by the names of transformers, read some rows at a time, with their number formats."""
+"""Weights in a model's files by the names of transformers: modules, experts and all other tensors."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from loraover.adapters.base_weights import open_files
 from loraover.checkpoint.expert_stacks import ExpertWeight
+from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import read_served
 from loraover.checkpoint.tensor_file import TensorFile
-from loraover.common.errors import CheckpointError
 from loraover.models.load import ModelSource
-from loraover_export.merged.strength import Numbers, Rounding
+from loraover_export.merged.matrices import StoredMatrix, StoredRows, TensorPiece
 from loraover_export.merged.tokenizer import Tokenizer, has_other_form, in_folder
 
 TRANSPOSED = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -50,160 +46,6 @@ OTHER_PARTS = {part for names in EXPERT_PARTS.values() for alike in names for pa
 EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<parameter>gate_up_proj|down_proj)")
 STACK = re.compile(r"(?P<owner>.+\.experts)\.(?P<parameter>gate_up_proj|down_proj)")
 _PART = re.compile(rf"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<part>{'|'.join(sorted(OTHER_PARTS))})\.weight")
-
-
-class Block(NamedTuple):
-    """Some rows of a matrix, in float32 or float64.
-
-    Args:
-        values: The elements.
-        nearest: Rounding of elements to the nearest numbers that the matrix's format has at their places; None if the
-            format's numbers are not known.
-    """
-
-    values: Numbers
-    nearest: Rounding | None
-
-
-class StoredMatrix(ABC):
-    """A matrix in a file.
-
-    Attributes:
-        name: File and key, for messages.
-        shape: Number of rows and columns as they are stored.
-        type_name: Number format, by its name in the file, such as "BF16".
-        step: Number of rows of which a multiple has to be read at once.
-        is_quantised: Whether elements of a block share a scale.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    type_name: str
-    step: int = 1
-    is_quantised: bool = False
-
-    @property
-    @abstractmethod
-    def unreadable(self) -> str | None:
-        """Reason for which the numbers cannot be read, in words; None if they can."""
-
-    @abstractmethod
-    def block(self, start: int, stop: int, dtype: Any) -> Block:
-        """Read some rows into float32 or float64."""
-
-    def in_file_order(self) -> StoredMatrix | None:
-        """Return the matrix with its rows as the file has them; None if they are in transformers' order there."""
-        return None
-
-    def order(self) -> NDArray[np.intp]:
-        """Return the number in the file of each row in transformers' order."""
-        return np.arange(self.shape[0])
-
-    @abstractmethod
-    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Return the bytes of some rows as the file holds them."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> tuple[str, int]:
-        """File and key with the first element or row, which tell matrices apart."""
-
-    def check(self, values: Numbers) -> None:
-        """Raise CheckpointError if elements that were read are not finite."""
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{self.name} holds NaN or infinity; expected finite weights. Merge or download the model again."
-            )
-
-
-def _bf16(raw: NDArray[np.uint8], dtype: Any) -> Numbers:
-    bits = np.zeros(raw.size, np.uint16)
-    bits[1::2] = raw.view("<u2")
-    return bits.view(np.float32).astype(dtype, copy=False)
-
-
-def nearest_bf16(values: Numbers) -> Numbers:
-    """Round to the nearest numbers of bfloat16, ties to even."""
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded &= np.uint32(0xFFFF0000)
-    return rounded.view(np.float32).astype(values.dtype, copy=False)
-
-
-def nearest_f16(values: Numbers) -> Numbers:
-    """Round to the nearest numbers of float16, ties to even; larger numbers become infinite."""
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(values.dtype)
-
-
-class Float(NamedTuple):
-    """A floating-point format: bytes of an element, its decoding, and the rounding to it."""
-
-    size: int
-    decode: Any
-    nearest: Rounding
-
-
-FLOATS = {
-    "F64": Float(8, lambda raw, dtype: raw.view("<f8").astype(dtype, copy=False), lambda values: values),
-    "F32": Float(
-        4,
-        lambda raw, dtype: raw.view("<f4").astype(dtype, copy=False),
-        lambda values: values.astype(np.float32, copy=False).astype(values.dtype, copy=False),
-    ),
-    "F16": Float(2, lambda raw, dtype: raw.view("<f2").astype(dtype), nearest_f16),
-    "BF16": Float(2, _bf16, nearest_bf16),
-}
-"""Floating-point formats by the names that safetensors and GGUF share."""
-
-WIDE = ("F64", "F32")
-"""Formats whose rounding float32 cannot show."""
-
-
-@dataclass(frozen=True)
-class StoredRows(StoredMatrix):
-    """Rows of a tensor in a safetensors file, from an element on: all of a matrix, or one expert's part of a stack."""
-
-    file: TensorFile
-    key: str
-    shape: tuple[int, int]
-    first: int = 0
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        return self.name, self.first
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """File and key."""
-        return f"{self.file.path}: {self.key}"
-
-    @property
-    def type_name(self) -> str:  # type: ignore[override]
-        """Data type as safetensors spells it."""
-        return self.file.dtype(self.key)
-
-    @property
-    def unreadable(self) -> str | None:
-        return None if self.type_name in FLOATS else f"{self.key} is {self.type_name}, a quantised or an integer type"
-
-    def block(self, start: int, stop: int, dtype: Any) -> Block:
-        kind = FLOATS[self.type_name]
-        return Block(kind.decode(self.raw(start, stop), dtype).reshape(-1, self.shape[1]), kind.nearest)
-
-    def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        columns, size = self.shape[1], self.file.size(self.key) // max(1, prod(self.file.shape(self.key)))
-        return self.file.part(self.key, (self.first + start * columns) * size, (stop - start) * columns * size)
-
-
-class TensorPiece(NamedTuple):
-    """Matrix that holds some rows of a module's weight as it is stored: all rows, or those of a fused projection."""
-
-    matrix: StoredMatrix
-    transposed: bool
 
 
 class Weights(ABC):
@@ -280,7 +122,10 @@ class Weights(ABC):
 
 SETTINGS = (
     *("tie_word_embeddings", "hidden_act", "rms_norm_eps", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok", "norm_topk_prob"),
+    *("layer_norm_eps", "layer_norm_epsilon", "hidden_activation", "partial_rotary_factor", "sliding_window"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "query_pre_attn_scalar"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "routed_scaling_factor"),
 )
 """Keys of config.json that change what a model computes from the same weights, where both models' files have them."""
 
@@ -352,9 +197,7 @@ class StoredWeights(Weights):
             key = next((key for each in QUANTISED if (key := path + each) in self._files), None)
         if key is None:
             return None
-        shape = self._files[key].shape(key)
-        rows = prod(shape[:-1])
-        return StoredRows(self._files[key], key, (rows, shape[-1] if shape else 1))
+        return rows_in(self._files[key], key)
 
     def module(self, path: str, shape: tuple[int, int]) -> list[TensorPiece]:
         found = self.find(f"{path}.weight")
@@ -402,6 +245,11 @@ class StoredWeights(Weights):
 
     def settings(self, base: Weights) -> Iterator[str]:
         """Yield in sentences which settings of the model are others than the base model's."""
+        if (self.folder / CONFIG_FILE).is_file():
+            yield (
+                f"what engines make of {self.origin}, which holds {CONFIG_FILE} beside the merged weights: "
+                "transformers takes it for an adapter, and loads the model that is named there"
+            )
         if not isinstance(base, StoredWeights):
             return
         mine, theirs = _settings(self.config), _settings(base.config)
@@ -434,40 +282,8 @@ class StoredWeights(Weights):
         return self.embedding if name == HEAD else None
 
 
-def rows_of(pieces: Sequence[TensorPiece]) -> int:
-    """Return the number of rows of several pieces as they are stored."""
-    return sum(piece.matrix.shape[0] for piece in pieces)
-
-
-class Overlap(NamedTuple):
-    """Rows that a piece of the base model's weight and one of the merged weight have in common.
-
-    Args:
-        base: Matrix of the base model.
-        merged: Matrix of the merged model.
-        at: First of these rows in the module's weight as it is stored, in `base`, and in `merged`.
-        rows: Number of rows.
-    """
-
-    base: StoredMatrix
-    merged: StoredMatrix
-    at: tuple[int, int, int]
-    rows: int
-
-
-def overlaps(base: Sequence[TensorPiece], merged: Sequence[TensorPiece]) -> Iterator[Overlap]:
-    """Yield the common rows of two weights of equally many rows, each of which may lie in several matrices."""
-    at, ends = 0, [0, 0]
-    sides = [iter(base), iter(merged)]
-    now: list[StoredMatrix | None] = [None, None]
-    while at < rows_of(base):
-        for side in (0, 1):
-            if at == ends[side]:
-                now[side] = matrix = next(sides[side]).matrix
-                ends[side] += matrix.shape[0]
-        first, second = now
-        assert first is not None
-        assert second is not None
-        rows = min(ends) - at
-        yield Overlap(first, second, (at, at - ends[0] + first.shape[0], at - ends[1] + second.shape[0]), rows)
-        at += rows
+def rows_in(file: TensorFile, key: str) -> StoredRows:
+    """Return a tensor as a matrix of its last dimension; as one row if rows end within bytes, as of 4-bit numbers."""
+    shape, size = file.shape(key), file.size(key)
+    rows = prod(shape[:-1])
+    return StoredRows(file, key, (1, prod(shape)) if rows and size % rows else (rows, shape[-1] if shape else 1))
