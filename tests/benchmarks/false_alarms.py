@@ -36,14 +36,16 @@ from loraover_export import export_gguf
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import Asked, WarmProbe, judge_warm
-from loraover_serve.judge.churn import Meanwhile, Said, judge_churn
+from loraover_serve.judge.caches import judge_warm
+from loraover_serve.judge.churn import Meanwhile, judge_churn
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Model, Row
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE
+from loraover_serve.judge.owners import Said
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Churn
 from loraover_serve.judge.templates import Conversations, read_template
+from loraover_serve.judge.warm_probe import Asked, WarmProbe
 from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import long_prompts, packed_long, record_long
 from loraover_serve.verify.recorder import KEPT, QUESTIONS_FILE, pack_question, texts_of

@@ -36,7 +36,7 @@ from loraover_serve.judge.limits import (
     ROUNDED_STRENGTH,
 )
 from loraover_serve.judge.search import NEARLY, ROUNDED_WAY
-from loraover_serve.rollouts.verdict import ALARM, HALF_WAY, RELIABLE
+from loraover_serve.rollouts.case import ALARM, HALF_WAY, RELIABLE
 
 from benchmarks.page import ROOT, replaced
 from benchmarks.rollout_noise import NEW_TOKENS

@@ -21,11 +21,12 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, DataError, EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import ask_warm, long_questions
+from loraover_serve.judge.caches import ask_warm
 from loraover_serve.judge.names import STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_OTHERS
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
 from loraover_serve.judge.user_command import CommandError, UserCommand
+from loraover_serve.judge.warm_probe import long_questions
 from loraover_serve.verify.recorder import write_checker
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import read_config

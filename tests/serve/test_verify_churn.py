@@ -24,8 +24,7 @@ from loraover.common.errors import ConfigError
 from loraover_serve import verify_adapter
 from loraover_serve.judge import churn
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import Asked, WarmProbe
-from loraover_serve.judge.churn import ChurnRequest, Meanwhile, Said, ask_in_churn, judge_churn
+from loraover_serve.judge.churn import ChurnRequest, Meanwhile, ask_in_churn, judge_churn
 from loraover_serve.judge.estimates import share_interval
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import (
@@ -35,8 +34,10 @@ from loraover_serve.judge.names import (
     STALE_OF_EARLIER,
     STALE_OF_LATER,
 )
+from loraover_serve.judge.owners import Said
 from loraover_serve.judge.results import Churn
 from loraover_serve.judge.user_command import UserCommand
+from loraover_serve.judge.warm_probe import Asked, WarmProbe
 
 from support.caching_server import BY_NAME, BY_WEIGHTS, CachingServer, Key
 from support.http_server import Handler, serving

@@ -366,7 +366,7 @@ def caches(verdict: Any, fault: str | None, off: float) -> Caches:
     """Answers on kept keys and values that are this far from those without."""
     noise, far = (LogprobDistance(rms=each, error=each, largest=each, positions=32, prompts=8) for each in (1e-6, off))
     warm = [WarmAnswers("adapter", "after what the server had before", 4096, far, {})]
-    return Caches(verdict, f"off by {off}", fault, 4096, noise, warm)
+    return Caches(verdict, f"off by {off}", fault, 4096, warm, noise=noise)
 
 
 def demo_checks(fault: str | None = STALE_OF_EARLIER) -> tuple[VerifyReport, VerifyReport]:

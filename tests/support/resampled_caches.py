@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from loraover.client.speaker import Response
-from loraover_serve.judge.caches import Asked, Reloaded, judge_warm
-from loraover_serve.judge.churn import Meanwhile, Said, judge_churn
+from loraover_serve.judge.caches import judge_warm
+from loraover_serve.judge.churn import Meanwhile, judge_churn
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Model, Row, Rows
 from loraover_serve.judge.names import STALE
+from loraover_serve.judge.owners import Said
 from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches, Churn
+from loraover_serve.judge.warm_probe import Asked, Reloaded
 
 NAMES = {BASE: "base", ADAPTER: "shop"}
 TOP = 20

@@ -18,106 +18,36 @@ nothing is decided.
 from __future__ import annotations
 
 import math
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
-from loraover.client.dialects import MORE
-from loraover.client.speaker import Generated
-from loraover.common.errors import ConfigError, EngineError
-from loraover_serve.judge.asker import Asker, in_form, rows_along
-from loraover_serve.judge.case import fit_along, flag, most_noise, strength_along
+from loraover.common.errors import EngineError
+from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.case import fit_along, most_noise, strength_along
 from loraover_serve.judge.estimates import Interval, log_ratio
 from loraover_serve.judge.evidence import Change, apart, by_prompt, difference, middle_by_prompt, projected
 from loraover_serve.judge.limits import ADAPTER, BASE, CERTAIN, EXCESS, EXIT_CODES, FEW_AS_BASE, FLOOR, OTHER
 from loraover_serve.judge.models import Models, Row, Rows
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS, STALE_OF_OTHERS
 from loraover_serve.judge.own_prompts import OwnPrompts
-from loraover_serve.judge.reference import Reference
-from loraover_serve.judge.results import Caches, Churn, LogprobDistance, Off, Reload, WarmAnswers
+from loraover_serve.judge.results import Caches, FurtherCheck, LogprobDistance, Off, Reload, WarmAnswers
 from loraover_serve.judge.search import ROUNDED_WAY
 from loraover_serve.judge.user_command import CommandError, UserCommand
-
-HITS = "vllm:prefix_cache_hits_total"
-"""Number of tokens that vLLM has found in its cache, in what it tells Prometheus."""
-
-MOST_SLOTS = 64
-"""Slots of llama-server that are filled at most; with more of them, the answers after other prompts are left out."""
+from loraover_serve.judge.warm_probe import MOST_SLOTS, Asked, Reloaded, WarmProbe, takes_salt
 
 NO_SLOTS: dict[str, Any] = {
     "verdict": "inconclusive",
     "reason": "caches of keys and values: llama-server does not tell its number of slots, or has too many, so prompts "
     f"that come back from its host's memory were not asked; let /props be read, and start it with at most {MOST_SLOTS}",
 }
-OTHERS = 10
-"""Requests at most for names, metrics and the number of slots."""
-
-FEW = 3
-"""Number of questions that are asked of another adapter, of which no answers are recorded."""
 
 HALF_WAY = 0.5
 """Strength from which an answer on another model's keys and values is as far as from a right one."""
 
-ON_OWN = "after its own answers"
-WARM = {"cache_prompt": True}  # which llama-server needs; vLLM takes no notice
 
-
-class Asked(NamedTuple):
-    """Answers of a model to the long questions, asked for one after the other.
-
-    Args:
-        arm: The model.
-        after: Answers that the server gave before, in words.
-        rows: Their logprobs.
-        cached: Number of tokens that the server found in its cache; None if it does not tell.
-    """
-
-    arm: str
-    after: str
-    rows: Rows
-    cached: int | None
-
-
-class Reloaded(NamedTuple):
-    """Reload of the adapter, before which the server has read the long questions.
-
-    Args:
-        command: The user's command.
-        seconds: Seconds that it took.
-        roots: Path of the adapter that the server names before and after it; None if it names none.
-        before: Answers of the adapter as it was.
-        is_kept: Whether the server still had what it had read for the base model; None if it does not tell.
-    """
-
-    command: str
-    seconds: float
-    roots: tuple[str | None, str | None]
-    before: Asked
-    is_kept: bool | None
-
-
-def long_questions(reference: Reference, option: Callable[[str], str] = flag, field: str = "caches") -> Reference:
-    """The long questions of a reference.
-
-    Args:
-        option: Name of an option as its user writes it.
-        field: Name of the option that needs them.
-
-    Raises:
-        ConfigError: It has none.
-    """
-    if reference.caches is None:
-        raise ConfigError(
-            f"{option(field)}: the reference of {reference.adapter_name} has no long questions, expected some; "
-            "record it again: loraover record --long."
-        )
-    return reference.caches
-
-
-def beside(found: Mapping[str, Any], name: str, part: Caches | Churn) -> dict[str, Any]:
+def beside(found: Mapping[str, Any], name: str, part: FurtherCheck) -> dict[str, Any]:
     """Result of a check with a further part of it.
 
     Args:
@@ -163,7 +93,7 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         reloaded = None if reload is None else probe.reload(reload)
         cold, noise, warm, hits = probe.answers()
         if isinstance(asker.models, OwnPrompts):
-            asker.models.sensitivity = probe.sensitivity(cold, noise)
+            asker.models.sensitivity = _sensitivity(asker.models, cold, {BASE: noise, ADAPTER: probe.on_own(ADAPTER)})
         found = judge_warm(asker.models, cold, noise, warm, hits, reloaded)
         return found if found.verdict != "as trained" or probe.is_complete else replace(found, **NO_SLOTS)
     except CommandError:
@@ -172,175 +102,17 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         return _unclear(str(error))
 
 
-def takes_salt(asker: Asker) -> bool:
-    """Whether a server takes fields by which an answer without a cache can be asked for."""
-    dialect = asker.speaker.dialect
-    return dialect.protocol == "llama-server" or MORE.keys() <= dialect.more.keys()
+def _sensitivity(models: Models, cold: Mapping[str, Asked], on_own: Mapping[str, Asked]) -> float:
+    """Ratio of the adapter's noise to the base model's, which no reference holds; at least 1."""
+    base, adapter = (
+        _WarmCase(models, {BASE: cold[arm]}, on_own[arm]._replace(arm=BASE)).noise.rms + FLOOR
+        for arm in (BASE, ADAPTER)
+    )
+    return max(1.0, adapter / base)
 
 
 def _unclear(why: str) -> Caches:
     return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
-
-
-class WarmProbe:
-    """Requests for long answers, one at a time: a server keeps what it has finished.
-
-    Attributes:
-        places: Places of the first tokens of the answers.
-        endpoint: The server.
-    """
-
-    def __init__(self, asker: Asker) -> None:
-        self.endpoint = asker.speaker.endpoint
-        self._asker, self._name = asker, secrets.token_hex(8)
-        self.places = [place for place in asker.places if asker.models.places[place][1] == 0]
-
-    def reload(self, command: UserCommand) -> Reloaded:
-        """Let the server read the long questions, and then load the adapter anew."""
-        name = self._asker.names[ADAPTER]
-        self._warm(BASE, "")
-        before, root = self._warm(ADAPTER, ""), self.endpoint.root(name)
-        seconds = command.run(self.endpoint.ends)
-        roots = root, self.endpoint.root(name)
-        first = self._metric()
-        again = self._warm(BASE, "", self.places[:1]).cached
-        kept = _rise(first, self._metric()) if again is None else again
-        return Reloaded(command.shown, seconds, roots, before, None if kept is None else kept > 0)
-
-    def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
-        """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
-        start = self._metric()
-        warm = [self._warm(ADAPTER, "after what the server had before")]  # whose keys and values cold answers may evict
-        first = self._metric()
-        early = _rise(start, first)
-        cold = {arm: self.cold(arm) for arm in (ADAPTER, BASE)}
-        found = _rise(first, self._metric())
-        if found and all(each.cached is None for each in cold.values()):
-            cold[BASE] = cold[BASE]._replace(cached=found)
-        noise = self.on_own(BASE)
-        other = self._asker.names.get(OTHER) or self._asker.find_other()
-        self._asker.names |= {} if other is None else {OTHER: other}
-        if other is not None:
-            cold[OTHER] = self.cold(OTHER, self.places[:FEW])
-        before = self._metric()
-        warm.append(self._warm(BASE, "after those of the adapter"))
-        if other is not None:
-            warm.append(self._warm(OTHER, "after those of the adapter and the base model", self.places[:FEW]))
-        warm.append(self._warm(ADAPTER, "after those of the base model" + (" and another adapter" if other else "")))
-        for arm, after in ((BASE, "the adapter"), (ADAPTER, "the base model")) if self._slots else ():
-            self._refill()
-            warm.append(self._warm(arm, f"after those of {after}, and other prompts in every slot"))
-        told = [each.cached for each in warm if each.cached is not None]
-        late = _rise(before, self._metric())
-        return cold, noise, warm, sum(told) if told else None if early is None or late is None else early + late
-
-    def on_own(self, arm: str) -> Asked:
-        """A model's answers in a cache that nothing else is put into, nor anything of other weights."""
-        own = self._salted("own", arm)
-        self._ask(arm, own, "", self.places[:1])
-        return self._ask(arm, own, ON_OWN)
-
-    def sensitivity(self, cold: Mapping[str, Asked], noise: Asked) -> float:
-        """Ratio of the adapter's noise to the base model's, which no reference holds; at least 1."""
-        base, adapter = (
-            _WarmCase(self._asker.models, {BASE: cold[arm]}, own._replace(arm=BASE)).noise.rms + FLOOR
-            for arm, own in ((BASE, noise), (ADAPTER, self.on_own(ADAPTER)))
-        )
-        return max(1.0, adapter / base)
-
-    def cold(self, arm: str, places: Sequence[int] | None = None) -> Asked:
-        """A model's answers without a cache."""
-        found = [
-            self._ask(arm, self._salted(arm, place) | {"cache_prompt": False}, "", [place])
-            for place in places or self.places
-        ]
-        told = [each.cached for each in found if each.cached is not None]
-        return Asked(
-            arm, "", {place: row for each in found for place, row in each.rows.items()}, sum(told) if told else None
-        )
-
-    def _warm(self, arm: str, after: str, places: Sequence[int] | None = None) -> Asked:
-        return self._ask(arm, WARM, after, places)
-
-    def _salted(self, *words: object) -> dict[str, Any]:
-        return {"cache_salt": "-".join(map(str, ("loraover", self._name, *words))), **WARM}
-
-    def _ask(self, arm: str, fields: Mapping[str, Any], after: str, places: Sequence[int] | None = None) -> Asked:
-        rows: dict[int, Row] = {}
-        told: list[int] = []
-        for place in self.places if places is None else places:
-            found = self.answer(arm, place, fields)
-            rows |= self.along(place, found)
-            told += [] if found.cached is None else [found.cached]
-        if not rows:
-            raise self._asker.speaker.without_logprobs(self._asker.names[arm])
-        return Asked(arm, after, rows, sum(told) if told else None)
-
-    def answer(self, arm: str, place: int, fields: Mapping[str, Any] = WARM) -> Generated:
-        """The greedy answer of a model to a question.
-
-        Args:
-            arm: The model.
-            place: Place of the question.
-            fields: Fields of the request that say what may be cached.
-        """
-        prompt = in_form(self._asker.models, place, self._asker.speaker.dialect)
-        assert prompt is not None
-        tokens = len(self._expected(place))
-        asked = fields if takes_salt(self._asker) else {}
-        return self._asker.speaker.answer(
-            self._asker.names[arm], prompt, tokens, scored=tokens, is_base=arm == BASE, more=asked
-        )
-
-    def along(self, place: int, found: Generated) -> dict[int, Row]:
-        """Rows of an answer, as long as its tokens are the expected ones."""
-        return rows_along(place, self._expected(place), found)
-
-    def _expected(self, place: int) -> Sequence[int]:
-        return self._asker.models.questions[self._asker.models.places[place][0]].answer
-
-    def _refill(self) -> None:
-        """Give each of llama-server's slots another prompt, so that it moves the earlier one to its host's memory."""
-        for index in range(self._slots + 1):
-            prompt = in_form(self._asker.models, self.places[0], self._asker.speaker.dialect)
-            assert prompt is not None
-            # Another beginning: nothing of it is in the cache.
-            other = f"{index} {prompt}" if isinstance(prompt, str) else [*prompt[index + 1 : index + 65]][::-1]
-            self._asker.speaker.answer(self._asker.names[BASE], other, 1, is_base=True, more=WARM)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether answers after other prompts in every slot were asked for, which llama-server alone needs."""
-        return self._asker.speaker.dialect.protocol != "llama-server" or self._slots > 0
-
-    @property
-    def _slots(self) -> int:
-        """Number of llama-server's slots; 0 for another server."""
-        if self._found_slots is None:
-            self._found_slots = 0
-            with suppress(EngineError, LookupError, TypeError):
-                told = self.endpoint.request("/props")["total_slots"]
-                self._found_slots = told if type(told) is int and 0 < told <= MOST_SLOTS else 0
-        return self._found_slots
-
-    _found_slots: int | None = None
-
-    def _metric(self) -> float | None:
-        lines = self.endpoint.page("/metrics").splitlines()
-        found = [line.rpartition("}")[2].removeprefix(HITS).split()[:1] for line in lines if line.startswith(HITS)]
-        with suppress(ValueError):  # behind the value, a line may have the time of its writing
-            total = math.fsum(float(value) for each in found for value in each)
-            return total if found and math.isfinite(total) else None
-        return None
-
-
-def most_requests(long: Reference) -> int:
-    """Largest number of requests of `ask_warm`: each model's cold answers, seven rounds of warm ones, and the slots."""
-    return 9 * len(long.questions) + 2 * FEW + 2 * (MOST_SLOTS + 1) + OTHERS
-
-
-def _rise(before: float | None, after: float | None) -> int | None:
-    return None if before is None or after is None else max(0, int(after - before))
 
 
 def judge_warm(
@@ -363,7 +135,7 @@ def judge_warm(
     """
     case = _WarmCase(models, cold, noise)
     found = [case.judged(each) for each in (noise, *warm)]
-    shown = Caches("differs", "", None, hits, case.noise, [answers for answers, _, _ in found])
+    shown = Caches("differs", "", None, hits, [answers for answers, _, _ in found], noise=case.noise)
     after = ""
     if reloaded is not None:
         off = LogprobDistance.of(case.off(reloaded.before))

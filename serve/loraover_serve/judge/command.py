@@ -25,7 +25,7 @@ from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, LoraOverError, UnscoredError
 from loraover_serve.judge.asker import QUICK, Asker
-from loraover_serve.judge.caches import ask_warm, beside, long_questions
+from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.evidence import Evidence
@@ -36,6 +36,7 @@ from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
+from loraover_serve.judge.warm_probe import long_questions
 
 
 def check(

@@ -160,21 +160,27 @@ class Reload:
 
 
 @dataclass(frozen=True)
-class Caches:
-    """Answers to long questions, on keys and values that a server has kept."""
+class FurtherCheck:
+    """Verdict on further answers of a server: those on keys and values that it has kept, or those in churn."""
 
     __pydantic_config__ = IN_FILES
 
     verdict: Verdict
-    """Verdict on the cache"""
+    """Verdict on these answers"""
     reason: str
     """Reason for the verdict, in words"""
     fault: str | None
     """The likely fault; None if there is none"""
+    noise: LogprobDistance | None = field(default=None, kw_only=True)
+    """Distance between the base model's answers on its own keys and values and without any: the noise"""
+
+
+@dataclass(frozen=True)
+class Caches(FurtherCheck):
+    """Answers to long questions, on keys and values that a server has kept."""
+
     hits: int | None = None
     """Number of tokens that came from the cache; None if the server does not tell"""
-    noise: LogprobDistance | None = None
-    """Distance between the base model's answers on its own keys and values and without any: the noise"""
     warm: list[WarmAnswers] = field(default_factory=list)
     """Answers on kept keys and values, in the order in which they were asked for"""
     reload: Reload | None = None
@@ -226,25 +232,15 @@ class ChurnAnswers:
 
 
 @dataclass(frozen=True)
-class Churn:
+class Churn(FurtherCheck):
     """Answers while adapters came and went, each attributed to the model that it is of."""
 
-    __pydantic_config__ = IN_FILES
-
-    verdict: Verdict
-    """Verdict on these answers"""
-    reason: str
-    """Reason for the verdict, in words"""
-    fault: str | None
-    """The likely fault; None if there is none"""
     seconds: float
     """Seconds for which the server was asked"""
     command: str | None
     """Command that ran meanwhile; None if none was given"""
     clients: int
     """Number of requests at a time"""
-    noise: LogprobDistance | None = None
-    """Distance between the base model's answers on its own keys and values and without any: the noise"""
     failed: int = 0
     """Number of requests that failed"""
     models: list[ChurnAnswers] = field(default_factory=list)

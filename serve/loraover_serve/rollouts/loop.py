@@ -6,12 +6,12 @@ import math
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover_serve.judge.names import SCALED
-from loraover_serve.rollouts.tokens import Candidate, Logprobs, SampledTokens, read_tokens
-from loraover_serve.rollouts.verdict import Finding, judge_rollouts, judge_tokens
+from loraover_serve.rollouts.tokens import Logprobs, SampledTokens, TokenFacts
+from loraover_serve.rollouts.verdict import Finding, judge_tokens, read_step
 
 MOST = 1_000_000
 """Largest window, in steps."""
@@ -58,27 +58,20 @@ class RolloutJudge:
         b: Logprobs,
         prompt_ids: Sequence[Hashable],
         *,
-        rows: Sequence[Hashable] | None = None,
-        positions: Sequence[int] | None = None,
-        earlier: Sequence[Logprobs] = (),
-        faults: Mapping[str, Candidate | float] = {},
-        engine_prompt_ids: Sequence[Hashable] | None = None,
         again: bool = False,
+        **facts: Unpack[TokenFacts],
     ) -> Finding:
-        """Judge a step. The arguments are those of `judge_rollouts`; `earlier` and `faults` may be left out at times.
+        """Judge a step, given as to `judge_rollouts`; `earlier` and `faults` may be missing in some steps.
 
-        With `again`, the step takes the place of the last one, with logprobs of more models after an alarm.
+        Args:
+            again: Whether the step takes the place of the last one, with logprobs of more models after an alarm.
 
         Returns:
             The finding. A step that cannot be judged is left out of the window.
         """
-        tokens = read_tokens(e, a, b, prompt_ids, rows, positions, earlier, faults)
-        if isinstance(tokens, str) or engine_prompt_ids is not None:
-            found = judge_rollouts(
-                e, a, b, prompt_ids, rows=rows, positions=positions, engine_prompt_ids=engine_prompt_ids
-            )
-            if isinstance(tokens, str) or found.verdict == "not comparable":
-                return found
+        tokens = read_step(e, a, b, prompt_ids, facts)
+        if isinstance(tokens, Finding):
+            return tokens
         if tokens.right == tokens.base:
             found = judge_tokens(tokens.thinned(self.tokens), self.noise)
             if found.verdict is None:

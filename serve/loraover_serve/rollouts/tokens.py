@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict
 from zlib import crc32
 
 from loraover_serve.judge.names import NOT_APPLIED
@@ -82,17 +82,28 @@ class SampledTokens:
         return SampledTokens(engine, right, base, of(self.prompts), of(self.rows), models, self.factors)
 
 
+class TokenFacts(TypedDict, total=False):
+    """Further facts of sampled tokens, which `judge_rollouts` and `RolloutJudge.step` take by name."""
+
+    rows: Sequence[Hashable] | None
+    """Row of each token, that is, the answer that it belongs to; by it, faults of some answers are found"""
+    positions: Sequence[int] | None
+    """Position of each token in its row; by it, rows that are there twice are found"""
+    earlier: Sequence[Logprobs]
+    """The trainer's logprobs with the adapter of one step before, of two steps before, and so on"""
+    faults: Mapping[str, Candidate | float]
+    """Logprobs of other models that the engine could have, with None at tokens for which they were not computed, or
+    factors on delta_W, by name; see `scale_faults`. Half and twice are always compared"""
+    engine_prompt_ids: Sequence[Hashable] | None
+    """Prompt of each token as the engine has read it; None if it does not tell"""
+
+
 def read_tokens(
-    e: Logprobs,
-    a: Logprobs,
-    b: Logprobs,
-    prompt_ids: Sequence[Hashable],
-    rows: Sequence[Hashable] | None,
-    positions: Sequence[int] | None,
-    earlier: Sequence[Logprobs],
-    faults: Mapping[str, Candidate | float],
+    e: Logprobs, a: Logprobs, b: Logprobs, prompt_ids: Sequence[Hashable], facts: TokenFacts
 ) -> SampledTokens | str:
     """Check arrays of tokens; arrays that show nothing give a sentence that says why. Arguments: `judge_rollouts`."""
+    rows, positions = facts.get("rows"), facts.get("positions")
+    earlier, faults = facts.get("earlier", ()), facts.get("faults", {})
     if odd_names := [name for name in faults if not is_name(name)]:
         return (
             f"the fault {odd_names[0]!r} cannot be told apart by its name, expected 1 to 80 printable characters "

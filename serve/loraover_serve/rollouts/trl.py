@@ -19,11 +19,12 @@ from loraover.callbacks.seal_checkpoints import checkpoint_folder
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ParityError
 from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE
+from loraover_serve.rollouts.case import FACTORS
 from loraover_serve.rollouts.loop import RolloutJudge
 from loraover_serve.rollouts.policy import Adapter, EngineNumbers, Policy, Row
 from loraover_serve.rollouts.sources import source_of
 from loraover_serve.rollouts.tokens import STALE_BY
-from loraover_serve.rollouts.verdict import FACTORS, Finding, scale_faults
+from loraover_serve.rollouts.verdict import Finding, scale_faults
 
 logger = logging.getLogger("loraover")
 

@@ -18,7 +18,7 @@ from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, DataError, EngineError, LoraOverError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.caches import ask_warm, beside, long_questions
+from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.command import check, check_vectors, unanswered
 from loraover_serve.judge.limits import ADAPTER, BASE
@@ -30,6 +30,7 @@ from loraover_serve.judge.results import Caches, Churn
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+from loraover_serve.judge.warm_probe import long_questions
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
-from loraover_serve.judge import caches
+from loraover_serve.judge import warm_probe
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.templates import most_requests
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
@@ -201,7 +201,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     name = adapter.name or reference.adapter_name
     try:
         if adapter.caches_every and not isinstance(reference, VectorReference):
-            most += caches.most_requests(caches.long_questions(reference, lambda field: f"{field}_every"))
+            most += warm_probe.most_requests(warm_probe.long_questions(reference, lambda field: f"{field}_every"))
         request = VerifyRequest(
             references=(file,),
             endpoint=server.url,
