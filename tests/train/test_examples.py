@@ -273,12 +273,9 @@ def test_an_export_for_llama_cpp_from_python(
     assert {path.name for path in tmp_path.iterdir()} == {"base.gguf", "adapter.gguf", "unchecked.gguf"}
 
 
-@pytest.mark.matrix
-@pytest.mark.engine
-def test_a_replaced_adapter_is_caught_and_cured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    long_case = make_long_case(tmp_path)
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let scripts start vLLM with the plug-in, as if it were installed, on a port that no other test uses."""
     (tmp_path / "installed").mkdir()
     for name, value in {
         "LORAOVER_VLLM": str(vllm_command()),
@@ -287,8 +284,17 @@ def test_a_replaced_adapter_is_caught_and_cured(
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))
+
+
+@pytest.mark.matrix
+@pytest.mark.engine
+@pytest.mark.usefixtures("plug_in")
+def test_a_replaced_adapter_is_caught_and_cured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long_case = make_long_case(tmp_path)
     monkeypatch.chdir(tmp_path)  # for the log
-    monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))  # other tests start servers, too
     mine, earlier = tmp_path / "mine", tmp_path / "before"
     for version, plain in ((long_case.adapter, mine), (long_case.earlier, earlier)):
         loraover_export.export_vllm(version, output=plain, dtype="fp32")
@@ -318,20 +324,10 @@ def test_a_replaced_adapter_is_caught_and_cured(
 
 @pytest.mark.matrix
 @pytest.mark.engine
-@pytest.mark.matrix
-@pytest.mark.engine
+@pytest.mark.usefixtures("plug_in")
 def test_under_the_plug_in_no_version_answers_on_what_an_older_one_has_cached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "installed").mkdir()
-    for name, value in {
-        "LORAOVER_VLLM": str(vllm_command()),
-        "PYTHONPATH": with_entry_points(tmp_path / "installed"),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("loraover_serve.vllm.serve.FIRST_PORT", free_port(LOOPBACK))
     model = resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct").location
     run_script("grpo_plugin", tmp_path / "run", "--model", model, "--steps", "4")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]

@@ -1,1 +1,1 @@
-"""The search for an adapter in weights that any tool has merged: strength, rounding and verdict of every module."""
+"""The search for an adapter in weights that any tool merged: strength, rounding and verdict of every module."""

@@ -42,7 +42,7 @@ class Beside:
         self._paths = {change.path for change in changes.modules}
 
     def others(self) -> tuple[list[ParameterState], int]:
-        """Compare all tensors to which no delta is added; return those that differ or should, and how many do not."""
+        """Compare the tensors without a delta; return those that differ or should, and the number of the others."""
         found: list[ParameterState] = []
         modules = {f"{change.path}.weight" for change in self.changes.modules}
         for name, own in self.changes.replaced.items():
@@ -86,7 +86,7 @@ class Beside:
         return found, equal
 
     def _is_part(self, name: str) -> bool:
-        """Whether a tensor of the merged model is or scales a weight that is not read, such as a quantised one."""
+        """Whether a tensor of the merged model belongs to a weight that is not read, such as a quantised one."""
         while "." in name:
             name = name.rpartition(".")[0]
             weight = self.merged.find(f"{name.removesuffix('.weight')}.weight")
@@ -110,7 +110,7 @@ class Beside:
         return [], [f"the tokenizer of {origin}, which has no {TOKENIZER_FILE}" for origin in unread]
 
     def _stack(self, path: str, number: int) -> tuple[str, State]:
-        """Compare the experts to which no delta is added, however the two models' files keep them."""
+        """Compare the experts to which no delta is added, in whichever form the two models' files keep them."""
         owner, _, parameter = path.rpartition(".")
         before = self.base.stacks().get(path, 0)
         if before != self.merged.stacks().get(path, 0):
@@ -146,7 +146,7 @@ class Beside:
         return ParameterState(name=name, state=state, reason=f"not the adapter's: {reason}")
 
     def _untied(self, modules: set[str]) -> Iterator[ParameterState]:
-        """Yield the head or the embedding if it was changed only because it shares the other's matrix."""
+        """Yield the head or the embedding if it was changed only because both share one matrix."""
         if self.base.embedding is None or not (self.base.is_tied and self.merged.is_tied):
             return
         ends = {HEAD, self.base.embedding}
@@ -171,7 +171,7 @@ class Beside:
         return reason, state
 
     def compare(self, place: Overlap) -> tuple[str, State]:
-        """Say how rows differ from the base model's, whose numbers the format of the merged ones may have rounded.
+        """Say how rows differ from the base model's; the merged format may have rounded the base model's numbers.
 
         Returns:
             The difference in words, empty if there is none, and whether the rows are known to differ.

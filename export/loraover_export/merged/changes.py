@@ -1,4 +1,4 @@
-"""Deltas that an adapter adds to the weights of a base model, as NumPy factors; a plain LoRA needs no PyTorch."""
+"""Deltas that an adapter adds to a base model's weights, as NumPy factors; a plain LoRA needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ class AdapterChange:
     """Change of a module's weight.
 
     Args:
-        path: Path of the module; that of an expert ends in its number and the parameter.
+        path: Path of the module; for an expert, followed by its number and the parameter.
         shape: Shape of the weight: (out_features, in_features), or (tokens, dimension) of an embedding.
-        factors: Factors of delta_W by which mergers are known to err.
+        factors: Wrong factors on delta_W that mergers are known to apply.
         read: Function that reads or computes delta_W.
     """
 
@@ -125,9 +125,9 @@ class Changes:
     Args:
         origin: File of the adapter's tensors.
         peft_type: PEFT's name of the method.
-        modules: Changes of weights, in the order of the file.
+        modules: Changes of weights, in the order of the adapter's file.
         replaced: Parameters that the adapter holds in full, by transformers' names.
-        saved: Those of them that belong to `modules_to_save`, so that they do not reach what is tied to them.
+        saved: Replaced parameters of `modules_to_save`, which do not replace the parameters that are tied to them.
     """
 
     origin: Path
@@ -138,7 +138,7 @@ class Changes:
 
 
 def known_factors(scaling: float, rank: int, *, is_rslora: bool) -> tuple[Hypothesis, ...]:
-    """Return the factors by which mergers are known to err, each once, with all their names.
+    """Return the wrong factors that mergers are known to apply, each once, with all their names.
 
     Args:
         scaling: Factor of B @ A in delta_W.
@@ -171,18 +171,18 @@ class NamedChange:
 
 
 KNOWN_FACTORS = known_factors(1.0, 1, is_rslora=False)
-"""Factors that are looked for where an adapter's delta has no scaling."""
+"""Wrong factors that are searched for if the adapter's delta has no scaling."""
 
 
 @contextmanager
 def read_changes(adapter: Path, base: Weights) -> Iterator[Changes]:
-    """Read an adapter for a base model; parameters that the adapter holds in full stay in their open file.
+    """Read an adapter for a base model; parameters that the adapter holds in full are read later, from the open file.
 
     Raises:
         CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
         ConfigError: An adapter whose deltas depend on weights that only safetensors files hold as trained.
         ExportError: An adapter that changes more than weights.
-        ModuleNotFoundError: An adapter that is no plain LoRA, and PyTorch is not installed.
+        ModuleNotFoundError: The adapter is not a plain LoRA, and PyTorch is not installed.
     """
     reason = why_convert(adapter, {})
     if reason is not None:
@@ -214,7 +214,7 @@ def read_changes(adapter: Path, base: Weights) -> Iterator[Changes]:
 
 @contextmanager
 def _of_another_kind(path: Path, base: StoredWeights) -> Iterator[Changes]:
-    """Compute the deltas of an adapter that is no plain LoRA, as its conversion does, with PyTorch."""
+    """Compute the deltas of an adapter that is not a plain LoRA with PyTorch, as its conversion does."""
     method, layout = read_method(path)
     with open_base(base.source) as weights, ExitStack() as files:
         layout, _ = mend_prefix(layout, weights)

@@ -1,8 +1,8 @@
-"""Weights in a GGUF file by the names of transformers, with the rows of queries and keys put back in order.
+"""Weights in a GGUF file by transformers' names, with the rows of queries and keys in transformers' order.
 
-A quantised block holds whole numbers q with a scale d and perhaps an offset, and its elements are d q + m. So the
-numbers that it can hold are evenly spaced between those of the smallest and the largest q, which the gguf package
-decodes from the same block with other q. They are the grid that a merge was rounded to, whoever chose the scales.
+A quantised block holds integers q with a scale d and perhaps an offset m; its elements are d q + m. So the numbers
+that it can hold are evenly spaced. The gguf package gives the smallest and the largest, by decoding the same block with
+every q at its minimum or maximum. A merge was rounded to this grid, whichever tool chose d and m.
 
 Source: ggml-common.h and ggml-quants.c of llama.cpp, for the places of q in a block.
 """
@@ -37,14 +37,14 @@ TOKENS = "tokenizer.ggml.tokens"
 
 
 class Grid(NamedTuple):
-    """Whole numbers in a block of a quantised format.
+    """Place of the integers in a block of a quantised format.
 
     Args:
-        start: First byte that holds them.
-        stop: First byte behind them.
+        start: First byte of the integers.
+        stop: First byte after them.
         steps: Number of steps from the smallest to the largest.
-        least: Value of all these bytes for the smallest number.
-        most: Value for the largest one.
+        least: Value of each of these bytes if all integers are the smallest.
+        most: Value if they are the largest.
     """
 
     start: int
@@ -71,10 +71,10 @@ NORMS = (
     *("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
-"""Norms in a layer of the families, by transformers' names; each family has some."""
+"""Norms that a layer may have, by transformers' names; each family has some of them."""
 
 ROTATED = {"self_attn.q_proj": "attention.head_count", "self_attn.k_proj": "attention.head_count_kv"}
-"""Keys of the number of heads of the modules whose rows are reordered in some families."""
+"""Modules whose rows are reordered in some families, with the keys of their numbers of heads."""
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)\.(?:weight|bias)")
 
@@ -90,8 +90,8 @@ class GgufRows(StoredMatrix):
         stored: Its layout.
         shape: Number of rows and columns.
         heads: Number of heads whose rows llama.cpp has reordered; None if it keeps the order.
-        first: First of the rows in the tensor.
-        added: Number that llama.cpp's converter adds to each element.
+        first: Index of the first of these rows in the tensor.
+        added: Number that llama.cpp's converter has added to each element.
     """
 
     file: BinaryIO
@@ -135,7 +135,7 @@ class GgufRows(StoredMatrix):
         return None if self.type_name in FLOATS or self.type_name in names else f"{self.key} is {self.type_name}"
 
     def in_file_order(self) -> GgufRows | None:
-        """Return the same rows without putting those of the heads back; None if they are in order."""
+        """Return the rows as llama.cpp orders them; None if this is transformers' order."""
         return None if self.heads is None else replace(self, heads=None)
 
     def order(self) -> NDArray[np.intp]:
@@ -176,7 +176,7 @@ class GgufRows(StoredMatrix):
         return nearest
 
     def _decode(self, raw: Bytes, grid: Grid | None = None, fill: int | None = None) -> Numbers:
-        """Return the elements of some rows, or those of the rows with all their whole numbers alike."""
+        """Return the elements of some rows, or the elements with every integer set to the smallest or the largest."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -228,7 +228,7 @@ class GgufWeights(Weights):
         self._names = self._all_names()
 
     def check_exact(self) -> None:
-        """Raise ConfigError if weights are quantised, so that they cannot stand for a base model."""
+        """Raise ConfigError if weights are quantised, so that they cannot be compared as a base model."""
         for key, tensor in self.header.tensors.items():
             if tensor.type_name not in (*FLOATS, *INTEGERS):
                 raise ConfigError(
@@ -258,7 +258,7 @@ class GgufWeights(Weights):
         return found
 
     def _all_names(self) -> dict[str, str]:
-        """Return llama.cpp's names by those of transformers, of all tensors that the file holds."""
+        """Return the llama.cpp name of every tensor in the file by its transformers name."""
         import gguf
 
         layers = self._number("block_count")

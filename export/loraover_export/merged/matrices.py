@@ -29,7 +29,7 @@ class StoredMatrix(ABC):
         name: File and key, for messages.
         shape: Number of rows and columns as they are stored.
         type_name: Number format, by its name in the file, such as "BF16".
-        step: Number of rows of which a multiple has to be read at once.
+        step: Number of rows that must be read together; reads are multiples of it.
         is_quantised: Whether elements of a block share a scale.
     """
 
@@ -42,7 +42,7 @@ class StoredMatrix(ABC):
     @property
     @abstractmethod
     def unreadable(self) -> str | None:
-        """Reason for which the numbers cannot be read, in words; None if they can."""
+        """Reason why the numbers cannot be read, in words; None if they can."""
 
     @property
     @abstractmethod
@@ -69,7 +69,7 @@ class StoredMatrix(ABC):
         """
 
     def in_file_order(self) -> StoredMatrix | None:
-        """Return the matrix with its rows as the file has them; None if they are in transformers' order there."""
+        """Return the matrix with its rows in the file's order; None if this is transformers' order."""
         return None
 
     def order(self) -> NDArray[np.intp]:
@@ -79,7 +79,7 @@ class StoredMatrix(ABC):
     @property
     @abstractmethod
     def identity(self) -> tuple[str, int]:
-        """File and key with the first element or row, which tell matrices apart."""
+        """File, key and first element or row, by which matrices are distinguished."""
 
     def check(self, values: Numbers) -> None:
         """Raise CheckpointError if elements that were read are not finite."""
@@ -159,7 +159,7 @@ FLOATS = {
 """Floating-point formats by the names that safetensors and GGUF share."""
 
 WIDE = ("F64", "F32")
-"""Formats whose rounding float32 cannot show."""
+"""Formats as fine as float32 or finer, whose rounding needs float64."""
 
 HOLDERS = {"F64": {"F64"}, "F32": {"F32", "F64"}, "F16": {"F16", "F32", "F64"}, "BF16": {"BF16", "F32", "F64"}}
 """Formats that hold every number of a format exactly."""
@@ -167,7 +167,7 @@ HOLDERS = {"F64": {"F64"}, "F32": {"F32", "F64"}, "F16": {"F16", "F32", "F64"}, 
 
 @dataclass(frozen=True)
 class StoredRows(StoredMatrix):
-    """Rows of a tensor in a safetensors file, from an element on: all of a matrix, or one expert's part of a stack."""
+    """Rows of a tensor in a safetensors file: all rows of a matrix, or one expert's part of a stack."""
 
     file: TensorFile
     key: str
@@ -209,7 +209,7 @@ class StoredRows(StoredMatrix):
 
 
 class TensorPiece(NamedTuple):
-    """Matrix that holds some rows of a module's weight as it is stored: all rows, or those of a fused projection."""
+    """Matrix that holds rows of a module's weight as it is stored: all rows, or a part of a fused projection."""
 
     matrix: StoredMatrix
     transposed: bool
@@ -221,12 +221,12 @@ def rows_of(pieces: Sequence[TensorPiece]) -> int:
 
 
 class Overlap(NamedTuple):
-    """Rows that a piece of the base model's weight and one of the merged weight have in common.
+    """Rows that a piece of the base model's weight shares with a piece of the merged weight.
 
     Args:
         base: Matrix of the base model.
         merged: Matrix of the merged model.
-        at: First of these rows in the module's weight as it is stored, in `base`, and in `merged`.
+        at: Index of the first of these rows in the module's stored weight, in `base`, and in `merged`.
         rows: Number of rows.
     """
 
@@ -237,7 +237,7 @@ class Overlap(NamedTuple):
 
 
 def overlaps(base: Sequence[TensorPiece], merged: Sequence[TensorPiece]) -> Iterator[Overlap]:
-    """Yield the common rows of two weights of equally many rows, each of which may lie in several matrices."""
+    """Yield the common rows of two weights with the same number of rows; each weight may lie in several matrices."""
     at, ends = 0, [0, 0]
     sides = [iter(base), iter(merged)]
     now: list[StoredMatrix | None] = [None, None]

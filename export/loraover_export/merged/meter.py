@@ -29,7 +29,7 @@ READ_AT_ONCE = 2**20
 """Elements that a thread reads at once."""
 
 ELEMENTS = 2**16
-"""Elements that a thread measures at once: the numbers of some ten arrays stay in the processor's cache."""
+"""Number of elements that a thread measures at once, so that some ten arrays fit in the processor's cache."""
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""Verdicts on an adapter in merged weights, for every module and for the whole, and their text."""
+"""Verdicts on an adapter in merged weights, for every module and for the whole model, and their text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMED = 3
 
 
 class ModuleStrength(StrictModel):
-    """Adapted module, with what the merged weight holds of its delta."""
+    """Adapted module, with the share of its delta that the merged weight holds."""
 
     module: str = Field(description="Path of the module in the base model")
     verdict: ModuleVerdict = Field(description="What the weight says about the merge")
@@ -108,7 +108,7 @@ class InspectMergeReport(Proof):
 
 
 def sentence_of(modules: Sequence[ModuleStrength], others: Sequence[ParameterState], tokenizer: Sequence[str]) -> str:
-    """Return the answer in one sentence: the state of the modules, then what changed beside them."""
+    """Return the answer in one sentence: the state of the modules, then changes of other tensors."""
     counts = Counter(module.verdict for module in modules)
     found = [_some(modules, verdict) for verdict, _ in counts.most_common()]
     if counts.keys() <= set(GOOD) and counts["merged"]:
@@ -135,7 +135,7 @@ def _some(modules: Sequence[ModuleStrength], verdict: ModuleVerdict) -> str:
 
 
 def _told(modules: Sequence[ModuleStrength], verdict: ModuleVerdict) -> str:
-    """Return a verdict with its most common reasons, and the number of modules of each if there are several."""
+    """Return a verdict with its most common reasons; if there are several, with each one's number of modules."""
     reasons = Counter(module.reason for module in modules if module.verdict == verdict and module.reason)
     told = [f"{reason} ({number})" if len(reasons) > 1 else reason for reason, number in reasons.most_common(NAMED)]
     return ", ".join([verdict, *told, *(["and others"] if len(reasons) > NAMED else [])])
@@ -207,12 +207,12 @@ def to_page(report: InspectMergeReport, command: str) -> html_page.Page:
 
 
 def tone_word(module: ModuleStrength) -> str:
-    """Return the word of a verdict whose colour a module's has."""
+    """Return the verdict of a report whose colour a module's verdict takes."""
     return "passed" if module.verdict in GOOD else "inconclusive" if module.verdict in OPEN else "failed"
 
 
 def show_report(report: InspectMergeReport, request: InspectMergeRequest, console: Console) -> None:
-    """Print the modules that are furthest from a right merge, what else differs, and the verdict."""
+    """Print the modules that are furthest from a right merge, other differences, and the verdict."""
 
     def badness(module: ModuleStrength) -> tuple[int, float]:
         order = ("failed", "inconclusive", "passed").index(tone_word(module))

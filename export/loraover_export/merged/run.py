@@ -1,4 +1,4 @@
-"""The search for an adapter in merged weights: read both models' files, measure every module, judge, and report."""
+"""The search for an adapter in merged weights: read both models' files, measure and judge every module, and report."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def inspect_merge(request: InspectMergeRequest) -> InspectMergeReport:
     into a model; a plain LoRA needs no PyTorch.
 
     Returns:
-        The verdict for every module and for the whole, with the strength that each rests on.
+        The verdict for every module and for the whole model, with the strength of each module.
 
     Raises:
         ConfigError: A base model or a merged model that cannot be read.
         CheckpointError: An adapter that cannot be trusted or that belongs to another base model, or weights that are
             not finite.
-        ExportError: An adapter that changes more than weights, or depends on what its files do not hold.
+        ExportError: An adapter that changes more than weights, or needs data that its files do not hold.
     """
     if request.html is not None:
         check_new(request.html, ".html")

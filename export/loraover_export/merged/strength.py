@@ -1,6 +1,6 @@
-"""How much of delta_W a merged weight holds, and whether rounding explains the rest; NumPy alone, block by block.
+"""The multiple of delta_W in a merged weight, and whether rounding explains the rest; NumPy alone, block by block.
 
-Of one module, W is the base model's weight, M the merged one, both as their files hold them, and D is delta_W:
+Of a module, W is the base model's weight, M the merged one, both as their files hold them, and D is delta_W:
 
     s   = <D, M - W> / <D, D>        strength by least squares: 1 if D was added once, 0 if it was not
     P_c = Q(W + c D)                 file of a merge by the factor c: Q rounds to the nearest number of M's format
@@ -46,20 +46,20 @@ STANDARD_ERRORS = 5.0
 """Half the width of the interval of a strength: one of two million normal draws is outside."""
 
 IMPRECISION = 2.0**-7
-"""Largest relative error of delta_W in the number formats that mergers compute it in: three roundings to bfloat16."""
+"""Largest relative error of delta_W as mergers compute it: three roundings to bfloat16."""
 
 ARITHMETIC = 2.0**-23
 """Largest relative error of a sum that a merger computes in float32."""
 
 LOOSE = 0.05
-"""Share by which a quantiser's squared error may exceed that of the nearest numbers, such as one with weights."""
+"""Share by which a quantiser's squared error may exceed that of rounding to the nearest number."""
 
 FAINT = 0.01
-"""Strength of a right merge, after rounding, below which the number format has erased the adapter."""
+"""Strength of a right merge after rounding below which the number format has erased the adapter."""
 
 
 VIA: Mapping[str, Rounding] = {"BF16": nearest_bf16, "F16": nearest_f16}
-"""Formats in which mergers hold sums before they store them in others."""
+"""Formats in which mergers may compute sums before they store them in another format."""
 
 FEW = 1 / 8
 """Share of elements that differ, below which these are taken out and summed alone."""
@@ -73,7 +73,7 @@ UNITS = {np.dtype(np.float32): U32, np.dtype(np.float64): U64}
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """File that a merger may have written: Q(via(via(W) + factor D)).
+    """Assumption on a merger: its file is Q(via(via(W) + factor D)).
 
     Args:
         factor: Multiple of delta_W that was added.
@@ -91,7 +91,7 @@ ABSENT, ONCE = Hypothesis(0.0), Hypothesis(1.0)
 
 @dataclass
 class Explained:
-    """Sums over the elements of a module, for one hypothesis; T is the sum in the format that was rounded.
+    """Sums over a module's elements for one hypothesis; P is its file, and T the sum before the rounding to P.
 
     Args:
         excess: X, in squared units of the weight.
@@ -112,7 +112,7 @@ class Explained:
 
 @dataclass
 class Sums:
-    """Sums over the elements of a module, from which its strength and verdict follow; the sums of blocks add up.
+    """Sums over a module's elements, which give its strength and verdict; they are added up over blocks.
 
     Args:
         elements: Number of elements.
@@ -122,7 +122,7 @@ class Sums:
         yy: <M - W, M - W>.
         moments: With the sums d, y and z of D^2, D (M - W) and (M - W)^2 over a run, the sums of y^2, of d y,
             of d^2 and of d z over all runs. A run is one element in float64.
-        erased: Sum of squares of D in elements for which a merge and its absence give one stored number.
+        erased: Sum of squares of D in elements whose stored number is the same with and without the merge.
         erasable: <D, D> over the rows in which these were looked for.
         unit: Unit roundoff u of the coarsest number format that was computed in.
         run: Largest number of elements in a run.
@@ -238,11 +238,11 @@ def measure(
     looks_at_erasure: bool = True,
     room: Room | None = None,
 ) -> Sums:
-    """Return the sums over the elements of one block, of which all arrays have one shape and one dtype.
+    """Return the sums over the elements of a block; all arrays have the same shape and dtype.
 
     Args:
         base: W.
-        merged: M, whose elements are numbers that `nearest` can return.
+        merged: M, whose elements are values of `nearest`.
         delta: D.
         nearest: Q, the rounding to the nearest number that the format of M has at each place; None if these numbers
             are not known, so that every residual counts as explained.

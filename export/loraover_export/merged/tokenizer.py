@@ -1,4 +1,4 @@
-"""Tokenizers of models in folders and GGUF files, compared by the numbers of their tokens and by the special ones."""
+"""Tokenizers of models in folders and GGUF files, compared by the ids of their tokens and their special tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 SPECIAL = ("bos_token", "eos_token")
 NO_TOKENIZER = "no_vocab"
-"""llama.cpp's kind of the tokenizer in a file that has none."""
+"""Kind of tokenizer that llama.cpp writes into a file without one."""
 
 
 class _Model(BaseModel):
@@ -47,15 +47,15 @@ class _TokenizerConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, as far as its files describe it in one form.
+    """A tokenizer, in the form to which folders and GGUF files are both reduced.
 
     Args:
         origin: Where it is, in words.
-        numbers: Numbers of the tokens.
-        merges: Pairs that are joined, in order; None if they are not known.
-        special: Special tokens by the names of their roles; those that are not set are left out.
-        may_have_more: Whether further tokens only fill up the vocabulary.
-        parts: Other parts that change what a text becomes, by their names; those that are not known are left out.
+        numbers: Id of each token.
+        merges: Pairs of tokens that are joined, in order; None if they are not known.
+        special: Special tokens by their roles, without roles that no token has.
+        may_have_more: Whether its further tokens may only pad the vocabulary.
+        parts: Other parts that change the tokens of a text, by their names, as far as they are known.
     """
 
     origin: str
@@ -66,13 +66,13 @@ class Tokenizer:
     parts: Mapping[str, Any] = field(default_factory=dict)
 
     def other_parts(self, expected: Tokenizer) -> Iterator[str]:
-        """Yield in words which parts are others than those of the tokenizer that this one should be."""
+        """Describe each part that differs from the tokenizer that this one should be."""
         for name in self.parts.keys() & expected.parts.keys():
             if self.parts[name] != expected.parts[name]:
                 yield f"the effect of the {name} of {self.origin}, which is another one than that of {expected.origin}"
 
     def differences(self, expected: Tokenizer) -> Iterator[str]:
-        """Yield in sentences how this tokenizer differs from the one that it should be."""
+        """Yield a sentence for each difference from the tokenizer that this one should be."""
         mine, theirs = self.numbers, expected.numbers
         kinds = {
             f"lacks {{}} tokens of {expected.origin}": [token for token in theirs if token not in mine],

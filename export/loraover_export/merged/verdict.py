@@ -14,7 +14,7 @@ from loraover_export.merged.report import ModuleStrength, ModuleVerdict
 from loraover_export.merged.strength import ABSENT, FAINT, IMPRECISION, ONCE, STANDARD_ERRORS, VIA, Hypothesis, Sums
 
 NEIGHBOURS = (0.75, 1.25)
-"""Factors that have to be told from 1 before a module is called merged, besides those by which mergers err."""
+"""Factors that must be excluded, like the known wrong ones, before a module is called merged."""
 
 SECANT_STEPS = 4
 
@@ -125,7 +125,7 @@ class Judge:
     def _by_factor(self, first: Sums) -> ModuleStrength | None:
         """Judge by all factors and ways of rounding; None if none explains the weight.
 
-        Of two hypotheses that fit, the file is rather that of the one from whose file it differs in fewer elements.
+        If two hypotheses fit, the one whose file has fewer other elements than the merged file is more likely.
         """
         usual = self._fits(first, ONCE) or self._fits(first, ABSENT)
         ratio = first.expected(ONCE)
@@ -176,7 +176,7 @@ class Judge:
         return known or free[:1] or list(best.values())[:1]
 
     def _refined(self, sums: Sums, free: Sequence[Hypothesis]) -> Sums:
-        """Add the sums of the factor whose file has the measured strength, by secant steps from two factors."""
+        """Find the factor whose file has the measured strength, by secant steps from two factors, and add its sums."""
         before, now = free
         for _ in range(SECANT_STEPS):
             rise = sums.expected(now) - sums.expected(before)
@@ -199,7 +199,7 @@ class Judge:
         return self._verdict("another base", sums, ONCE, "rounding does not explain the difference from the base model")
 
     def _reordered(self) -> Iterator[tuple[str, Sums]]:
-        """Yield how the rows of queries or keys lie in another order than llama.cpp's, with the sums that show it."""
+        """Yield each wrong order that the rows of queries or keys may have, in words, with the sums for that order."""
         places = self.module.places
         merged = places[0].merged
         plain = merged.in_file_order()
@@ -216,13 +216,13 @@ class Judge:
 
 
 def _is_plausible(via: str, place: Overlap) -> bool:
-    """Whether a merger may have held a sum in a format: not in another one of 16 bits than both files have."""
+    """Whether a merger may have computed a sum in a format; if both files share one of 16 bits, in no other."""
     before, after = place.base.type_name, place.merged.type_name
     return after != via and not (before == after and after in VIA)
 
 
 def on_this_base(module: ModuleStrength) -> ModuleStrength:
-    """Return a module that rounding does not explain as changed otherwise, since all other tensors are the base's."""
+    """Turn the verdict "another base" into "other changes", since all other tensors are the base model's."""
     if module.verdict != "another base" or module.interval is None:
         return module
     least, most = module.interval

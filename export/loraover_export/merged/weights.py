@@ -20,7 +20,7 @@ from loraover_export.merged.matrices import StoredMatrix, StoredRows, TensorPiec
 from loraover_export.merged.tokenizer import Tokenizer, has_other_form, in_folder
 
 TRANSPOSED = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-"""Types of models, by transformers' names, whose layers are Conv1D: they keep their weights as (in, out)."""
+"""Model types of transformers whose layers are Conv1D, so that their weights are stored as (in, out)."""
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -30,16 +30,16 @@ BUFFERS = (
     *(".inv_freq", ".attn.bias", ".masked_bias", ".position_ids"),
     *("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"),
 )
-"""Endings of the names of tensors that programs make from a configuration, and that files may hold or not."""
+"""Endings of the names of tensors that are computed from a configuration, so that files may lack them."""
 
 QUANTISED = ("qweight", "weight_packed", "W_q")
-"""Last names of the tensors that hold a quantised weight in place of `weight`, in files of GPTQ, AWQ and others."""
+"""Last parts of names under which GPTQ, AWQ and others store a quantised weight in place of `weight`."""
 
 EXPERT_PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-"""Names of an expert's matrices, in the order of its rows, in files that keep each expert apart."""
+"""Names of the matrices whose rows make up a parameter of experts, in files that store each expert separately."""
 
 OTHER_PARTS = {part for names in EXPERT_PARTS.values() for alike in names for part in alike}
 
@@ -90,11 +90,11 @@ class Weights(ABC):
         return False
 
     def renamed(self, base: Weights) -> Iterator[str]:
-        """Yield in sentences which names of tensors are others than the base model's."""
+        """Yield a sentence for each change of the tensors' names from the base model's."""
         yield from ()
 
     def settings(self, base: Weights) -> Iterator[str]:
-        """Yield in sentences which settings of the model are others than the base model's."""
+        """Yield a sentence for each setting of the model that differs from the base model's."""
         yield from ()
 
     @property
@@ -104,7 +104,7 @@ class Weights(ABC):
 
     @abstractmethod
     def stacks(self) -> dict[str, int]:
-        """Return the number of experts of each parameter of experts; `names` leaves out what holds them."""
+        """Return the number of experts of each parameter of experts; `names` does not list their tensors."""
 
     @abstractmethod
     def experts(self) -> Mapping[str, ExpertWeight]:
@@ -112,10 +112,10 @@ class Weights(ABC):
 
     @abstractmethod
     def module(self, path: str, shape: tuple[int, int]) -> list[TensorPiece]:
-        """Return what holds the weight of a module, or of one expert's part of a parameter; nothing if none does.
+        """Return the matrices that hold the weight of a module, or of one expert; empty if there are none.
 
         Args:
-            path: Path of the module; that of an expert ends in its number and the parameter.
+            path: Path of the module; for an expert, followed by its number and the parameter.
             shape: Shape of the weight, (out_features, in_features) or (tokens, dimension).
         """
 
@@ -127,11 +127,11 @@ SETTINGS = (
     *("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling", "query_pre_attn_scalar"),
     *("attn_logit_softcapping", "final_logit_softcapping", "routed_scaling_factor"),
 )
-"""Keys of config.json that change what a model computes from the same weights, where both models' files have them."""
+"""Keys of config.json that change what a model computes; they are compared if both models' files have them."""
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a configuration says of `SETTINGS`, of the type, and of the rotation, however it spells this."""
+    """Return the values of `SETTINGS`, the model type and the rotary settings, in any spelling of a configuration."""
     text = config.get("text_config")
     merged = {**config, **(text if isinstance(text, dict) else {})}
     found = {name: merged.get(name) for name in SETTINGS}
@@ -148,7 +148,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class StoredWeights(Weights):
-    """Weights in the safetensors files of a folder, which may have other prefixes of names than the module's paths."""
+    """Weights in the safetensors files of a folder; their names may have other prefixes than the modules' paths."""
 
     def __init__(self, source: ModelSource, files: ExitStack) -> None:
         self.origin, self.source = source.origin, source
@@ -227,7 +227,7 @@ class StoredWeights(Weights):
         return found[0] if len(found) == 1 else None
 
     def renamed(self, base: Weights) -> Iterator[str]:
-        """Yield in sentences which prefixes the names of tensors have, where the base model's have others."""
+        """Yield a sentence for each prefix of tensors' names that differs from the base model's."""
         if not isinstance(base, StoredWeights):
             return
         moves: Counter[tuple[str, str]] = Counter()
@@ -244,7 +244,7 @@ class StoredWeights(Weights):
             )
 
     def settings(self, base: Weights) -> Iterator[str]:
-        """Yield in sentences which settings of the model are others than the base model's."""
+        """Yield a sentence for each setting of the model that differs from the base model's."""
         if (self.folder / CONFIG_FILE).is_file():
             yield (
                 f"what engines make of {self.origin}, which holds {CONFIG_FILE} beside the merged weights: "
@@ -264,7 +264,7 @@ class StoredWeights(Weights):
                 yield f"the effect of {name} in the config.json of {self.origin}: {found!r:.80}, not {expected!r:.80}"
 
     def _key(self, name: str) -> str | None:
-        """Return the key of a parameter: its name, or the one with another prefix, whose layers have its numbers."""
+        """Return the key of a parameter: its name, or one with another prefix and the same numbers of layers."""
         for old, new in [("", ""), *self._moves]:
             if name.startswith(old) and (key := new + name[len(old) :]) in self._files:
                 return key

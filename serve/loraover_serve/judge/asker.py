@@ -98,9 +98,9 @@ class Asker:
         return found
 
     def rounds(self, arm: str, places: Sequence[int], repeats: int = 1) -> list[AskedOnce]:
-        """An arm's logprobs at places, each asked for several times, all of it in random order.
+        """An arm's logprobs at places, each asked for several times. All requests are in random order.
 
-        Those of chats are kept as long as the tokens are PyTorch's.
+        Of the answers to chats, the logprobs before the first token that is not PyTorch's are kept.
 
         Raises:
             UnscoredError: No answer has logprobs.
@@ -149,7 +149,8 @@ class Asker:
         """Answers to everything that the judge needs.
 
         Args:
-            repeats: Number of times that each question is asked of the adapter; None asks once, and keeps no rounds.
+            repeats: Number of times that each question is asked of the adapter; None asks once, and does not keep the
+                answers as a round.
             without_mixed: Whether no requests for both models are sent together.
             without_template: Whether no chats are sent that show the server's chat template.
 
@@ -182,7 +183,7 @@ class Asker:
         )
 
     def quick_answers(self) -> Answers:
-        """The adapter's answers at the places of different questions where it changes most."""
+        """The adapter's answers to some questions, each at the place where the adapter changes the logprobs most."""
         pairs = zip(self.models.base.rows, self.models.adapter.rows, strict=True)
         changes = [max(abs(value - base[i]) for i, value in adapter.items()) for base, adapter in pairs]
         places = sorted(self.places, key=lambda place: -changes[place])
@@ -232,5 +233,5 @@ def in_form(models: Models, place: int, dialect: Dialect) -> Prompt | None:
 
 
 def rows_along(place: int, expected: Sequence[int], found: Generated) -> dict[int, Row]:
-    """Rows of an answer from a place on, as long as its tokens are the expected ones."""
+    """Rows of an answer from a place on, up to the first token that is not the expected one."""
     return {place + step: row for step, row in enumerate(found.along(expected)) if row}

@@ -1,18 +1,18 @@
 """Answers on keys and values that a server has kept, beside answers without them.
 
 The long questions of a reference begin alike. Each is asked cold, so that the server reads all of it, and warm, after
-the same and other models have read it. A right server's warm answers are the cold ones but for arithmetic: how far
-apart they may be, the base model shows in a cache that nothing else was put into. Let y be what sets a warm answer
-apart from the cold one, and d what sets PyTorch's answer on another model's keys and values apart from the right one.
-The strength s of d in y is 0 on a right server, and 1 if the server uses that model's keys and values. A fault is
-found if all of the interval of s is nearer to 1, and excluded if all of it is nearer to 0.
+the same and other models have read it. On a right server, warm and cold answers differ by rounding alone. The size of
+this noise is measured with the base model, in a cache that holds nothing else. Let y be the difference of a warm answer
+from the cold one, and d the difference of PyTorch's answer on another model's keys and values from the right one. The
+strength s of d in y is 0 on a right server, and 1 if the server uses that model's keys and values. A fault is found if
+all of the interval of s is nearer to 1, and excluded if all of it is nearer to 0.
 
-The questions share the keys and values of one beginning, and so their noise: what the base model's noise has of d
-makes the interval wider.
+All questions share the keys and values of one beginning, and thereby a part of their noise. The interval is made wider
+by the strength of d in the base model's noise.
 
-Before a reload that is to be checked, the server reads the questions for the adapter as it was. Where the adapter's
-answers are the same after it, or the server has kept nothing from before it, nothing stale could be seen, and
-nothing is decided.
+Before a reload that is to be checked, the server reads the questions for the earlier version of the adapter. If the
+adapter answers the same after the reload, or if the server has kept nothing from before it, no stale answer could be
+seen, and nothing is decided.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ NO_SLOTS: dict[str, Any] = {
 }
 
 HALF_WAY = 0.5
-"""Strength from which an answer on another model's keys and values is as far as from a right one."""
+"""Strength of an answer that is as far from a right one as from one on another model's keys and values."""
 
 
 def beside(found: Mapping[str, Any], name: str, part: FurtherCheck) -> dict[str, Any]:
-    """Result of a check with a further part of it.
+    """Add the answers on kept keys and values, or those in churn, to the result of a check.
 
     Args:
         found: Fields of an engine's result in verify.json.
@@ -56,8 +56,8 @@ def beside(found: Mapping[str, Any], name: str, part: FurtherCheck) -> dict[str,
         part: Answers on kept keys and values, or in churn.
 
     Returns:
-        The fields with the part, and with the worse verdict of the two. Where both differ, a cache may be what sets
-        the other answers apart as well, and has the name.
+        The fields with the part, and with the worse verdict of the two. If both are "differs", the fault of the cache
+        is named, since it may have caused the other one.
     """
     both = [*EXIT_CODES].index(part.verdict), [*EXIT_CODES].index(found["verdict"])
     is_first = both[0] < both[1] or (both == (0, 0) and name == "caches")
@@ -103,7 +103,7 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
 
 
 def _sensitivity(models: Models, cold: Mapping[str, Asked], on_own: Mapping[str, Asked]) -> float:
-    """Ratio of the adapter's noise to the base model's, which no reference holds; at least 1."""
+    """Ratio of the adapter's noise to the base model's, measured on the server; at least 1."""
     base, adapter = (
         _WarmCase(models, {BASE: cold[arm]}, on_own[arm]._replace(arm=BASE)).noise.rms + FLOOR
         for arm in (BASE, ADAPTER)
@@ -129,7 +129,7 @@ def judge_warm(
         models: The long questions, with the right models and those on other models' keys and values.
         cold: Answers of each arm without a cache.
         noise: The base model's answers in a cache that nothing else was put into.
-        warm: Answers in the cache that all share, in their order.
+        warm: Answers in the cache that all models share, in the order of the requests.
         hits: Number of tokens of the warm answers that were found in the cache; None if the server does not tell.
         reloaded: Reload before all of them; None if there was none.
     """
@@ -166,7 +166,7 @@ def _undecided(
     reloaded: Reloaded | None,
     shown: Caches,
 ) -> str | None:
-    """Why answers without a fault show nothing; None if they show that the cache is right."""
+    """Reason why answers without a fault do not prove the cache right; None if they do."""
     ignored = sum(each.cached or 0 for each in cold.values())
     if ignored:
         return (
@@ -205,7 +205,7 @@ def _undecided(
 
 
 def _after(reloaded: Reloaded) -> str:
-    """Circumstances of a reload, in words that follow others."""
+    """Sentence about the folder that the server names after a reload, to be added to a reason."""
     before, root = reloaded.roots
     if root is None:
         return ""
@@ -225,7 +225,7 @@ class _WarmCase:
         self.noise = LogprobDistance.of(self._noise_off)
 
     def judged(self, asked: Asked) -> tuple[WarmAnswers, str | None, str]:
-        """Warm answers, the fault that they show, and the fault in words."""
+        """Warm answers, the name of the fault that they show, and its description."""
         off = self.off(asked)
         strengths, explained = dict[str, Interval](), list[tuple[float, str, str]]()
         for model in self._models.recorded(asked.arm):
@@ -264,7 +264,7 @@ class _WarmCase:
         return len(self._far(off)) >= FEW_AS_BASE or excess.low > math.log(EXCESS)
 
     def _strength(self, asked: Asked, changes: Sequence[Change], stale: Sequence[Row]) -> Interval | None:
-        """Strength of a fault in answers; None if it changes nothing, and so does no harm."""
+        """Strength of a fault in answers; None if the fault would not change them."""
         effect = math.sqrt(fmean(each.size / each.tokens for each in changes)) if changes else 0.0
         if effect <= FLOOR:
             return None
@@ -277,7 +277,7 @@ class _WarmCase:
         return Interval.around(bounded.value, bounded.half + sensitivity * abs(common.value))
 
     def _changes(self, arm: str, rows: Rows, stale: Sequence[Row], of: str | None = None) -> Iterator[Change]:
-        """Project what sets warm rows of an arm apart from cold ones on a fault of it, or of another arm."""
+        """Project the differences of an arm's warm rows from the cold ones on a fault of this or another arm."""
         right = self._models.base if (of or arm) == BASE else self._models.adapter
         for place, ids, off in self._pairs(arm, rows):
             known = [
@@ -296,7 +296,7 @@ class _WarmCase:
                 yield place, ids, [row[i] - cold[i] for i in ids]
 
     def off(self, asked: Asked) -> list[Off]:
-        """Differences of answers from the cold ones; of answers that share no token with them, at least."""
+        """Differences of answers from the cold ones; if they share no token, the smallest possible difference."""
         cold, found = self._cold[asked.arm], list[Off]()
         for place, row in sorted(asked.rows.items()):
             if place in cold:
@@ -305,7 +305,7 @@ class _WarmCase:
         return found
 
     def lacking(self, asked: Asked) -> int:
-        """Number of questions of which no answer shares a token with a cold one."""
+        """Number of questions whose warm answers share no token with the cold ones."""
         expected, compared = (
             {self._models.places[place][0] for place in places}
             for places in (self._cold[asked.arm], [place for place, _, _ in self._pairs(asked.arm, asked.rows)])

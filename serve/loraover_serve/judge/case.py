@@ -1,15 +1,16 @@
 """Evidence of an engine, with the estimates that the rules ask of it.
 
-Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough: a
-change has the noise of two answers, and the squares of noise that is CERTAIN times what the base model shows sum up to
+Strength is judged over prompts (see `estimates`). On an engine that computes exactly, a few prompts are enough. A
+change is a difference of two answers. If the noise of each is at most CERTAIN times the base model's, their squares sum
+up to
 
     2 * (CERTAIN * (noise + FLOOR))**2
 
 at each token, which bounds the error of the strength even if all of that noise lies along the adapter.
 
-What strength cannot see is off at right angles to the adapter. It shows as *excess*: how much further the adapter's
-answers are from PyTorch's than the base model's, by prompt, so that each prompt has its own size of noise. The mean
-logarithm hardly sees a few prompts that are far off, so these are counted: see `far`.
+Errors at right angles to the adapter do not change the strength. They show as *excess*: the ratio of the adapter's
+distance from PyTorch to the base model's, for each prompt, because prompts differ in noise. A few prompts that are far
+off hardly change the mean logarithm of this ratio, so they are counted: see `far`.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ class Case:
 
     Attributes:
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
-        changes: What the engine's adapter changes, along what the adapter changes.
-        off: What sets the adapter's answers apart from those of the right adapter.
+        changes: Changes by the engine's adapter, projected on those by the right adapter in PyTorch.
+        off: Differences of the adapter's answers from those of the right adapter.
         found: Distance of the adapter's answers.
-        noise: Distance of the base model's answers; of an engine with one model, all that is known is `found`.
+        noise: Distance of the base model's answers; `found` takes its place on an engine with one model.
         effect: RMS change of logprobs by the adapter, in nats.
     """
 
@@ -94,16 +95,16 @@ class Case:
         return len({each.prompt for each in self.changes})
 
     def first(self, number: int) -> int:
-        """Number of prompts up to the last of the first `number` prompts that the engine answered."""
+        """Number of prompts to run, so that they include the first `number` that the engine answered."""
         return sorted({each.prompt for each in self.changes})[:number][-1] + 1
 
     @cached_property
     def number_format(self) -> str | None:
-        """The finest number format whose rounding moves the base model about as far; None if none does."""
+        """The finest number format whose rounding explains the base model's noise; None if none does."""
         return self.format_of(self.noise.rms)
 
     def format_of(self, noise: float) -> str | None:
-        """The finest number format whose noise reaches a value in nats; None if none does."""
+        """The finest number format whose rounding explains a noise in nats; None if none does."""
         if noise <= EXACT:
             return NUMBER_FORMATS[0]
         return next((name for name in NUMBER_FORMATS[1:] if noise <= COARSER * self._rounding(name)), None)
@@ -133,11 +134,11 @@ class Case:
 
     @cached_property
     def excess(self) -> Interval:
-        """Logarithm of the ratio of two distances: the adapter's, and the base model's times the sensitivity."""
+        """Logarithm of the adapter's distance, divided by the base model's distance times the sensitivity."""
         return self._excess_of(self.off)
 
     def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Interval:
-        """Excess of answers; `least` bounds each prompt's ratio from below."""
+        """Excess of answers; each prompt's ratio counts as at least `least`."""
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
         noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
@@ -150,8 +151,8 @@ class Case:
     def far(self, off: Sequence[Off]) -> list[int]:
         """Prompts whose answers are CERTAIN times as far off as noise explains, at more than half of their positions.
 
-        The noise of a prompt is the base model's there or over all prompts, whichever is larger: a position whose
-        tokens went to another expert may be as far off as such positions of the base model.
+        The noise of a prompt is the base model's at this prompt or over all prompts, whichever is larger: rounding may
+        send a token to another expert of the model, which moves its logprobs far.
 
         Args:
             off: Differences of the answers.
@@ -168,7 +169,7 @@ class Case:
     def cache_share(self) -> float:
         """Share of the base model's distance that a KV cache in float8 explains; 0 if it cannot be told apart.
 
-        This is no fault: that the rest is small shows that the weights are the base model's.
+        Such a cache is not a fault. If the rest of the distance is small, the weights are the base model's.
         """
         if self.number_format in PLAIN or self.is_one_model:
             return 0.0
@@ -177,7 +178,7 @@ class Case:
 
     @property
     def weights_format(self) -> str | None:
-        """The finest number format that explains the noise which the KV cache does not explain."""
+        """The finest number format that explains the part of the noise which the KV cache does not."""
         return self.format_of(self.noise.rms * math.sqrt(1 - self.cache_share))
 
     def share_of(self, model: Model) -> float:
@@ -193,12 +194,12 @@ class Case:
 
     @property
     def answers(self) -> Sequence[Change]:
-        """Return what each answer of the adapter changes, also those to questions that were asked again."""
+        """Return the change by each answer of the adapter, also by repeated answers to one question."""
         return [each.change for each in self.repeats] or self.changes
 
     @cached_property
     def as_base(self) -> tuple[list[Change], list[Change]]:
-        """Answers of the adapter that are the base model's, and the others at which that would be seen."""
+        """Answers of the adapter that are the base model's, and the others for which this could be seen."""
         return split_base(self.answers, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
 
     @cached_property
@@ -229,7 +230,7 @@ class Case:
         return {name: LogprobDistance.of(off) for name, off in self.evidence.mixed.items() if off}
 
     def is_further(self, off: Sequence[Off] | None = None) -> bool:
-        """Whether answers are off by more than the noise of the base model explains, or on one model any number format.
+        """Whether answers are further off than the base model's noise explains; with one model, any number format.
 
         Args:
             off: Differences of the answers; None for the right adapter's.
@@ -244,8 +245,8 @@ class Case:
     def is_apart(self, off: Sequence[Off]) -> bool:
         """Whether answers that were sent together are further from those sent alone than noise explains.
 
-        Both sides have the engine's noise, so half of the square is taken. In the mean, no prompt counts as less than
-        noise: answers that are exactly alike do not hide the others.
+        Both answers have the engine's noise, so half of the square is taken. In the mean, each prompt counts at least
+        as much as noise, so that prompts with identical answers do not hide the others.
 
         Args:
             off: Differences of the answers.
@@ -257,36 +258,36 @@ class Case:
         return len(self.far(halved)) >= FEW_AS_BASE or self._excess_of(halved, least=1.0).low > math.log(EXCESS)
 
     def is_nearer(self) -> bool:
-        """Whether the base model is off by more than the noise of the adapter explains."""
+        """Whether the base model's answers are further off than the adapter's noise explains."""
         return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.models.sensitivity)
 
 
 def fit_along(changes: Sequence[Change]) -> Fit:
-    """Factor by which the directions are multiplied to fit the changes best, with what it rests on."""
+    """Factor on the directions that fits the changes best, with the numbers that bound its error."""
     return fit_strength([(each.prompt, each.along, each.size) for each in changes])
 
 
 def strength_along(changes: Sequence[Change]) -> Interval:
-    """Factor by which the directions are multiplied to fit the changes best."""
+    """Factor on the directions that fits the changes best, with its interval."""
     return fit_along(changes).interval
 
 
 def most_noise(changes: Sequence[Change], noise: float) -> float:
-    """Root of the largest sum of squares of the noise in changes, in nats, by the RMS noise of single answers."""
+    """Largest Euclidean norm of the noise in changes, in nats, from the RMS noise of single answers."""
     return CERTAIN * math.sqrt(2) * (noise + FLOOR) * math.sqrt(sum(each.tokens for each in changes))
 
 
 def share_along(changes: Sequence[Change], estimate: Interval) -> float:
-    """Share of the sum of squared changes that the directions explain, multiplied by this factor; at most 1."""
+    """Share of the sum of squared changes that the directions times this factor explain; at most 1."""
     total = math.fsum(each.total for each in changes)
     return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
 
 
 def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list[Change], list[Change]]:
-    """Clear positions at which an engine's adapter changes nothing, and the other clear positions.
+    """Split the positions where the adapter's change stands out from noise: those that lack it, and the others.
 
     Args:
-        changes: What the engine's adapter changes, along what the adapter changes.
+        changes: Changes by the engine's adapter, projected on those by the right adapter in PyTorch.
         limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
     """
     if not changes:
@@ -303,8 +304,8 @@ def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list
 def allowed_strength(number_format: str | None, bias: float) -> tuple[float, float]:
     """Interval of the strengths that a right adapter can have on an engine.
 
-    Rounding itself shrinks what an adapter changes, by as much as an engine's own rounding does only within a factor:
-    twice what PyTorch shows is allowed.
+    Rounding shrinks an adapter's changes. An engine may shrink them more than PyTorch does in the same number format,
+    so twice PyTorch's deviation is allowed.
 
     Args:
         number_format: Number format of the base model; None if it is unknown.
@@ -317,13 +318,13 @@ def allowed_strength(number_format: str | None, bias: float) -> tuple[float, flo
 
 
 def allowed_distance(noise: LogprobDistance, sensitivity: float) -> float:
-    """Largest distance, in nats, that the noise explains; both sides are estimates over prompts."""
+    """Largest distance, in nats, that the noise explains; noise and distance are both estimated over prompts."""
     relative = noise.error / noise.rms if noise.rms else 0.0
     return sensitivity * noise.rms * (1 + sure_errors(noise.prompts) * math.sqrt(2) * relative) + FLOOR
 
 
 def sure_errors(prompts: int) -> float:
-    """Standard errors by which an estimate may be off if its error is estimated from a number of prompts.
+    """Number of standard errors by which an estimate may be off, if they are estimated from so many prompts.
 
     Two prompts have one degree of freedom; a single one is treated like two.
     """

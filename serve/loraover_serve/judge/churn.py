@@ -1,7 +1,7 @@
-"""Answers of a server whose adapters come and go while it is asked, each with the model that it is of.
+"""Answers of a server while its adapters come and go, each attributed to the model that gave it.
 
-Each model answers all questions by itself before that. Then random questions of random models are asked, several at a
-time, while the user's command loads and unloads adapters. `owners` says which model each answer is of.
+First, each model answers all questions alone. Then random questions of random models are asked, several at a
+time, while the user's command loads and unloads adapters. `owners` finds which model gave each answer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.warm_probe import Asked, WarmProbe
 
 MOST_OTHERS = 8
-"""Further adapters on the server that are asked at most."""
+"""Largest number of further adapters on the server that are asked."""
 
 ABSENT_PAUSE_S, LIFE_S = 0.02, 15.0  # after a refusal of a model that is just not loaded; for a sign of life
 FAILURE_PAUSE_S, POLL_S = 0.5, 0.5  # after a request that failed; between two looks at what the server lists
@@ -47,7 +47,7 @@ class ChurnRequest(NamedTuple):
     """Questions to ask while adapters come and go.
 
     Args:
-        questions: The questions: long ones, if there are any, show stale caches.
+        questions: The questions. Long ones, if there are any, also show stale caches.
         seconds: Seconds for which they are asked.
         command: Command that runs meanwhile; None if there is none.
     """
@@ -58,7 +58,7 @@ class ChurnRequest(NamedTuple):
 
 
 class Meanwhile(NamedTuple):
-    """Course of a churn.
+    """Answers and events while adapters came and went.
 
     Args:
         said: The answers.
@@ -66,7 +66,7 @@ class Meanwhile(NamedTuple):
         failures: Other requests that were not answered, in words.
         ended: Reason why the server counts as ended; None if it answers.
         command: Failure of the command in words; empty if it has none.
-        is_silent: Whether nothing shows at the end that the server is there, nor that it has ended.
+        is_silent: Whether the server neither answers nor refuses connections at the end.
         is_moved: Whether the list of the server's models, or of their folders, changed.
         command_s: Seconds after which the command ended; None if it ran on.
     """
@@ -114,7 +114,7 @@ def _others(asker: Asker) -> list[str]:
 
 
 def _asked(probe: WarmProbe, names: Mapping[str, str], asked: ChurnRequest) -> Meanwhile:
-    """Ask random questions of random models, several at a time, beside the command."""
+    """Ask random models random questions, several at a time, while the command runs."""
     endpoint, arms, start, enough = probe.endpoint, [*names], time.monotonic(), Event()
     said, absent, failures, ended = list[Said](), Counter[str](), list[str](), list[str]()
 
@@ -161,7 +161,7 @@ def _asked(probe: WarmProbe, names: Mapping[str, str], asked: ChurnRequest) -> M
 
 
 def _life(endpoint: Endpoint) -> Literal["there", "silent", "ended"]:
-    """Whether a server is there, which any HTTP status shows, or has ended: it accepts no connection."""
+    """State of a server: "there" if it answers with any status, "ended" if it refuses connections, else "silent"."""
     try:
         endpoint.request("/v1/models", timeout_s=LIFE_S)
     except NotJsonError:

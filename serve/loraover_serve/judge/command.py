@@ -1,4 +1,4 @@
-"""Check that a server answers as an adapter was trained: with the standard library alone.
+"""Check whether a server answers as its adapter was trained, with the standard library alone.
 
     python adapter_check.pyz adapter_reference.json.gz http://localhost:8000 --served-name shop
 
@@ -64,7 +64,7 @@ def check(
         without_template: Whether no chats are sent that show the server's chat template.
         long: Long questions, which are asked first, without and with the server's cache; None asks none.
         reload: Command that loads the adapter anew, after the server has read them; None if there is none.
-        churn: Questions that are asked at last, while adapters come and go; None asks none.
+        churn: Questions that are asked last, while adapters come and go; None asks none.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
@@ -85,10 +85,10 @@ def check(
 
 
 def unanswered(error: LoraOverError) -> dict[str, Any]:
-    """Result of a check that could not be made: inconclusive on a server without logprobs, and else failed.
+    """Result of a check that ended early: "inconclusive" for a server without logprobs, else "failed".
 
     Args:
-        error: What has ended it.
+        error: The error that ended it.
     """
     verdict = "inconclusive" if isinstance(error, UnscoredError) else "failed"
     return {"verdict": verdict, "reason": str(error), "fault": None}

@@ -1,13 +1,13 @@
 """Intervals over prompts, with their errors: a robust strength, the mean of log ratios, and root mean squares.
 
-How much of a change is in an engine's answers is a robust regression through the origin. Let y be what the engine
-changes at a position, and d a direction: what the change is in PyTorch. The strength s is 1 if the engine makes the
-change as it should, 0 if it does not. With x = y.d and w = d.d at each position, s solves
+A robust regression through the origin finds how much of a change is in an engine's answers. Let y be the engine's
+change of the logprobs at a position, and d a direction: the change in PyTorch. The strength s is 1 if the engine makes
+the change as it should, 0 if it does not. With x = y.d and w = d.d at each position, s solves
 
     sum of phi(r) (x - s w) = 0,    r = (x - s w) / sqrt(w),    phi(r) = min(1, CLIP sigma / |r|),
 
-where sigma is the scale of r by its median. A position that is far off, such as one whose tokens went to another
-expert, so has a bounded weight. Positions of one prompt share their noise: the standard error is that of the prompts'
+where sigma is the scale of r by its median. So a position that is far off, such as one whose tokens went to another
+expert, has a bounded weight. Positions of one prompt share their noise: the standard error is that of the prompts'
 sums (the sandwich of generalised estimating equations), and the interval has the quantile of Student's t for as many
 prompts as share the weight evenly.
 
@@ -34,7 +34,7 @@ from typing import Final, NamedTuple
 from loraover_serve.judge.limits import BY_CHANCE, CONFIDENCE, FEW_AS_BASE
 
 CLIP = 2.5
-"""Multiple of the noise's scale at which a position's residual is clipped."""
+"""Multiple of the noise's scale at which the residual of a position is clipped."""
 
 STEPS = 20
 TO_SIGMA = 1.4826  # from the median of |r| to the standard deviation, for normal noise
@@ -79,7 +79,7 @@ class Interval:
 
 
 class Fit(NamedTuple):
-    """A fitted strength, with what it rests on.
+    """A fitted strength, with the sum that bounds its error.
 
     Args:
         interval: The strength, with the interval over prompts.
@@ -90,11 +90,11 @@ class Fit(NamedTuple):
     weight: float
 
     def certain(self, most: float) -> float:
-        """Largest error of the strength if the squares of all noise sum up to most**2 at most, in square nats."""
+        """Largest error of the strength if the squares of all noise, in square nats, sum up to at most most**2."""
         return most / math.sqrt(self.weight) if self.weight else math.inf
 
     def within(self, most: float) -> Interval:
-        """The strength, whose interval is no wider than `certain` makes it."""
+        """The strength, with an interval that is no wider than twice the error that is certain."""
         return Interval.around(self.interval.value, min(self.interval.half, self.certain(most)))
 
 
@@ -137,7 +137,7 @@ def _weighted(points: Sequence[tuple[int, float, float]], value: float) -> tuple
 def log_ratio(one: Sequence[float], other: Sequence[float]) -> Interval:
     """Mean over prompts of the logarithm of a ratio, with its interval by Student's t.
 
-    A logarithm bounds the weight of a prompt that is far off, and both sides share the size of a prompt's noise.
+    The logarithm bounds the weight of a prompt that is far off, and the size of a prompt's noise cancels in the ratio.
 
     Args:
         one: Positive numbers, one for each prompt.
@@ -152,8 +152,8 @@ def log_ratio(one: Sequence[float], other: Sequence[float]) -> Interval:
 def root_mean(squares: Sequence[float]) -> tuple[float, float]:
     """Root of a mean of squares, and its standard error.
 
-    The root divides the standard error of the mean by 2 rms. A single square does not show its error: the root itself
-    is taken for it.
+    The error of the root is that of the mean, divided by 2 rms. A single square shows no error, so the root itself is
+    taken for it.
 
     Args:
         squares: At least one square.
@@ -218,7 +218,7 @@ def incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
 
 
 def share_found(answers: int) -> float:
-    """Smallest share of answers without the adapter that this number of them shows in 99 of 100 cases; 1 if none do."""
+    """Smallest share of answers without the adapter that so many answers show in 99 of 100 cases, at most 1."""
     if answers <= FEW_AS_BASE:
         return 1.0
     low, high = 0.0, 1.0
@@ -229,7 +229,7 @@ def share_found(answers: int) -> float:
 
 
 def share_interval(found: int, answers: int) -> Interval:
-    """Share of answers of a kind, with its interval, which misses the truth in one case of 100 at most.
+    """Share of answers of a kind, with an interval that misses the true share in at most one case of 100.
 
     Args:
         found: Number of answers of that kind.

@@ -1,7 +1,7 @@
-"""An engine's answers beside models: the changes and distances that the judge decides by.
+"""An engine's answers compared with models: the changes and distances by which the judge decides.
 
-A change is always that of logprobs at one place, of the tokens that both sides have there. PyTorch's models have every
-token that an engine gives; those of a reference have the likeliest, and at least how far another token is off.
+A change is a difference of logprobs at one place, of the tokens that both sides have there. PyTorch's models have every
+token that an engine gives. Those of a reference have the likeliest tokens, and an upper bound for all others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Change(NamedTuple):
         size: Square of the direction.
         total: Square of the change.
         rest: Square of the difference between the change and the direction.
-        source: Headers and id of the response, which only `Evidence.repeats` have.
+        source: Headers and id of the response; only the changes of `Evidence.repeats` have them.
     """
 
     prompt: int
@@ -48,8 +48,8 @@ class Repeat(NamedTuple):
 
     Args:
         change: Change that the answer shows, along the change by the right adapter.
-        apart: RMS difference, in nats, from the answer to the same question that is nearest to the right adapter's;
-            None for that answer.
+        apart: RMS difference, in nats, from the best answer to the same question, which is the nearest to the right
+            adapter's; None for the best answer itself.
     """
 
     change: Change
@@ -63,7 +63,7 @@ class ComparedAnswer(NamedTuple):
         expected: PyTorch's tokens.
         tokens: The engine's tokens, up to the first that it does not identify.
         length: Number of the engine's tokens.
-        gap: Difference in nats by which PyTorch prefers its own token where the answer first has another one.
+        gap: Logprob of PyTorch's token minus that of the engine's, in nats, where the answer first differs.
         is_base: Whether the other token is the likeliest of the base model.
     """
 
@@ -80,9 +80,9 @@ class ComparedAnswer(NamedTuple):
         return next((index for index, (one, other) in pairs if one != other), None)
 
     def is_complete(self, ends: AbstractSet[int]) -> bool:
-        """Whether the beginning of the expected answer is all of it, or all before the end of the text.
+        """Whether the tokens are the whole expected answer, or all of it before the token that ends the text.
 
-        Servers return the token of the end of the text or leave it out.
+        Some servers return the token that ends the text, and others leave it out.
 
         Args:
             ends: Ids of the tokens that end a text.
@@ -92,7 +92,7 @@ class ComparedAnswer(NamedTuple):
 
 
 Pair = tuple[int, list[int], list[float]]
-"""A place, tokens that both sides have, and what sets their logprobs apart."""
+"""A place, the tokens that both sides have there, and the differences of their logprobs."""
 
 
 @final
@@ -123,7 +123,7 @@ class Evidence:
     def changes(self, model: Model, start: Model) -> list[Change]:
         """Project what the engine's adapter changes beyond `start` on the direction from `start` to the model.
 
-        The places are in one order; of a model that was run on few prompts there are the first ones alone.
+        The changes are in the order of the places; a model that was run on a few prompts has only the first ones.
         """
         return self._along(self._pairs, model, start)
 
@@ -149,12 +149,12 @@ class Evidence:
         return self._centred({place: self.base.rows[place] for place in self.answers.base})
 
     def base_repeats(self) -> list[Change]:
-        """Project the error of the engine's base model on a lowering of the tokens that were read, without means."""
+        """Project the base model's error on a lowering of the tokens already read, both without their means."""
         read = {place: {*self.models.read(place)} for place in self.answers.base}
         return self._centred({p: {i: -float(i in read[p]) for i in self.base.rows[p]} for p in self.answers.base})
 
     def decoded(self) -> list[Change]:
-        """Return the changes of the base model that the adapter's greedy answers show, from the second token on."""
+        """Return the base model's changes at the tokens of the adapter's greedy answers, from the second token on."""
         later = {
             place: row
             for answer in self.answers.greedy
@@ -178,7 +178,7 @@ class Evidence:
 
     @cached_property
     def mixed(self) -> Mapping[str, Sequence[Off]]:
-        """Differences of answers in mixed batches from the same arm's alone; empty if there are none."""
+        """Differences of answers in mixed batches from answers of the same arm alone; empty without mixed batches."""
         found = {}
         for name, rows in self.answers.mixed.items():
             alone = self.answers.base if name == BASE else self.answers.adapter
@@ -191,14 +191,14 @@ class Evidence:
         return Off(self.models.places[place][0], square, max(map(abs, differences)))
 
     def _paired(self, rows: Rows, others: Rows) -> list[Pair]:
-        """Places and tokens that two sets of rows share, with what sets their logprobs apart."""
+        """Places and tokens that two sets of rows share, with the differences of their logprobs."""
         known = {
             p: [i for i in rows[p] if i in others[p] and i in self.base.rows[p]] for p in sorted(rows) if p in others
         }
         return [(p, ids, [rows[p][i] - others[p][i] for i in ids]) for p, ids in known.items() if ids]
 
     def _paired_or_beside(self, rows: Rows) -> list[Pair]:
-        """The adapter's rows beside the base model's; where these have none of its tokens, beside the right ones."""
+        """The adapter's rows minus the engine's base model's, or minus PyTorch's where they share no token."""
         pairs = self._paired(rows, self.answers.base)
         known = {place for place, _, _ in pairs}
         return sorted(pairs + self._beside_base({place: row for place, row in rows.items() if place not in known}))
@@ -207,7 +207,7 @@ class Evidence:
         return self._paired(rows, {place: self.base.rows[place] for place in rows})
 
     def _along(self, pairs: Iterable[Pair], model: Model, start: Model) -> list[Change]:
-        """Changes beyond what `start` changes, along what leads from there to a model, where both were run."""
+        """Project the differences from `start` on the way from `start` to a model, where both were run."""
         found = []
         for place, ids, values in pairs:
             if place < min(len(model.rows), len(start.rows)):
@@ -224,7 +224,7 @@ class Evidence:
 
 
 def projected(prompt: int, change: Sequence[float], direction: Sequence[float]) -> Change:
-    """Project a change of logprobs at a place on a direction, of the same tokens.
+    """Project a change of logprobs at a place on a direction; both have the same tokens.
 
     Args:
         prompt: Index of the prompt.
@@ -240,7 +240,7 @@ def projected(prompt: int, change: Sequence[float], direction: Sequence[float]) 
 def difference(row: Row, other: Row) -> list[float]:
     """Differences of two rows' logprobs, of the tokens that both have.
 
-    If they share none, the likeliest token of one has at most the other's smallest logprob.
+    If they share none, the likeliest token of each row counts as having the smallest logprob of the other row.
     """
     return [row[i] - other[i] for i in row if i in other] or [max(row.values()) - min(other.values())]
 
@@ -261,7 +261,7 @@ def by_prompt(found: Sequence[Off]) -> dict[int, float]:
 
 
 def middle_by_prompt(found: Sequence[Off]) -> dict[int, float]:
-    """Difference, in nats, that more than half of each prompt's positions reach: a few odd ones do not move it."""
+    """Median difference over each prompt's positions, in nats, which a few odd positions do not move."""
     return {prompt: math.sqrt(median_low(mine)) for prompt, mine in _squares(found).items()}
 
 

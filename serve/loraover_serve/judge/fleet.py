@@ -1,9 +1,9 @@
 """Servers behind one address, some of which answer wrongly: replicas that have lost the adapter, or serve another.
 
-Servers with the same weights answer one question alike but for arithmetic. It may set two answers CERTAIN times as far
-apart as rounding to bfloat16 would, or CERTAIN times the median of what sets them apart. Of the recorded engines
-(`python -m benchmarks.verify_noise` in tests/) all but vLLM repeat their answers exactly, and vLLM in bfloat16 stays
-below a third of that at every position.
+The answers of servers with the same weights to one question differ by rounding alone. Two answers may be CERTAIN times
+as far apart as rounding to bfloat16 makes them, or CERTAIN times the median difference of such answers. Of the recorded
+engines (`python -m benchmarks.verify_noise` in tests/) all but vLLM repeat their answers exactly, and vLLM in bfloat16
+stays below a third of this limit at every position.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Split(NamedTuple):
 def some_are_base(case: Case) -> Split | None:
     """Some of the adapter's answers are the base model's, and others are nearer to the right ones.
 
-    Noise alone sets an answer of the base model apart from the base model's, but not towards the adapter's.
+    The base model's own answers have noise as well, but it does not point towards the adapter's answers.
     """
     as_base, others = case.as_base
     if is_chance(case, as_base) or sum(each.rest < each.total for each in others) < FEW_AS_BASE:
@@ -105,22 +105,22 @@ def some_are_base(case: Case) -> Split | None:
 
 
 def sources(answers: Sequence[Change]) -> list[Mapping[str, str]]:
-    """Return the headers of the responses to answers."""
+    """Return the headers of the responses with these answers."""
     return [each.source for each in answers]
 
 
 def is_chance(case: Case, bad: Sequence[Change]) -> bool:
     """Whether wrong answers are so few that chance alone may make them.
 
-    Answers to one question share what is odd about it: where it is asked several times, questions are counted.
+    Answers to one question are not independent: if it is asked several times, questions are counted instead.
     """
     return len({each.prompt for each in bad} if case.repeats else bad) < FEW_AS_BASE
 
 
 def some_disagree(case: Case) -> Split | None:
-    """Answers to one question are further apart than arithmetic explains; those nearer to the right ones are good.
+    """Split answers to one question that rounding cannot set so far apart; those near the right ones are good.
 
-    An answer is counted where the adapter changes so much that the lack of it would be seen.
+    Only answers are counted in which a missing adapter would be seen, because it changes them enough.
     """
     apart = [each.apart for each in case.repeats if each.apart is not None]
     if not apart:
@@ -149,9 +149,9 @@ def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
 
 
 def from_cache(responses: Sequence[Response]) -> list[bool]:
-    """Whether each response comes from a cache: its headers say so, or an earlier one to this question has its id.
+    """Whether each response comes from a cache: its headers say so, or an earlier one to its question has the same id.
 
-    Some servers give one id to everything, or draw from few: an id that another question has too shows nothing.
+    Some servers give one id to every response, or reuse a few: an id that two questions share shows nothing.
     """
     questions = defaultdict[str, set[Hashable]](set)
     for each in responses:
@@ -189,7 +189,7 @@ def coverage(case: Case) -> str:
 
 
 def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The header that names the server of each response, with its values; of several, the one with most of them."""
+    """The header that names the server of each response, with its values; if several do, the one with most values."""
     found = {}
     for name in {name for each in told for name in each if is_server(name)}:
         values = sorted({each[name] for each in told if name in each})
@@ -200,7 +200,7 @@ def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def is_server(name: str) -> bool:
-    """Whether a header of this name says which server has answered; `Server` names its software."""
+    """Whether a header of this name says which server has answered; the header `Server` only names software."""
     words = set(re.split("[-_]", name))
     return name != "server" and bool(words & OF_SERVERS) and not words & OF_TIMES
 
@@ -220,13 +220,13 @@ def servers_in_words(case: Case) -> str:
 
 
 def disagreement_limit(case: Case, usual: float) -> float:
-    """Largest RMS difference, in nats, of two answers to one question from servers with the same weights."""
+    """Largest RMS difference, in nats, of two answers to one question by servers with the same weights."""
     arithmetic = case.evidence.models.sensitivity * case.evidence.models.rounding("bf16") + FLOOR
     return CERTAIN * max(math.sqrt(2) * arithmetic, usual)
 
 
 def tell_apart(bad: Sequence[Mapping[str, str]], good: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Headers by which the servers of wrong answers are known, with their values there; an absent one is empty.
+    """Headers by which the servers of wrong answers are known, with their values; empty for an absent header.
 
     At least two wrong answers have a value on average, so that names of single requests do not count, and most answers
     with these values are wrong.

@@ -1,4 +1,4 @@
-"""Limits of the verdict: every one that several rules share, or that the documentation names."""
+"""Limits of the verdict that several rules share, or that the documentation names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BASE, ADAPTER = "base", "adapter"
 """Names of the two arms: requests for the base model, and requests for the adapter."""
 
 OTHER = "other"
-"""Name of another adapter of the same base model, beside which the adapter's answers are compared as well."""
+"""Name of the arm of another adapter, whose requests are sent together with the adapter's."""
 
 NUMBER_FORMATS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 """Number formats from fine to coarse."""
@@ -30,12 +30,12 @@ EXACT = 10 * FLOOR
 """Noise below which the engine computes in float32."""
 
 CERTAIN = 5.0
-"""Multiple of the base model's noise that the adapter's never reaches, over all prompts or on FEW_AS_BASE of them.
+"""Multiple of the base model's noise that the adapter's noise never reaches, on all or on FEW_AS_BASE prompts.
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 EXCESS = 1.35
-"""Largest ratio of the adapter's noise to the base model's times the sensitivity that still counts as noise.
+"""Largest ratio that still counts as noise: the adapter's distance to the base model's times the sensitivity.
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
@@ -43,18 +43,18 @@ EXACT_STRENGTH = 0.002
 """Largest deviation of the strength that is not a fault on an engine that computes in float32."""
 
 ROUNDED_STRENGTH = 0.04
-"""Largest deviation of the strength that is not a fault, beside twice the one of PyTorch in that number format.
+"""Largest deviation of the strength that is not a fault, in addition to twice PyTorch's in that number format.
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
 SEEN = 0.2
-"""Deviation of the strength that no engine has which is called as trained."""
+"""Deviation of the strength that is always seen: an engine with it is never called as trained."""
 
 SURE = 5
 """Standard errors by which an estimate may be off."""
 
 COARSER = 2
-"""Multiple of the distance of a number format, up to which noise is that format's."""
+"""Multiple of a number format's rounding error up to which noise is explained by the format."""
 
 FEW_PROMPTS = 6
 """Smallest number of prompts that shows how far prompts differ."""
@@ -63,13 +63,13 @@ ENOUGH_PROMPTS = 32
 """Prompts that decide on an engine in bfloat16."""
 
 CLEAR = 4.0
-"""Multiple of the noise by which an adapter changes a position at which one sees whether it was applied."""
+"""Multiple of the noise that an adapter's change at a position must exceed to show whether it was applied."""
 
 AS_BASE = 4.0
-"""Ratio of the distances from the adapter's and the base model's answers, above which an answer is the base model's."""
+"""Distance from the adapter's answer over that from the base model's, above which an answer is the base model's."""
 
 FEW_AS_BASE = 3
-"""Number of answers of the base model, of answers that end early, or of prompts far off, that chance never makes."""
+"""Number of the base model's answers, early ends or prompts far off that is too large to be chance."""
 
 CONFIDENCE = 0.99
 """Probability with which a share of answers without the adapter is found."""
@@ -78,4 +78,4 @@ REPEATS = 3
 """Number of times that a check by a reference asks the adapter each question, unless told otherwise."""
 
 EXPLAINED = 0.5
-"""Smallest share of a base model's error that a fault of it, or a coarse cache, has to explain."""
+"""Smallest share of the base model's error that a fault or a coarse cache must explain to be named."""

@@ -1,6 +1,6 @@
-"""Port of the judge: questions, an engine's answers to them, and those of right and faulty models.
+"""Port of the judge: questions, an engine's answers, and the answers of right and faulty models.
 
-A reference has recorded rows of them, and PyTorch computes the rows of a model when the judge first asks for it.
+A reference has the recorded logprobs of these models. PyTorch computes them when the judge first asks for a model.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Rows = Mapping[int, Row]
 """Rows by the index of their place."""
 
 WINDOW = 32
-"""Positions of a question at which engines in this process are compared at most, the last ones."""
+"""Largest number of a question's last positions at which engines in this process are compared."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """Tokens after which next tokens are compared, and the forms in which a server may be asked for them.
+    """Tokens after which next tokens are compared, in the forms in which a server may be asked.
 
     Args:
         prompt: Token ids of the prompt.
         answer: First tokens of the adapted model's greedy answer in PyTorch.
         message: Message of the chat whose tokens the prompt is; None if the prompt is not a chat.
-        texts: Text of the prompt and of the answer before each of its tokens; None where no text has these tokens.
+        texts: For each token of the answer, the text of all tokens before it; None where no text has these tokens.
     """
 
     prompt: tuple[int, ...]
@@ -47,7 +47,7 @@ class Question:
 
     @property
     def window(self) -> range:
-        """Positions of the tokens after which engines in this process are compared: at least those of the answer."""
+        """Positions of the tokens after which next tokens are compared on engines in this process."""
         return range(min(len(self.prompt) - 1, max(0, len(self.tokens) - WINDOW)), len(self.tokens))
 
     @property
@@ -99,7 +99,7 @@ class Greedy(NamedTuple):
         question: Index of the question.
         tokens: Its tokens, up to the first that the engine does not identify.
         length: Its number of tokens.
-        rows: Its logprobs, as far as its tokens are PyTorch's; empty if the engine does not return them.
+        rows: Its logprobs up to the first token that is not PyTorch's; empty if the engine returns none.
     """
 
     question: int
@@ -121,7 +121,7 @@ class AskedOnce(NamedTuple):
 
 
 class ReadChat(NamedTuple):
-    """A chat as a server has read it, by what the server says of its tokens.
+    """A chat as a server has read it, according to the tokens that the server returns or counts.
 
     Args:
         read: Number of tokens that the server has read.
@@ -149,12 +149,12 @@ class Answers:
         base: Logprobs of the base model.
         adapter: Logprobs of the adapter.
         greedy: The adapter's greedy answers.
-        mixed: Logprobs of each arm, asked for beside those of another model; empty if there are none.
+        mixed: Logprobs of each arm while requests for another model run; empty if there are none.
         rounds: The adapter's answers to the same questions, asked again and again; the first are `adapter`.
         is_one_model: Whether the engine has one model under both names, so that it has no base model's answers.
         mixed_failure: Reason why mixed batches were not answered; None if they were, or need not be.
         without_mixed: Whether mixed batches were left out at the user's wish.
-        responses: Every response of a server whose logprobs were asked for; none of an engine in this process.
+        responses: Every response to a request for logprobs; empty for an engine in this process.
         chats: Chats whose tokens the server gives; None if the prompts are not chats.
         template: Chat template of a server beside the recorded one; None if it was not asked for.
     """
@@ -186,7 +186,7 @@ class Models(ABC):
         vocabulary: Number of tokens of the base model.
         sensitivity: Ratio by which rounding moves the adapted model further than the base model.
         ends: Ids of the tokens that end a text.
-        factors: Factors on every delta_W that are tried first.
+        factors: Factors on every delta_W that the search tries first.
         conversations: Conversations in the chat template that the adapter was trained with; none if they are not known.
     """
 
@@ -205,7 +205,7 @@ class Models(ABC):
         return self.places.index((question, 0))
 
     def read(self, place: int) -> list[int]:
-        """Tokens after which a place's token follows."""
+        """All tokens before the token of a place."""
         index, step = self.places[place]
         question = self.questions[index]
         return [*question.prompt, *question.answer][: len(question.prompt) + step]
@@ -219,7 +219,7 @@ class Models(ABC):
         return ()
 
     def beside(self, answers: Answers) -> Models:
-        """Return the models with the logprobs of an engine's tokens, where they can be known.
+        """Return the models with the logprobs of the tokens that an engine returned, if they can be computed.
 
         Args:
             answers: The engine's answers.

@@ -37,7 +37,7 @@ STALE_OF_LATER = "stale cache of a later version"
 STALE_OF_ADAPTER = "stale cache of the adapter"
 STALE_OF_OTHERS = "stale cache of other weights"
 STALE_CACHES = (STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER, STALE_OF_ADAPTER, STALE_OF_OTHERS)
-"""Faults of a cache of keys and values, with which a server answers right where it has kept nothing."""
+"""Faults of a cache of keys and values: the server answers right where it has kept nothing."""
 OF_EARLIER_WEIGHTS = (STALE, STALE_OF_LATER)
 """Faults of a server that still has, or has again, the weights of an earlier version."""
 CROSSED = "answers of another model"
@@ -63,7 +63,7 @@ OF_VECTORS = (POOLING, RAW, FLIPPED, DIMENSION, PREFIX, ADDED_PREFIX, SPECIAL, C
 """Faults of a server that computes vectors or classes otherwise, for every model alike."""
 
 COARSE_CACHE = "KV cache in fp8"
-"""Name of a coarse KV cache, which is not a fault: the rest of the noise has to be that of the declared format."""
+"""Name of a coarse KV cache. It is not a fault if the declared format explains the rest of the noise."""
 
 NOT_APPLIED_DETAIL = (
     "the adapter is not loaded, its tensors' names do not match, or the server takes it by another name (SGLang: "

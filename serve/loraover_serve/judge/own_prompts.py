@@ -8,11 +8,11 @@ from typing import final
 from loraover_serve.judge.models import FaultyModel, Model, Models, Question
 
 OF_TEXTS = 2**40
-"""Smallest id of a token that a server names by its text, in the order in which texts appear."""
+"""Id of the first token that a server names by its text; the texts are numbered as they appear."""
 
 
 class Numbered(dict[str, int]):
-    """Ids of texts, which are given out when they are first asked for."""
+    """Ids of texts; a text gets its id when it is first looked up."""
 
     def get(self, text: str, default: object = None) -> int:
         return self.setdefault(text, OF_TEXTS + len(self))

@@ -1,9 +1,10 @@
-"""Models that the answers of a server are of, whose adapters come and go while it is asked.
+"""The model that gave each answer, on a server whose adapters come and go while it is asked.
 
-Before that, each model answers all questions by itself. Let y be what sets an answer apart from its model's own, and d
-what sets another known model apart from it: another one that is served, or the same weights on keys and values of
-others. The answer is of that model if y is nearer to d than to 0 along d, and d is so long that noise along it, by the
-median of all answers, hardly reaches half of it. It is of no known weights if it is further off than noise explains.
+First, each model answers all questions alone. Let y be the difference of an answer from the one that the asked model
+gave alone, and d that of another known model: another one that is served, or the same weights on keys and values of
+other weights. The answer is attributed to the other model if y is nearer to d than to 0 along d, and if d is so long
+that the noise along it, by the median of all answers, hardly reaches half of it. The answer is of no known weights if
+it is further from all models than noise explains.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Said(NamedTuple):
     Args:
         arm: The model that was asked.
         place: Place of the question.
-        rows: The logprobs, as far as the tokens are the expected ones.
+        rows: The logprobs, up to the first token that is not the expected one.
         seconds: Seconds that it took.
     """
 
@@ -46,11 +47,11 @@ class Said(NamedTuple):
 
 @dataclass(frozen=True)
 class Owner:
-    """Model that an answer is of.
+    """Model that gave an answer.
 
     Args:
-        words: Whose answers these are, in words.
-        fault: Name of the fault; None if there is none, or the command may have loaded this model.
+        words: The model, in words that follow a number of answers.
+        fault: Name of the fault; None for a right answer, or if the command may have loaded this model.
         key: Name of the model among those of an arm.
         rows: Its answers on the server, as far as they are known.
     """
@@ -68,10 +69,10 @@ class Attributed(NamedTuple):
     """Answers of one model in churn.
 
     Args:
-        shown: What is told of them.
+        shown: The answers as verify.json has them.
         questions: Number of questions with wrong answers.
         fault: Name of the fault; None without wrong answers.
-        unseen: Wrong answers that would not have been seen, in words.
+        unseen: Kinds of wrong answers that would not have been seen, in words.
     """
 
     shown: ChurnAnswers
@@ -81,7 +82,7 @@ class Attributed(NamedTuple):
 
 
 class ChurnCase:
-    """Answers in churn beside those of each model by itself."""
+    """Answers in churn, compared with the answers of each model alone."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class ChurnCase:
 
     @staticmethod
     def has_loaded(found: Sequence[Attributed]) -> bool:
-        """Whether answers are of a model that the command has loaded."""
+        """Whether some answers are of another model than the asked one, so that the command has loaded something."""
         return any(set(each.shown.owners) - {OWN.words} for each in found)
 
     def attributed(self, arm: str, absent: int) -> Attributed:
@@ -135,9 +136,9 @@ class ChurnCase:
         return self._counted(arm, found, visible, absent)
 
     def _clear_of(self, arm: str) -> dict[Owner, list[bool]]:
-        """For each known model, whether noise lets each answer of an arm show that it is that model's or a right one.
+        """For each known model, whether each answer can be told apart: is it that model's, or a right one?
 
-        The right ones are the arm's own and those that the command may have loaded.
+        Right models are the asked one and those that the command may have loaded.
         """
         changes, clear = self._changes[arm], dict[Owner, list[bool]]()
         for owner, each in changes.items():
@@ -152,15 +153,15 @@ class ChurnCase:
         return clear
 
     def _clear(self, changes: Sequence[Change], noise: float) -> list[bool]:
-        """Whether noise, in nats, along the way from one model to another hardly reaches half of it, for each answer.
+        """Whether each answer can be told apart: noise hardly reaches half of the way from one model to another.
 
-        A question's own noise counts where it is larger.
+        The noise is in nats; a question's own noise takes its place where it is larger.
         """
         own = [self._models.sensitivity * self._by_prompt.get(each.prompt, 0.0) for each in changes]
         return [math.sqrt(c.size) / 2 > CLEAR * max(noise, mine) for c, mine in zip(changes, own, strict=True)]
 
     def _common(self, arm: str, owner: Owner, start: Owner = OWN) -> float:
-        """Noise, in nats, on the way from one model to another that one reading of the common beginning brings."""
+        """Noise, in nats, along the way between two models that all questions share by their common beginning."""
         along = dict[int, list[float]]()
         for place, row in self._noise_rows.items():
             right, (own, other) = self._cold[BASE].get(place, {}), self._ends(arm, place, owner, start)
@@ -174,7 +175,7 @@ class ChurnCase:
         return self._models.sensitivity * max(self.noise.rms, common) + FLOOR
 
     def _ends(self, arm: str, place: int, owner: Owner, start: Owner) -> tuple[Row, Row]:
-        """Logprobs at a place by the model where a way starts, and by the owner to whom it leads."""
+        """Logprobs at a place by two models: the one where a way starts, and the one to which it leads."""
         return (self._cold[arm] if start is OWN else start.rows).get(place, {}), owner.rows.get(place, {})
 
     def _counted(self, arm: str, found: Sequence[Owner], visible: Mapping[Owner, float], absent: int) -> Attributed:
@@ -199,7 +200,7 @@ class ChurnCase:
         return Attributed(shown, len({self._said[i].place for i in wrong}), fault, unseen)
 
     def _known(self, arm: str) -> Iterator[Owner]:
-        """Yield the models that an answer of an arm may be of, where they are not as its own."""
+        """Yield the models that may have given an answer of an arm, except those that answer like its own model."""
         own, found = self._cold[arm], list[Owner]()
         for other, rows in self._cold.items():
             if other != arm:
@@ -217,10 +218,10 @@ class ChurnCase:
         return (each for each in found if LogprobDistance.of(self._off(arm, each.rows)).rms > FLOOR)
 
     def _noise_in_churn(self) -> float:
-        """Distance, in nats, that answers in churn usually have from the nearest known model.
+        """Usual distance of answers in churn from the nearest known model, in nats.
 
-        It is that of the model with the smallest one, since all answers of a model may be wrong, and at most as large
-        as arithmetic sets the server's base model apart from PyTorch's.
+        The smallest of all arms' medians is taken, since all answers of an arm may be wrong. It is at most sqrt(2)
+        times the distance of the server's base model from PyTorch's.
         """
         found = []
         for arm, mine in self._of.items():
@@ -242,11 +243,11 @@ class ChurnCase:
         return found
 
     def _middle(self, index: int) -> float:
-        """Distance of an answer from its model's own, in nats, that more than half of the positions reach."""
+        """Median distance over positions, in nats, of an answer from the one that its model gave alone."""
         return math.sqrt(median_low(each.square for each in self._offs[index]))
 
     def _changed(self, arm: str, owner: Owner, start: Owner = OWN) -> list[Change]:
-        """Project what sets each answer apart from one model's on what sets another model's apart from that."""
+        """Project the difference of each answer from one model's on the difference of another model's from that."""
         found = []
         for said in (self._said[i] for i in self._of[arm]):
             y, d = list[float](), list[float]()
@@ -270,6 +271,6 @@ def _length(change: Change) -> float:
 
 
 def _scale(changes: Sequence[Change]) -> float:
-    """Noise, in nats, that the median answer has along the way from one model to another; infinite without a way."""
+    """Median noise of answers, in nats, along the way from one model to another; infinite if the models are equal."""
     far = [min(abs(c.along), abs(c.size - c.along)) / math.sqrt(c.size) for c in changes if c.size > 0]
     return TO_SIGMA * median(far) if far else math.inf

@@ -56,7 +56,7 @@ class LogprobDistance:
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """Answers to requests for both models that are sent together, beside those sent for one model at a time."""
+    """Answers to requests for both models sent together, compared with answers to one model's requests alone."""
 
     __pydantic_config__ = IN_FILES
 
@@ -76,25 +76,25 @@ class MixedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyAgreement:
-    """Greedy answers of the adapter, token by token, beside PyTorch's."""
+    """Greedy answers of the adapter, compared token by token with PyTorch's."""
 
     __pydantic_config__ = IN_FILES
 
     equal: float
     """Share of prompts that both answer with the same tokens"""
     early: float = 0.0
-    """Share of prompts whose answers end before PyTorch's and before an end"""
+    """Share of prompts whose answers stop before PyTorch's without an end token"""
     gap: float
-    """Largest difference of the two tokens' logprobs in PyTorch, in nats, where an answer first differs"""
+    """Largest difference of PyTorch's logprobs of the two tokens, in nats, where an answer first differs"""
     allowed: float
     """Largest gap that the engine's noise explains, in nats"""
     as_base: int = 0
-    """Number of answers whose first other token, beyond that gap, is the base model's"""
+    """Number of answers that differ by more than that gap, and whose first differing token is the base model's"""
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """Fault as PyTorch computes it, beside the engine's answers."""
+    """Fault as PyTorch computes it, compared with the engine's answers."""
 
     __pydantic_config__ = IN_FILES
 
@@ -103,8 +103,8 @@ class Suspect:
     detail: str
     """The fault in words"""
     rms: float
-    """RMS difference, in nats, between what the engine's adapter changes and what the fault changes: over all prompts
-    for the nearest faults, over the first three for the others"""
+    """RMS difference, in nats, between the changes by the engine's adapter and those by the fault: over all prompts for
+    the nearest faults, over the first three for the others"""
     explains: bool
     """Whether the fault explains the engine's answers within noise"""
 
@@ -120,14 +120,14 @@ class Replicas:
     bad: int
     """Number of those that are wrong"""
     told_apart: dict[str, list[str]]
-    """Headers by which the servers of the wrong answers are known, with their values; empty if absent"""
+    """Headers by which the servers of the wrong answers are known, with their values; an absent header has none"""
     requests: list[dict[str, str]]
-    """Headers and ids of each wrong answer, as far as they are not those of all"""
+    """Headers and ids of each wrong answer, without those that all answers share"""
 
 
 @dataclass(frozen=True)
 class WarmAnswers:
-    """Answers on keys and values that a server has kept, beside those of the same model without them."""
+    """Answers on keys and values that a server has kept, compared with the same model's answers without them."""
 
     __pydantic_config__ = IN_FILES
 
@@ -140,7 +140,7 @@ class WarmAnswers:
     apart: LogprobDistance
     """Distance between the answers and those without the cache"""
     strengths: dict[str, Interval]
-    """Strength of each recorded stale cache in the answers: 0 if they are right, 1 if it is used"""
+    """Strength of each recorded stale cache in the answers: 0 if they are right, 1 if they use this cache"""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Reload:
 
 @dataclass(frozen=True)
 class FurtherCheck:
-    """Verdict on further answers of a server: those on keys and values that it has kept, or those in churn."""
+    """Verdict on further answers of a server: on keys and values that it has kept, or in churn."""
 
     __pydantic_config__ = IN_FILES
 
@@ -172,7 +172,7 @@ class FurtherCheck:
     fault: str | None
     """The likely fault; None if there is none"""
     noise: LogprobDistance | None = field(default=None, kw_only=True)
-    """Distance between the base model's answers on its own keys and values and without any: the noise"""
+    """Noise: distance of the base model's answers on its own keys and values from those without a cache"""
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ class ChurnAnswers:
     answers: int
     """Number of answers that were compared"""
     owners: dict[str, int]
-    """Number of answers by the model that they are of, in words"""
+    """Number of answers of each model, by the model in words"""
     wrong: int
     """Number of answers of another model, of a stale cache, or of no known weights"""
     share: Interval
     """Share of the wrong answers, with an interval that misses the truth in one case of 100 at most"""
     visible: dict[str, float]
-    """Smallest share of each kind of wrong answers that is seen with a probability of 99 %; 1 if none is"""
+    """Smallest share of each kind of wrong answers that is seen with a probability of 99 %; 1 if no share is"""
     absent: int
     """Number of requests that the server refused, since the model was not loaded"""
     latency_s: tuple[float, float] | None
@@ -233,7 +233,7 @@ class ChurnAnswers:
 
 @dataclass(frozen=True)
 class Churn(FurtherCheck):
-    """Answers while adapters came and went, each attributed to the model that it is of."""
+    """Answers while adapters came and went, each attributed to the model that gave it."""
 
     seconds: float
     """Seconds for which the server was asked"""

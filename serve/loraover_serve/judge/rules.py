@@ -1,14 +1,14 @@
-"""The verdict on one engine: the first rule that finds something decides.
+"""The verdict on one engine. The first of these rules that finds something decides.
 
-1. Requests for the base model are answered with the adapter, or the base model has a fault that points in a direction.
-2. The base model is further off than any number format explains: another base model.
+1. Requests for the base model are answered with the adapter, or its error has the direction of a known fault.
+2. The base model is further off than any number format explains: it is another base model.
 3. Some answers are the base model's, or answers to one question disagree.
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
 5. The answers to a few prompts are far off.
-6. Generated answers end early, lack the adapter, or have other tokens than the logprobs; or mixed batches do.
-7. The server's chat template is another one, which questions of token ids do not show.
-8. *As trained*, if what was asked for could be judged, the interval of the strength is narrow, and the number format
-   is one that was asked for; *inconclusive* otherwise.
+6. Generated answers end early, lack the adapter, or contradict the logprobs; or answers in mixed batches are wrong.
+7. The server's chat template differs, which questions of token ids do not show.
+8. *As trained*, if everything that was asked for could be judged, the interval of the strength is narrow, and the
+   number format is not coarser than declared; *inconclusive* otherwise.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class RuleFinding(NamedTuple):
         fault: Name of the fault; None if it has none.
         suspects: Faults that were compared, the nearest first.
         split: Answers of which some are wrong; None if no rule found any.
-        explains_base: Whether the fault is what sets the base model apart.
+        explains_base: Whether the fault explains the base model's distance from PyTorch.
     """
 
     verdict: Verdict
@@ -92,10 +92,10 @@ def judge(
     """The verdict on an engine, and what was measured.
 
     Args:
-        evidence: The engine's answers, beside the models.
+        evidence: The engine's answers, and the models.
         served_format: Coarsest number format in which the base model is known to be served.
         option: Name of an option as its user writes it.
-        is_quick: Whether there are a few answers of the adapter alone, which only show whether it is applied.
+        is_quick: Whether only a few answers of the adapter were asked for, which show whether it is applied.
 
     Returns:
         The fields of an engine's result in verify.json, but for those that say who was judged and how long it took.
@@ -142,7 +142,7 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
 
 
 def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> RuleFinding:
-    """Finding of a rule; if the server says that it reads most chats as other tokens, their template is the fault."""
+    """Finding of a rule, with the chat template as the fault if the server reads most chats as other tokens."""
     others = [each for each in chats or () if not each.is_same]
     if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
         return found
@@ -154,7 +154,7 @@ def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> Rul
 
 
 def _with_template(found: RuleFinding, template: TemplateReading | None, option: Callable[[str], str]) -> RuleFinding:
-    """Finding of a rule with what is known of the server's chat template, which is the fault if there is no other."""
+    """Finding of a rule, with the server's chat template in its reason, or as the fault if it has no other."""
     if template is None:
         return found
     if not template.is_other and (not template.is_unclear or found.verdict != "as trained"):
@@ -171,7 +171,7 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
 
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)
-"""Faults of the base model that other prompts can look like."""
+"""Faults of the base model that can also be prompts that the server changed."""
 
 
 def base_is_faulty(case: Case) -> RuleFinding | None:
@@ -187,7 +187,7 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
 
 
 def base_is_another(case: Case) -> RuleFinding | None:
-    """The base model is further off than any number format explains; of one model alone, the adapter may be wrong."""
+    """The base model is further off than any number format explains; with one model alone, the adapter may be wrong."""
     if case.number_format is not None:
         return None
     far = f"off by {case.noise.rms:.2g} nats"
@@ -256,7 +256,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
 
 
 def some_are_far(case: Case) -> RuleFinding | None:
-    """The answers to some prompts are far off; a fault of the adapter would be in all, so that none is searched for."""
+    """The answers to some prompts are far off. No fault of the adapter is searched for: it would change all answers."""
     far = case.far(case.off)
     if len(far) < FEW_AS_BASE:
         return None
@@ -269,7 +269,7 @@ def some_are_far(case: Case) -> RuleFinding | None:
 
 
 def generated_is_wrong(case: Case) -> RuleFinding | None:
-    """Greedy answers, which go through an engine's cache, are not what the logprobs say."""
+    """Greedy answers, which are computed by the engine's cache, contradict the logprobs."""
     greedy = case.greedy
     if greedy is None:
         return None
@@ -294,10 +294,10 @@ def generated_is_wrong(case: Case) -> RuleFinding | None:
 
 
 def mixed_is_wrong(case: Case) -> RuleFinding | None:
-    """Answers change beside requests for another model, which a server computes in one batch.
+    """Answers change if requests for another model are computed in the same batch.
 
     vLLM 0.32 on a CPU computes a batch's rows for the base model with the weights of an adapter, if another row asks
-    for one, and reports nothing. Batches of two adapters are looked at as well, where the server has a second one.
+    for one, and reports nothing. Batches of two adapters are compared as well, if the server has a second one.
     """
     limit = math.sqrt(2) * (case.evidence.models.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
     subjects = {
@@ -328,14 +328,14 @@ def left_out(option: Callable[[str], str]) -> str:
 
 
 def some_are_silent(case: Case) -> RuleFinding | None:
-    """Responses that cannot be judged are so many that a wrong server with this share of them would be found."""
+    """So many responses cannot be judged that a wrong server with this share of them could hide among them."""
     found = (each for each in some_say_nothing(case.evidence.answers.responses) if each.is_found)
     split = max(found, key=lambda each: len(each.bad), default=None)
     return None if split is None else RuleFinding("inconclusive", split.reason, split.fault, split=split)
 
 
 def few_are_compared(case: Case) -> RuleFinding | None:
-    """Most prompts cannot be compared: the server accepts no form of them, or its two models list no common token."""
+    """Most prompts cannot be compared: the server accepts no form of them, or its models return no common token."""
     asked = len(case.evidence.models.questions)
     if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:
         return None
@@ -360,7 +360,7 @@ def strength_is_unclear(case: Case) -> RuleFinding | None:
 
 
 def is_narrow(found: Interval, allowed: tuple[float, float]) -> bool:
-    """Whether an adapter that is off by SEEN would be seen: interval and allowed strengths are narrower than that."""
+    """Whether interval and allowed strengths are so narrow that a strength that is off by SEEN would be seen."""
     return found.half + (allowed[1] - allowed[0]) / 2 < SEEN
 
 

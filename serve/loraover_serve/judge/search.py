@@ -1,12 +1,14 @@
 """The search for faults of the adapter and of the base model: the one that is nearest to the answers is named.
 
-What the engine's adapter changes is compared, so that the base model's own noise cancels. A fault explains the answers
-if, in the place of the right adapter, it would pass as one: the answers lie on the way from the right adapter to the
-fault by the factor 1, and are not further off than noise. One that leaves a tenth of the distance explains it as well.
+Changes by the engine's adapter are compared, so that the base model's own noise cancels. A fault explains the answers
+if they would be judged right with the faulty adapter in the place of the right one: they lie the whole way from the
+right adapter to the fault (factor 1), and no further from the fault than noise. A fault that leaves at most a tenth of
+the distance explains them as well.
 
 The difference between the engine's base model and PyTorch's is projected on what each fault of a base model would
 change. A fault is named if it explains more than EXPLAINED of the difference. Rounding to float16, bfloat16, int8,
-float8 or int4 explains less than a fifth of any of them, and these less than a fifth of one another.
+float8 or int4 explains less than a fifth of the change by any of these faults, and each fault explains less than a
+fifth of another one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ FEW, NEAREST = 3, 4  # prompts on which every fault of the adapter is run, and f
 GOLDEN, REFINEMENTS = (math.sqrt(5) - 1) / 2, 8
 
 FEW_OF_BASE = 4
-"""Number of prompts on which faults of the base model that need a run of the model are tried first."""
+"""Number of prompts on which a fault of the base model is tried first, if it needs a run of the model."""
 
 LEAST, NEARLY = 0.1, 0.9  # factor of the adapter that is looked at, and share that needs no further look
 HOTTEST = 2.0  # temperature that OpenAI's protocol allows
@@ -46,7 +48,7 @@ WORTH = 0.3  # share on those, above which all prompts are run
 
 
 def suspects(case: Case) -> list[Suspect]:
-    """The nearest faults on all prompts, and then the others on the first ones, where they are further."""
+    """The nearest faults, compared on all prompts, and then the others, compared on the first prompts alone."""
     few = case.first(FEW)
     candidates = [FaultyModel(NOT_APPLIED, NOT_APPLIED_DETAIL, lambda prompts: case.evidence.base)]
     candidates += case.evidence.models.adapter_faults()
@@ -124,7 +126,7 @@ class BaseFault(NamedTuple):
 
 
 def find_base_fault(case: Case) -> BaseFault | None:
-    """The fault that explains most of what sets the engine's base model apart from PyTorch's; None if none does.
+    """The fault that explains most of the difference of the engine's base model from PyTorch's; None if none does.
 
     Args:
         case: The engine's evidence. Faults that need a run of the model are tried only in a coarse number format.
@@ -141,10 +143,10 @@ def find_base_fault(case: Case) -> BaseFault | None:
 
 
 def _temperature(case: Case) -> BaseFault | None:
-    """Logprobs at a temperature T are those of logits divided by T, and all else is noise.
+    """Find a temperature T: the logprobs are those of logits divided by T, apart from noise.
 
-    After other prompts, as of another chat template, logprobs have little to do with the right ones: their share in the
-    difference looks like that of a temperature far above any.
+    If the server changed the prompts, as by another chat template, logprobs have little to do with the right ones, and
+    the fitted temperature is larger than any that is in use.
     """
     changes = case.evidence.base_logprobs()
     estimate = strength_along(changes)
@@ -156,7 +158,7 @@ def _temperature(case: Case) -> BaseFault | None:
 
 
 def _penalty(case: Case) -> BaseFault | None:
-    """A penalty lowers the tokens that the prompt or the answer already has."""
+    """Find a penalty: it lowers the tokens that the prompt or the answer already has."""
     changes = case.evidence.base_repeats()
     estimate = strength_along(changes)
     if _is_zero(estimate):
@@ -167,7 +169,7 @@ def _penalty(case: Case) -> BaseFault | None:
 
 
 def _adapted(case: Case) -> BaseFault | None:
-    """Requests for the base model are answered with the adapter, or with a weaker one like it."""
+    """Find the adapter, or a part of its strength, in answers to requests for the base model."""
     changes = case.evidence.base_changes(case.evidence.adapter)
     estimate = strength_along(changes)
     part = share_along(changes, estimate)
@@ -180,5 +182,5 @@ def _adapted(case: Case) -> BaseFault | None:
 
 
 def _is_zero(estimate: Interval) -> bool:
-    """Whether the estimate is within chance of zero, and not only because prompts are few."""
+    """Whether the estimate can be zero by chance, and the interval is not wide merely because prompts are few."""
     return math.isfinite(estimate.half) and estimate.low <= 0 <= estimate.high

@@ -1,17 +1,17 @@
-"""Chats as a server reads them, beside the recorded tokens of the chat template that the adapter was trained with.
+"""Chats as a server reads them, compared with the tokens of the chat template that the adapter was trained with.
 
 Questions are sent as token ids, which no chat template touches: a server with another template, or with a system prompt
 of its own, answers them as trained, and gives its chat users other prompts. So a server is asked for the tokens of a
 few recorded conversations: by a chat of one new token (vLLM's `prompt_token_ids`), by /tokenize with messages (vLLM),
 by /apply-template and /tokenize (llama-server), or else for their number alone (`usage`).
 
-Numbers show less than tokens do: gateways count with tokenizers of their own. Numbers that are others by as much in
-all chats that have a system prompt, or in all that have none, and right in the rest are another template; other
-differences of numbers are inconclusive.
+Numbers show less than tokens do, because gateways may count with a different tokenizer. If all chats with a system
+prompt, or all without one, differ by the same number of tokens, and the others are right, the template is another one.
+Other differences of numbers are inconclusive.
 
-Tools show less than messages do: engines write them anew before they render them, vLLM with fields that nobody sent.
-So a conversation with tools that is read otherwise is reported, and is no fault if the others are read as recorded,
-unless the server reads the same chat without tools as the same tokens.
+Tools show less than messages do, because engines rewrite them before they render them; vLLM adds fields that nobody
+sent. So a conversation with tools that is read differently is reported, but it is not a fault if the others are read as
+recorded. It is one if the server reads the chat without its tools as the same tokens, so that it leaves them out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.common.errors import EngineError, printable
 
 DATE_SLACK = 4
-"""Tokens by which a date can be longer or shorter than one and a half or half of the recorded one."""
+"""Tokens by which a date may exceed one and a half times the length of the recorded date, or fall below half of it."""
 
 MOST_CONVERSATIONS, MOST_TOKENS = 16, 4096
 """Conversations of a file, and tokens of each, that are read at most."""
@@ -44,8 +44,8 @@ class Conversation(NamedTuple):
         messages: Messages, each with `role` and `content`.
         tokens: Ids of its tokens, up to the place where the answer begins.
         tools: Tools that the model may call, as OpenAI's protocol has them.
-        date: Places of the first token of a date that the template prints, and of the first one after it; None if it
-            prints none.
+        date: Index of the first token of a date that the template prints, and of the first token after it; None without
+            a date.
     """
 
     messages: Sequence[Mapping[str, str]]
@@ -60,12 +60,12 @@ class Conversation(NamedTuple):
         return f"{roles} with tools" if self.tools else roles
 
     def differs_at(self, read: Tokens) -> tuple[int, int] | None:
-        """Places of the first token that is another one, in tokens that were read and in the recorded ones.
+        """Index of the first token that differs, in the tokens that were read and in the recorded ones.
 
-        A date may be another one, of about as many tokens.
+        A date may differ, if it has about as many tokens.
 
         Returns:
-            The places; None if there is none.
+            The two indices; None if no token differs.
         """
         first, after = self.date or (0, 0)
         begun = shared(read, self.tokens[:first])
@@ -82,7 +82,7 @@ class Conversation(NamedTuple):
         return first + longest + alike[longest], after + alike[longest]
 
     def is_as_long(self, number: int) -> bool:
-        """Whether it can have this number of tokens."""
+        """Whether the conversation can have this number of tokens, with a date of another length."""
         return abs(number - len(self.tokens)) <= self._slack
 
     @property
@@ -146,12 +146,12 @@ def are_ids(found: Any, below: int = 2**ID_BITS) -> bool:
 
 
 class TemplateReading(NamedTuple):
-    """A server's chat template beside the recorded one.
+    """Finding on a server's chat template.
 
     Args:
         words: What was found, in words.
-        is_other: Whether it is another template; if not, the words may say what was not compared.
-        is_unclear: Whether it may be another template.
+        is_other: Whether the template differs; if it does not, the words may say what was not compared.
+        is_unclear: Whether the template may differ.
     """
 
     words: str
@@ -168,7 +168,7 @@ class _Told(NamedTuple):
         cached: Number of tokens from a cache, which some servers leave out of the number.
         refusal: Reason why there is neither; empty if there is one.
         is_silent: Whether the server has not answered at all, so that no other form is tried.
-        calls_nothing: Whether tools were sent with the wish that none is called, for which some servers leave them out.
+        calls_nothing: Whether the request said that no tool may be called, at which some servers leave all tools out.
     """
 
     tokens: list[int] | None = None
@@ -209,7 +209,7 @@ class _Compared(NamedTuple):
 
     @property
     def off(self) -> int:
-        """Number of tokens that the server has more than the recorded ones; they are only counted."""
+        """Number of tokens by which the server's count exceeds the recorded number."""
         assert self.told.number is not None
         return self.told.number - len(self.asked.tokens)
 
@@ -234,7 +234,7 @@ class _Compared(NamedTuple):
 
 
 def most_requests(conversations: Conversations) -> int:
-    """Largest number of requests that `read_template` sends: two a conversation, one a further form, one for a text."""
+    """Largest number of requests by `read_template`: two a conversation, and one a further form or text."""
     return 2 * len(conversations.found) + 4 if conversations.found else 0
 
 
@@ -297,7 +297,7 @@ def _is_read_as(each: _Compared, known: Sequence[_Compared], messages: Sequence[
 
 
 def _is_system_prompt(known: Sequence[_Compared]) -> bool:
-    """Whether numbers differ by as much in all chats that have a system prompt, or in all that have none, and alone."""
+    """Whether numbers differ only in chats with a system prompt, or only in those without, and by one number in all."""
     plain = [each for each in known if not each.asked.tools]
     others = [each for each in plain if not each.is_same]
     has_system = {each.has_system for each in others}
@@ -311,7 +311,7 @@ def _is_system_prompt(known: Sequence[_Compared]) -> bool:
 
 
 def _likely(each: _Compared, known: Sequence[_Compared]) -> str:
-    """The likely mistake of a template, in words before those of the difference; empty if none is known."""
+    """The likely mistake of a template, in words that precede the difference; empty if none is known."""
     right, read = list(each.asked.tokens), each.told.tokens or []
     more = read[len(right) :]
     if each.has_system and _is_read_as(each, known, each.asked.messages[1:]):
@@ -326,7 +326,7 @@ def _likely(each: _Compared, known: Sequence[_Compared]) -> str:
 
 
 def _quoted(text: str, endpoint: Endpoint) -> str:
-    """A short text for a message; a semicolon would begin another clause of a reason."""
+    """A short text for a message, without semicolons, which separate the clauses of a reason."""
     shown = printable(json.dumps(endpoint.hidden(text)[:SHOWN], ensure_ascii=False)).replace(";", ",")
     return shown if len(text) <= SHOWN else f"{shown} ..."
 
@@ -343,7 +343,7 @@ def _text(endpoint: Endpoint, tokens: Tokens, pieces: Mapping[int, str]) -> str:
 
 
 def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation]) -> list[_Told]:
-    """Tokens of each conversation by a server, from the first request form that gives tokens, else their number."""
+    """Tokens of each conversation by the first kind of request that returns any; otherwise their number."""
     forms: tuple[Callable[[Conversation], _Told], ...] = (
         lambda each: _by_chat(endpoint, model, each, {"return_token_ids": True}),
         lambda each: _by_tokenize(endpoint, model, each),
@@ -375,7 +375,7 @@ def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation])
 
 
 def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[str, Any]) -> _Told:
-    """Ask for an answer of one token. A server that refuses tools is asked to call none."""
+    """Ask for an answer of one token. If the server refuses the tools, ask again, and say that none may be called."""
     body = {"model": model, **_body(asked), "max_tokens": 1, **endpoint.GREEDY, **more}
     answer = _answer(endpoint, "/v1/chat/completions", body)
     if isinstance(answer, _Told) and asked.tools and not answer.is_silent:

@@ -1,4 +1,4 @@
-"""A shell command of the user's, which makes a server load adapters while it is asked."""
+"""A shell command of the user that makes a server load adapters while it is asked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class UserCommand:
         return self._hidden(self._words)
 
     def run(self, ends: float = math.inf) -> float:
-        """Run the command to its end, and return the seconds that it took; what it left running is left alone.
+        """Run the command to its end, and return its seconds. Processes that it leaves running are not ended.
 
         Args:
             ends: Time on `time.monotonic`'s clock at which it is ended with all that it started.
@@ -65,7 +65,7 @@ class UserCommand:
 
     @contextmanager
     def beside(self) -> Iterator[Callable[[], str | None]]:
-        """Run the command beside a block, at the end of which it is ended with all that it started.
+        """Run the command during a block; at the block's end, end the command with all that it started.
 
         Yields:
             A function that returns None while the command runs, and after that the words of its failure, which are
@@ -111,7 +111,7 @@ class UserCommand:
 
 
 class _Written:
-    """Output of a command, of which the end alone is kept.
+    """Output of a command, of which only the end is kept.
 
     Args:
         output: The stream that the command writes.
@@ -123,7 +123,7 @@ class _Written:
         self._reader.start()
 
     def last(self) -> str:
-        """The last bytes, as text; those of a process that the command has left running may be missing."""
+        """The end of the output, as text; later output of a process that the command left running may be missing."""
         self._reader.join(POLL_S)
         return self._last.decode(errors="replace").strip()
 
@@ -152,7 +152,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it started, and kill those that do not end when asked to."""
+    """End a process with all that it started, and kill the processes that do not end when asked to."""
     until = time.monotonic() + PATIENCE_S
     with suppress(ProcessLookupError, PermissionError):  # nothing is left of them
         os.killpg(process.pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The long questions of a reference, asked of a server one after the other, cold and on what it has kept.
+"""The long questions of a reference, asked of a server one after the other, without and with its cache.
 
 A cold answer is asked for with a salt that no other request has, or without llama-server's cache of prompts, so that
 the server reads all of the question. A warm one continues keys and values that earlier requests have left.
@@ -24,16 +24,16 @@ from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.user_command import UserCommand
 
 HITS = "vllm:prefix_cache_hits_total"
-"""Number of tokens that vLLM has found in its cache, in what it tells Prometheus."""
+"""Prometheus metric of vLLM: number of tokens that it has found in its cache."""
 
 MOST_SLOTS = 64
-"""Slots of llama-server that are filled at most; with more of them, the answers after other prompts are left out."""
+"""Largest number of llama-server's slots that are filled; with more slots, answers after other prompts are left out."""
 
 OTHERS = 10
-"""Requests at most for names, metrics and the number of slots."""
+"""Largest number of requests for names, metrics and the number of slots."""
 
 FEW = 3
-"""Number of questions that are asked of another adapter, of which no answers are recorded."""
+"""Number of questions that are asked of another adapter, whose answers are not recorded."""
 
 ON_OWN = "after its own answers"
 WARM = {"cache_prompt": True}  # which llama-server needs; vLLM takes no notice
@@ -63,7 +63,7 @@ class Reloaded(NamedTuple):
         seconds: Seconds that it took.
         roots: Path of the adapter that the server names before and after it; None if it names none.
         before: Answers of the adapter as it was.
-        is_kept: Whether the server still had what it had read for the base model; None if it does not tell.
+        is_kept: Whether the server still had the base model's keys and values afterwards; None if it does not tell.
     """
 
     command: str
@@ -77,11 +77,11 @@ def long_questions(reference: Reference, option: Callable[[str], str] = flag, fi
     """The long questions of a reference.
 
     Args:
-        option: Name of an option as its user writes it.
+        option: Function that writes the name of an option as its user does.
         field: Name of the option that needs them.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: The reference has none.
     """
     if reference.caches is None:
         raise ConfigError(
@@ -123,7 +123,7 @@ class WarmProbe:
         return Reloaded(command.shown, seconds, roots, before, None if kept is None else kept > 0)
 
     def answers(self) -> tuple[dict[str, Asked], Asked, list[Asked], int | None]:
-        """Cold answers of each arm, the base model's on its own, warm ones, and tokens that were found in the cache."""
+        """Cold answers, the base model's answers in its own cache, warm answers, and the number of cached tokens."""
         start = self._metric()
         warm = [self._warm(ADAPTER, "after what the server had before")]  # whose keys and values cold answers may evict
         first = self._metric()
@@ -150,7 +150,7 @@ class WarmProbe:
         return cold, noise, warm, sum(told) if told else None if early is None or late is None else early + late
 
     def on_own(self, arm: str) -> Asked:
-        """A model's answers in a cache that nothing else is put into, nor anything of other weights."""
+        """A model's answers in a cache that holds only what this model has read."""
         own = self._salted("own", arm)
         self._ask(arm, own, "", self.places[:1])
         return self._ask(arm, own, ON_OWN)
@@ -189,7 +189,7 @@ class WarmProbe:
         Args:
             arm: The model.
             place: Place of the question.
-            fields: Fields of the request that say what may be cached.
+            fields: Fields of the request that choose the cache.
         """
         prompt = in_form(self._asker.models, place, self._asker.speaker.dialect)
         assert prompt is not None
@@ -200,7 +200,7 @@ class WarmProbe:
         )
 
     def along(self, place: int, found: Generated) -> dict[int, Row]:
-        """Rows of an answer, as long as its tokens are the expected ones."""
+        """Rows of an answer, up to the first token that is not the expected one."""
         return rows_along(place, self._expected(place), found)
 
     def _expected(self, place: int) -> Sequence[int]:
@@ -238,7 +238,7 @@ class WarmProbe:
 
 
 def most_requests(long: Reference) -> int:
-    """Largest number of requests of `ask_warm`: each model's cold answers, seven rounds of warm ones, and the slots."""
+    """Largest number of requests by `ask_warm`: cold answers, seven rounds of warm ones, and the slots."""
     return 9 * len(long.questions) + 2 * FEW + 2 * (MOST_SLOTS + 1) + OTHERS
 
 

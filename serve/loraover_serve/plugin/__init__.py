@@ -1,1 +1,1 @@
-"""vLLM's plug-in: adapters of any kind by name. It needs only the standard library; a second process prepares."""
+"""vLLM's plug-in: adapters of any kind by name. It needs only the standard library; a worker prepares adapters."""

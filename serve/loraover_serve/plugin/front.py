@@ -1,4 +1,4 @@
-"""The server's side of the worker: it starts the process, asks it without blocking the server, and starts it again."""
+"""The server's side of the worker: it starts the process, waits without blocking the server, and restarts it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loraover_serve.plugin.settings import ADAPTERS, RefusedError, Settings
 logger = logging.getLogger("vllm.loraover")
 
 TRIES = 2
-"""Workers that may end while they prepare one adapter, before it is given up."""
+"""Number of workers that may crash on one adapter before it is refused."""
 
 LINE_BYTES = 2**20
 """Longest answer of a worker."""
@@ -112,7 +112,7 @@ class Front:
 
 
 async def _read(process: Process, expected: Mapping[int, asyncio.Future[dict[str, Any]]]) -> None:
-    """Give each answer to the request that waits for it, until the worker ends; end it if an answer cannot be read."""
+    """Pass each answer to the request that waits for it, until the worker ends; end it if an answer is unreadable."""
     assert process.stdout is not None
     try:
         async for line in process.stdout:

@@ -1,4 +1,4 @@
-"""Mends of vLLM, in the process that calls them; each leaves alone a release that does not have its fault."""
+"""Repairs of vLLM's faults in the process that calls them; a release without the fault is left as it is."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from loraover_serve.plugin.parts import KNOWN, is_known, missing
 from loraover_serve.plugin.service import is_whole
 
 AGAIN_S, POLL_S = 60.0, 0.1
-"""Seconds that a load waits for a prepared adapter that is made again, and between two looks."""
+"""Seconds that a load waits while a prepared adapter is made again, and seconds between two looks at it."""
 
 
 @cache
 def mend(prepared: Path) -> None:
-    """Mend vLLM; if its release is not known, warn instead, and say which parts it lacks.
+    """Repair the faults of a known release of vLLM; of an unknown one, warn, and say which parts it lacks.
 
     Args:
         prepared: Folder of prepared adapters.
@@ -47,7 +47,8 @@ def tell_apart() -> None:
     vLLM compares `LoRARequest`s by their names, and collects those of a batch in a set (read in 0.32 and 0.33:
     `make_lora_inputs` of vllm/v1/worker/gpu_input_batch.py, `get_activate_loras` of vllm/v1/worker/gpu/lora_utils.py).
     If a name is loaded again beside a request that still runs, the batch has two ids under one name, and the set has
-    one of them. The other is not activated, so that looking it up raises KeyError, which ends the server (run in 0.32).
+    one of them. The other is not activated, so that looking it up raises KeyError, which ends the server (seen in
+    0.32).
     """
     if LoRARequest("name", 1, "path") != LoRARequest("name", 2, "path"):
         return
@@ -64,8 +65,8 @@ def tell_apart() -> None:
 def spare_base_rows() -> None:
     """Let vLLM add nothing to the base model's rows on a CPU.
 
-    A row of the base model has the index -1, which vLLM 0.32 for CPUs takes for the last adapter's. With the inputs of
-    such rows at zero, it adds zeros to them, as vLLM 0.33 does.
+    A row of the base model has the index -1, by which vLLM 0.32 for CPUs finds the last adapter. The inputs of such
+    rows are set to zero, so that zeros are added to them, as vLLM 0.33 does.
     """
     from vllm.platforms import current_platform
 
@@ -90,7 +91,7 @@ def spare_base_rows() -> None:
 
 
 def wait_for_files(prepared: Path) -> None:
-    """Let a load wait while a prepared adapter is not whole, since the server's first process prepares it again.
+    """Let a load wait while files of a prepared adapter are missing; the server's first process prepares it again.
 
     vLLM reads an adapter again within a step of its engine, and a failure there ends the server.
     """

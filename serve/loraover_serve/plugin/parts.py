@@ -1,7 +1,7 @@
 """The parts of vLLM that the plug-in relies on, and which of them a release lacks, read from its sources.
 
-vLLM documents its resolvers and its entry points of plug-ins. All else may change with any release, so each such part
-is named here, once.
+vLLM documents its resolvers and the entry points of plug-ins. Everything else may change with any release, so each
+such part is named once, here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KNOWN = {"0.32": "run on a CPU", "0.33": "read"}
-"""Releases of vLLM whose parts are as the plug-in expects, and how that is known."""
+"""Releases of vLLM whose parts are as the plug-in expects, and whether they were run or only read."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
         module: Module that defines it.
         name: Its name there: `function`, `Class`, `Class.attribute`, or `variable.attribute` for one that is assigned.
         use: Use that the plug-in makes of it.
-        takes: Names of the parameters that the plug-in gives or passes on, in order; empty for what is not called.
+        takes: Names of the parameters that the plug-in passes, in order; empty for a part that is not called.
     """
 
     module: str

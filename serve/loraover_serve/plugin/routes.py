@@ -1,4 +1,4 @@
-"""Routes for those who run the server, and adapters served anew; the server's API process imports it alone.
+"""Routes for those who run the server, and the reload of changed adapters; only the server's API process imports it.
 
 Read in vLLM 0.32 and 0.33: vllm/plugins/endpoint_plugins/interface.py, and vllm/entrypoints/openai/models/serving.py,
 whose table of served adapters is private. vLLM loads routes of a plug-in only if VLLM_PLUGINS names it.
@@ -32,7 +32,7 @@ LOOK_S = 1.0
 """Seconds between two looks at the folders of served adapters."""
 
 DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
-"""Data types of adapters by those of models."""
+"""Data types of adapters by the data types of models."""
 
 
 class Routes:
@@ -42,7 +42,7 @@ class Routes:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; what lies below /v1 is guarded by the server's key."""
+        """Add the routes; those below /v1 need the server's key."""
         if service() is None:
             return
         app.get("/v1/adapters")(list_adapters)
@@ -52,7 +52,7 @@ class Routes:
             app.post("/v1/load_lora_adapter", dependencies=[Depends(validate_json_request)])(load_adapter)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Learn what the server was started with, start the worker, and keep adapters prepared and current.
+        """Read the server's options, start the worker, and keep adapters prepared and current.
 
         Raises:
             ValueError: Settings that do not fit the server, which ends.
@@ -130,16 +130,16 @@ async def load_adapter(request: LoadLoRAAdapterRequest, raw_request: Request) ->
 
 
 def served_by(models: OpenAIServingModels) -> dict[str, str]:
-    """Return the path that vLLM has loaded, by name."""
+    """Return the path that vLLM has loaded for each name."""
     return {name: request.lora_path for name, request in models.lora_requests.items()}
 
 
 async def serve_anew(models: OpenAIServingModels, name: str, path: str, *, is_3d: bool | None = None) -> bool:
-    """Let vLLM serve a folder under a name that it serves already, and return whether the folder is another one.
+    """Let vLLM serve a folder under a name that is served already, and return whether the folder is a new one.
 
-    The folder gets another id. Requests that run end with the version that they began with, and no request finds the
-    name missing. If vLLM cannot load the folder, it serves the earlier one. `is_3d` says whether the weights of experts
-    lie in the file as one tensor a layer; None: as those of the served one.
+    The folder gets a new id. Running requests end with the version that they began with, and no request finds the name
+    missing. If vLLM cannot load the folder, it still serves the earlier one. `is_3d` says whether the file holds the
+    weights of a layer's experts as one tensor; None means as in the served one.
     """
     async with models.lora_resolver_lock[name]:
         served = models.lora_requests.get(name)
@@ -159,7 +159,7 @@ async def serve_anew(models: OpenAIServingModels, name: str, path: str, *, is_3d
 
 
 def used_by(models: OpenAIServingModels) -> set[str]:
-    """Return the paths that vLLM may read again: of what it serves, and of what its requests run with."""
+    """Return the paths that vLLM may read again: those of served adapters, and those of running requests."""
     states = models.engine_client.output_processor.request_states.values()
     running = {state.lora_request.lora_path for state in states if state.lora_request is not None}
     return running | {*served_by(models).values()}

@@ -1,4 +1,4 @@
-"""Names of adapters in the plug-in: each is found, prepared when its files are complete, and the outcome remembered."""
+"""Adapters by name in the plug-in: each is found and, when its files are complete, prepared; the outcome is kept."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ PATIENCE_S = 60.0
 """Seconds that a request waits for a folder that is being written."""
 
 HOLDS = "held"
-"""Folder of the cache with a file for each prepared adapter that a server may read, which the server locks."""
+"""Folder of the cache with a file for each prepared adapter that a server may read; the server locks this file."""
 
 RECORD_FILE = "prepared.json"
 """File beside a prepared adapter without which it is prepared again."""
 
 GRACE_S = 600.0
-"""Seconds for which a version is held after vLLM used it last; a request may take some from its name to its start."""
+"""Seconds for which a version is held after vLLM last used it, since a request may wait before it starts."""
 
 State = tuple[tuple[str, int, int, int, int, int], ...]
-"""Marks that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
+"""Facts that change when a file of an adapter is written or replaced: name, device, inode, bytes, times in ns."""
 
 TRIES = 3
 """Largest number of attempts to prepare an adapter whose files change meanwhile, or that the cache loses."""
 
 RETRY_S = 60.0
-"""Seconds until a refused folder of a served adapter is tried again without a change of its files."""
+"""Seconds until a refused folder of a served adapter is tried again although its files have not changed."""
 
 
 def state_of(folder: Path) -> State:
-    """Return the state of an adapter's files; that of a folder without any is empty."""
+    """Return the state of an adapter's files; it is empty if the folder has none of them."""
     found = []
     for name in FILES:
         try:
@@ -59,7 +59,7 @@ def state_of(folder: Path) -> State:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a prepared adapter's files are there, and that of its tensors is as long as its header says."""
+    """Whether a prepared adapter's files exist, and the file of tensors is as long as its header says."""
     try:
         json.loads((folder / CONFIG_FILE).read_bytes())
         with (folder / TENSORS_FILE).open("rb") as file:
@@ -74,8 +74,8 @@ def is_whole(folder: Path) -> bool:
 class Folders:
     """Times since which the adapters' folders have not changed.
 
-    A folder that is half overwritten may hold a well-formed adapter, which nobody trained. Therefore it is read only
-    when nothing has written there for some seconds.
+    A half overwritten folder may hold an adapter that is well formed, but that nobody trained. So a folder is read only
+    if nothing was written there for some seconds.
 
     Args:
         settle_s: Seconds for which a folder has to be unchanged before it is read.
@@ -89,7 +89,7 @@ class Folders:
     def settled(self, folder: Path) -> State | None:
         """Return the state of a folder that has been unchanged for long enough; None for any other.
 
-        Of a folder that is seen for the first time, the files' own times are believed; later changes are timed here,
+        If the folder is seen for the first time, its files' own times count. Later changes are timed by this process,
         since the clock of a file server may differ.
         """
         state, now = state_of(folder), time.monotonic()
@@ -116,10 +116,10 @@ class Folders:
 
 
 class Holds:
-    """Locks on the prepared adapters that this server may read, each held until it is let go or the server ends.
+    """Locks on the prepared adapters that this server may read; each is held until its release or the server's end.
 
-    vLLM reads an adapter again from its path if it was evicted, within a step of its engine, and a failure there ends
-    the server. An earlier version may be read again, too, for a request that still runs. Threads may hold and let go.
+    vLLM reads an evicted adapter again from its path, also an earlier version for a request that still runs. It does so
+    within a step of its engine, where a failure ends the server. Several threads may hold and release locks.
 
     Args:
         cache: Folder of prepared adapters.
@@ -154,7 +154,7 @@ class Holds:
         return (self._cache / digest).is_dir()
 
     def _is_held(self, digest: str, place: Path) -> bool:
-        """Whether the locked file is the one that others find; a lock on a removed file keeps nobody out."""
+        """Whether the locked file is still the one at its path; a lock on a removed file has no effect."""
         with self._lock:
             try:
                 return digest in self._files and os.path.samestat(os.fstat(self._files[digest]), place.stat())
@@ -170,13 +170,13 @@ class Holds:
 
 @dataclass(frozen=True)
 class Version:
-    """An adapter as it was prepared once.
+    """An adapter as it was prepared at some time.
 
     Args:
         fields: Fields of the prepared adapter.
         folder: Folder that it was made from; None for one of the hub.
         state: State of that folder's files.
-        made: State of the prepared files.
+        made: State of the prepared files, as they were written.
     """
 
     fields: dict[str, Any]
@@ -194,7 +194,7 @@ class Version:
         return self.folder is not None and state_of(self.folder) != self.state
 
     def is_lost(self) -> bool:
-        """Whether the prepared files are gone or torn; those that another server has made again are not."""
+        """Whether prepared files are missing or cut off; files that another server has made again are neither."""
         path = Path(self.fields["path"])
         return state_of(path) != self.made and not is_whole(path)
 
@@ -300,7 +300,7 @@ class Service:
         return found.fields
 
     async def _prepare(self, folder: Path | None, source: Mapping[str, str]) -> Version:
-        """Prepare an adapter while its folder does not change, and keep the result from being removed."""
+        """Prepare an adapter from a folder that does not change meanwhile, and lock the result against removal."""
         assert self.served is not None
         for _ in range(TRIES):
             state = () if folder is None else await self._folders.settle(folder)
@@ -331,7 +331,7 @@ class Service:
         raise RefusedError(f"{folder}: its files changed whenever they were read; ask again when they are complete.")
 
     def _is_kept(self, found: Version) -> bool:
-        """Hold a version, and return whether it is whole; else its record is removed, so that it is prepared again."""
+        """Hold a version, and return whether it is complete; if not, remove its record, so that it is made again."""
         is_kept = self._holds.hold(found.digest) and is_whole(Path(found.fields["path"]))
         if not is_kept:
             (self.settings.cache / found.digest / RECORD_FILE).unlink(missing_ok=True)
@@ -345,9 +345,9 @@ class Service:
         self._statuses[name] = Status("refused", before, reason, state, time.monotonic())
 
     def changed(self, served: Mapping[str, str]) -> dict[str, Path]:
-        """Return the folders of served adapters that have changed and are complete, or were lost, by name.
+        """Return the folders of served adapters that have changed and are complete, or that are lost, by name.
 
-        An adapter is lost if its prepared files are gone or torn. Changes count only if the settings ask for reloads.
+        An adapter is lost if prepared files are missing or cut off. Changes count only if the settings ask for reloads.
 
         Args:
             served: Path that vLLM has loaded, by name.
@@ -365,7 +365,7 @@ class Service:
         return found
 
     def let_go(self, used: Collection[str]) -> None:
-        """Forget the versions that vLLM has not used for `GRACE_S`, which may be removed from the cache then.
+        """Release the versions that vLLM has not used for `GRACE_S`, so that they may be removed from the cache.
 
         Args:
             used: Paths of the versions that vLLM serves, and of those that its requests run with.
@@ -388,7 +388,7 @@ class Service:
         return await (self.find(name) if inside else self.prepare(name, source=str(folder)))
 
     def shown(self, served: Mapping[str, str]) -> dict[str, Any]:
-        """Return all adapters that are there or were asked for, as clients may see them.
+        """Return all adapters that exist or were requested, as clients may see them.
 
         Args:
             served: Path that vLLM has loaded, by name.
@@ -423,7 +423,7 @@ class Service:
     def certificate(self, name: str, served: Mapping[str, str]) -> dict[str, Any] | None:
         """Return the record and the certificate of an adapter, without paths; None for one that was not prepared.
 
-        They are those of the version that vLLM serves, else of what was prepared last; `served` is as for `shown`.
+        They belong to the version that vLLM serves, else to the one that was prepared last; `served` is as for `shown`.
         """
         status = self._statuses.get(name)
         found = self._loaded(name, served) or (None if status is None else status.prepared)
@@ -435,7 +435,7 @@ class Service:
         }
 
     def _without_paths(self, text: str, name: str, source: str | None) -> str:
-        """Return a text with names in place of the server's paths, and of our function's argument."""
+        """Return a text with the adapter's name in place of the server's paths, and of an argument of our function."""
         places = [source, str(self.settings.adapters / name)] if source else [str(self.settings.adapters / name)]
         for place in places:
             text = text.replace(place, name)

@@ -24,7 +24,7 @@ MOST_SETTLE_S = 3600.0
 
 
 class RefusedError(Exception):
-    """A name or an adapter that is not served, with the reason, which clients may read."""
+    """A name or an adapter that is not served, with a reason that clients may read."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Settings:
         return name.count("/") == 1 and any(fnmatchcase(name.partition("@")[0], pattern) for pattern in self.hub)
 
     def source_of(self, place: str) -> dict[str, str]:
-        """Return what the load route's `lora_path` names: the `source`, a folder, or a name of the `hub`."""
+        """Return the keyword for the load route's `lora_path`: `source` with a folder, or `hub` with a hub name."""
         try:
             is_folder = Path(place).is_dir()
         except OSError:  # a name that is too long
@@ -70,7 +70,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings | None:
     """Return the settings; None if no folder of adapters is named, so that the plug-in does nothing.
 
     Raises:
-        ValueError: A folder or a command that does not exist, or a number that is none.
+        ValueError: A folder or a command that does not exist, or text in place of a number.
     """
     named = environment.get(ADAPTERS)
     if not named:

@@ -1,7 +1,7 @@
-"""The resolver of adapters' names: every process of vLLM imports this, so that it imports little.
+"""The resolver of adapters' names. Every process of vLLM imports this module, so it imports little itself.
 
-Read in vLLM 0.32 and 0.33: vllm/lora/resolver.py and vllm/entrypoints/openai/models/serving.py. Of a resolver's errors,
-VLLMValidationError becomes an answer of status 400 with its text, and any other one of status 500.
+Read in vLLM 0.32 and 0.33: vllm/lora/resolver.py and vllm/entrypoints/openai/models/serving.py. If a resolver raises
+VLLMValidationError, the answer has status 400 and the error's text; any other error gives status 500.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class AnyAdapter(LoRAResolver):
 
 
 def register_resolver() -> None:
-    """Entry point of vllm.general_plugins, which every process of vLLM calls; it mends vLLM in that process.
+    """Entry point of vllm.general_plugins, which every process of vLLM calls; it repairs vLLM in that process.
 
     Raises:
         ValueError: Environment variables that cannot be used.

@@ -19,7 +19,7 @@ NICENESS = 10
 """Niceness of the worker, since the server's requests come first."""
 
 CHARACTERS = 2000
-"""Longest reason or note, whose keys and values come from an adapter's files: an answer has to fit in a line."""
+"""Longest reason or note in characters: an answer must fit in a line, and the texts of adapters may be long."""
 
 
 def main() -> None:
@@ -50,9 +50,9 @@ def main() -> None:
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Prepare one adapter, and say how it went.
 
-    It takes `source`, or `hub` with a name of the hub, and the other arguments of `prepare_adapter`. It returns
-    `prepared`, the fields of `PreparedAdapter` and the file `record`; or `refused`, the reason, which has the name of
-    an adapter of the hub in place of its folder.
+    The request has `source`, or `hub` with a name of the hub, and the other arguments of `prepare_adapter`. The answer
+    has `prepared`, with the fields of `PreparedAdapter` and the file `record`; or `refused`, with the reason. An
+    adapter of the hub is called by its name there, not by its folder.
     """
     from loraover.common.errors import LoraOverError
     from loraover_export import prepare_adapter

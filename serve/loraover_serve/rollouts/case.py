@@ -5,18 +5,18 @@ that the engine could have by mistake: b itself, an earlier adapter, another one
 if the engine has the adapter as it is, and 0 if it has c. So c is *excluded* if the interval of this strength lies
 above 1/2, and the engine is *nearer* to c than to the right adapter if it lies below.
 
-Rounding draws the strength towards 1/2 from both sides, since a and c have noise that is in both factors. With noise n
-in a and in c, a right engine has (1 + k) / 2 and a wrong one (1 - k) / 2, where
+Rounding moves the strength towards 1/2 from both sides, since the noise of a and c is in both factors of its product.
+With noise n in a and in c, a right engine has the strength (1 + k) / 2 and a wrong one (1 - k) / 2, where
 
     k = 1 - 2 n^2 / rms(a - c)^2.
 
-The judge takes for n the distance of e from a where the adapter is zero. That is the noise of both together, so k is a
-lower bound. 1/2 stays the middle, so that young adapters can be judged by it; how strongly the adapter is applied is
-said only where k is above RELIABLE. All arrays have to be computed in the engine's number format: one that is coarser
-than the trainer's loses what a young adapter changes.
+For n, the judge takes the distance of e from a while the adapter is zero. It is the noise of both together, so k is a
+lower bound. The middle stays 1/2, so that young adapters can be judged too, but the scale of the adapter is judged only
+if k is above RELIABLE. All arrays must be computed in the engine's number format: in a coarser one than the trainer's,
+changes by a young adapter vanish.
 
-A loop is judged at each of thousands of steps. So an alarm needs ALARM times the half interval, unless one half is less
-than k / 2, the distance of a right engine from 1/2, which doubles it as well.
+A loop is judged at each of thousands of steps. So an alarm needs a strength that is off by ALARM times the half
+interval. The plain half is enough if it is less than k / 2, which is the distance of a right engine from 1/2.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ RELIABLE = 0.8
 """Smallest share of a change's square that has to be more than noise before the size of the change is judged."""
 
 SAME = 1e-3
-"""Share of the adapter's change by which two models may differ and be one."""
+"""Share of the adapter's change by which two models may differ and still count as equal."""
 
 ALARM = 2.0
-"""Multiple of the half interval by which a strength is off before it is an alarm."""
+"""Multiple of the half interval by which a strength must be off to raise an alarm."""
 
 HALF, TWICE = "half the scale", "twice the scale"
 FACTORS: Final[Mapping[str, float]] = {HALF: 0.5, TWICE: 2.0}
@@ -54,11 +54,11 @@ FACTORS: Final[Mapping[str, float]] = {HALF: 0.5, TWICE: 2.0}
 
 
 class Compared(NamedTuple):
-    """A model that the engine could have, beside the right one.
+    """A model that the engine could have, compared with the right one.
 
     Args:
         strength: Strength of e - c along a - c: 1 if the engine is right, 0 if it has this model.
-        reliable: Least share of rms(a - c)^2 that is more than noise.
+        reliable: Smallest share of rms(a - c)^2 that cannot be noise.
         rms: RMS distance of the engine from this model, in nats.
         is_excluded: Whether the engine is nearer to the right model.
         is_nearer: Whether the engine is nearer to this model.
@@ -98,25 +98,25 @@ class RolloutCase:
         return math.sqrt(fmean(squares)) if squares else 0.0
 
     def fit_from(self, model: Sequence[float], right: Sequence[float] | None = None) -> Fit:
-        """Strength of the right model, or of another one, in what sets the engine apart from a model."""
+        """Strength of the right model, or of the one in its place, in the difference of the engine from a model."""
         arrays = zip(self.tokens.prompts, self.tokens.engine, right or self.tokens.right, model, strict=True)
         return fit_strength([(p, (e - c) * (a - c), (a - c) ** 2) for p, e, a, c in arrays if c == c and a == a])  # type: ignore[misc]
 
     @cached_property
     def fitted(self) -> list[float]:
-        """The model whose factor on the adapter's change explains the engine best, to first order."""
+        """Logprobs with the factor on the adapter's change that explains the engine best, to first order."""
         return [b + self.along.value * (a - b) for a, b in zip(self.tokens.right, self.tokens.base, strict=True)]
 
     @cached_property
     def noise(self) -> float:
-        """Noise that is known, or the distance that no known model explains: each row has the nearest of them."""
+        """The known noise, else the distance of the engine from known models, the nearest one in each row."""
         if self.known_noise is not None:
             return self.known_noise
         square = self.nearest_square(self.tokens.right, self.fitted, *self.models.values())
         return math.sqrt(square / len(self.tokens.engine))
 
     def nearest_square(self, *models: Sequence[float]) -> float:
-        """Sum of the squares of the engine's distance from models, of which each row has the nearest."""
+        """Sum over rows of the squared distance of the engine from the model that is nearest in the row."""
         nearest = dict.fromkeys(self.tokens.rows, math.inf)
         for model in models:
             sums = dict.fromkeys(nearest, 0.0)
@@ -126,11 +126,11 @@ class RolloutCase:
         return math.fsum(nearest.values())
 
     def reliable(self, effect: float, noise: float | None = None) -> float:
-        """Least share of the square of an effect, in nats, that is more than noise."""
+        """Smallest share of the square of an effect, in nats, that cannot be noise."""
         return 1 - 2 * (self.noise if noise is None else noise) ** 2 / effect**2 if effect else -math.inf
 
     def bounded(self, half: float, fit: Fit) -> float:
-        """Half an interval; exact noise that is known, CERTAIN times and all along it, moves a strength no further."""
+        """Half an interval, bounded on an exact engine by CERTAIN times its noise, all of it along the direction."""
         if self.known_noise is None or self.known_noise > EXACT:
             return half
         return min(half, fit.certain(CERTAIN * (self.known_noise + FLOOR) * math.sqrt(len(self.tokens.engine))))
@@ -156,30 +156,30 @@ class RolloutCase:
 
     @property
     def limit(self) -> float:
-        """Largest distance from a model, in nats, that noise explains; if it is not known, half the right one's."""
+        """Largest distance from a model, in nats, that noise explains; half the right model's if noise is not known."""
         return EXPLAINED * self.distance if self.known_noise is None else COARSER * self.known_noise + FLOOR
 
     @cached_property
     def compared(self) -> list[Compared]:
-        """Every known model that is not the right one everywhere, nor the base model under another name."""
+        """Comparisons with all known models, except the right one, and the base model under another name."""
         found = [self.compare(name, model) for name, model in self.models.items() if name not in self.twins]
         return [each for each in found if each.reliable > -math.inf]
 
     @cached_property
     def twins(self) -> list[str]:
-        """Models that are the base model, such as an earlier adapter whose B was zero."""
+        """Names of models that equal the base model, such as an earlier adapter whose B was zero."""
         computed = {name: model for name, model in self.tokens.models.items() if any(value == value for value in model)}
         base, most = self.tokens.base, SAME * self.effect
         return [name for name, model in computed.items() if self.apart(base, model) <= most]
 
     @cached_property
     def reliable_size(self) -> float:
-        """Least share of the adapter's change that is more than noise, if the engine's distance is noise as well."""
+        """Smallest share of the adapter's squared change that is not noise, if the engine's distance is noise too."""
         return self.reliable(self.effect, max(self.noise, self.distance))
 
     @cached_property
     def allowed(self) -> tuple[float, float]:
-        """Strengths that a right engine can have: from what rounding leaves of the adapter's change, to all of it."""
+        """Strengths that a right engine can have: from the part of the change that rounding leaves, to all of it."""
         number_format = NUMBER_FORMATS[0] if self.noise <= EXACT else None
         return allowed_strength(number_format, (1 + max(self.reliable(self.effect), 0.0)) / 2)
 
@@ -191,7 +191,7 @@ class RolloutCase:
         return self.along.value + half < self.allowed[0] or self.along.value - half > self.allowed[1]
 
     def is_further(self) -> bool:
-        """Whether the engine is further from the trainer than its noise explains, in whichever direction."""
+        """Whether the engine is further from the trainer than its noise explains, in any direction."""
         if self.known_noise is None:
             return False
         squares = zip(self.tokens.prompts, self.tokens.engine, self.tokens.right, strict=True)
@@ -219,7 +219,7 @@ class RolloutCase:
         ]
 
     def mixed(self, model: Sequence[float]) -> tuple[list[Hashable], list[Hashable]]:
-        """Rows that have a model, and rows that have the right one, of those at which this is seen."""
+        """Rows that have a model, and rows that have the right one, among the rows that tell the two apart."""
         sums = defaultdict[Hashable, list[tuple[float, float]]](list)
         arrays = zip(self.tokens.rows, self.tokens.engine, self.tokens.right, model, strict=True)
         for row, e, a, c in arrays:

@@ -150,7 +150,7 @@ def _shown(value: Any) -> str:
 
 
 def _layout(row: Row) -> list[str]:
-    """The keys of a row that all rows of a step have, with the candidates and the number of earlier adapters."""
+    """Names of a row's keys and candidates, and its number of earlier adapters, which a step's rows share."""
     found = sorted(name for name in row if name not in ("candidates", "earlier", "token"))
     return [*found, f"{len(row.get('earlier', []))} earlier", *sorted(row.get("candidates", {}))]
 

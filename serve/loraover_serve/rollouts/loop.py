@@ -1,4 +1,4 @@
-"""The judge of a loop: it pools steps, and learns the noise while the adapter is zero."""
+"""The judge of a training loop: it judges steps together, and learns the noise while the adapter is zero."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class RolloutJudge:
     """Judge of a training loop that samples from an engine, step by step.
 
     Each step is judged alone, and together with the 1, 3, 7, ... steps before it, up to the window. The shortest of
-    these that shows a fault decides, unless fewer and newer steps exclude it: a fault that has begun is named at once,
-    one that is small when enough steps show it, and one that is over no longer. While the adapter is zero, a and b are
-    equal, and what sets the engine apart is its noise.
+    these spans that shows a fault decides, unless a shorter one excludes the fault. So a large fault is named at once,
+    a small one when enough steps show it, and a fault that has ended is not named again. While the adapter is zero, a
+    and b are equal, and the engine's distance from them is its noise.
 
     Args:
         window: Largest number of steps that are judged together.
-        tokens: Number of tokens of a step that are looked at, spread over its rows; of many rows, some are drawn.
+        tokens: Number of tokens of a step that are compared, spread over its rows; some rows are drawn if there are
+            many.
         noise: RMS difference of e from a where the adapter is zero, in nats; None learns it from the steps where it is.
     """
 
@@ -93,7 +94,7 @@ class RolloutJudge:
         return self._with_doubt(found[-1])
 
     def _with_doubt(self, found: Finding) -> Finding:
-        """Not *as trained* if the noise that was learned is more than rounding makes: a fault may be all of it."""
+        """Withhold *as trained* if the learned noise is larger than rounding makes it, since a fault may cause it."""
         if self.given_noise is not None or found.verdict != "as trained" or found.noise <= MOST_LEARNED:
             return found
         doubt = (
@@ -119,10 +120,10 @@ class RolloutJudge:
         return {"schema": SCHEMA, "noise": {"square": self._square, "tokens": self._learned}, "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
+        """Continue from the state that `state_dict` returned.
 
         Args:
-            state: What it returned, also after a way through JSON.
+            state: The state, which may have been written as JSON and read again.
 
         Raises:
             CheckpointError: Another schema, or contents that `state_dict` does not write.
@@ -144,7 +145,7 @@ class RolloutJudge:
 
 
 def _is_over(older: Finding, newer: Finding) -> bool:
-    """Whether newer steps alone exclude a fault that they show together with older ones."""
+    """Whether newer steps exclude a fault that was found in them together with older steps."""
     if older.share is not None:
         return newer.verdict == "as trained" and older.share > newer.visible_share
     named = older.suspects[0].detail if older.fault not in (None, SCALED) else None

@@ -1,7 +1,8 @@
 """Logprobs of sampled tokens by the model that is trained, in the number format of the engine that sampled them.
 
-bfloat16 swallows a change that is smaller than its step, so logprobs of a young adapter can be compared only if both
-sides round alike. Here each module rounds its weights and inputs while it runs, so that nothing is kept twice.
+A change that is smaller than a step of bfloat16 vanishes, so logprobs of a young adapter can be compared only if both
+sides round in the same way. Here each module rounds its weights and inputs while it runs, so that no second copy of the
+model is kept.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Row:
         ids: Token ids of the prompt and of the answer, without padding.
         places: Places in `ids` of the tokens that the engine has sampled, rising and above 0.
         engine: The engine's logprob of each of these, in nats.
-        own: The trainer's, if it has computed them.
-        version: Number of the adapter that had to sample the row; None: the present one.
+        own: The trainer's logprobs, if it has computed them.
+        version: Number of the adapter that should have sampled the row; None means the present one.
     """
 
     ids: tuple[int, ...]
@@ -62,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class EngineNumbers:
-    """How an engine has the policy.
+    """Form in which an engine holds the policy.
 
     Args:
         dtype: Number format of its weights and outputs.
@@ -74,11 +75,11 @@ class EngineNumbers:
 
 
 class Policy:
-    """The model that is trained, as an engine has it or could have it by mistake.
+    """The model that is trained, in the form in which an engine holds it, or holds it by mistake.
 
     Args:
         model: The PEFT model. Its A and B are trained, and nothing else.
-        engine: How the engine has it.
+        engine: Form in which the engine holds it.
         temperature: Number by which logits are divided.
         batch_size: Number of rows that are run at once.
         attention: Implementation of attention to run with; None takes the trainer's.
@@ -157,7 +158,7 @@ class Policy:
         return {name: one.detach().to("cpu", copy=True) for name, one in self.names.items()}
 
     def changes(self, factors: Mapping[str, float]) -> dict[str, Callable[[Adapter], Adapter]]:
-        """Changes of an adapter by mistake: B times each factor but 1, or B zero in a part of the modules."""
+        """Adapters as mistakes change them: B times each factor but 1, or zero in a part of the modules."""
         every_b = [site for site in self.sites if site.matrix == "B"]
         found = {name: partial(self._times, factor, every_b) for name, factor in factors.items() if factor != 1}
         numbers = [int(site.layer.split()[-1].replace("-", "0")) for site in every_b]
@@ -260,7 +261,7 @@ class Policy:
                 hook.remove()
 
     def _swapped(self, module: nn.Module, layer: Any) -> list[Any]:
-        """Hooks by which a module has other parameters while it runs: rounded, after the adapter's delta is added."""
+        """Hooks that round a module's parameters while it runs, after adding the adapter's delta."""
         dtype, held = self.engine.dtype, list[Mapping[str, Any]]()
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from loraover_serve.judge.results import Suspect
 from loraover_serve.rollouts.verdict import RolloutVerdict
 
 NOT_JUDGED = "not judged"
-"""Words for a step without a verdict, and for a run whose steps have none."""
+"""Verdict, in words, of a step without one and of a run without judged steps."""
 
 
 class JudgedStep(StrictModel):
@@ -41,7 +41,7 @@ class JudgedStep(StrictModel):
 
     @property
     def word(self) -> str:
-        """The verdict, or that there is none."""
+        """The verdict, or words for none."""
         return self.verdict or NOT_JUDGED
 
 
@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
     @property
     def last(self) -> JudgedStep:
-        """The last step, which has seen most."""
+        """The last step, which is judged with most steps before it."""
         return self.steps[-1]
 
     @property
@@ -85,7 +85,7 @@ class RolloutReport(StrictModel):
 
     @property
     def word(self) -> str:
-        """The verdict, or that there is none."""
+        """The verdict, or words for none."""
         return self.verdict or NOT_JUDGED
 
     @property
@@ -111,7 +111,7 @@ class RolloutReport(StrictModel):
 
 
 def decisive_step(steps: list[JudgedStep]) -> JudgedStep:
-    """The first step that decides: one that differs and names a fault, that differs, or that cannot be judged."""
+    """The step that decides: the first that names a fault, else that differs, else that cannot be judged."""
     begun = next((each.step for each in steps if each.effect > 0 or each.tokens == 0), math.inf)
     rules: list[Callable[[JudgedStep], bool]] = [
         lambda each: each.verdict == "differs" and each.fault is not None,

@@ -23,11 +23,11 @@ TEMPLATE = "rollouts.html.j2"
 SHOWN = 20
 """Rows of the table on a terminal; the page has all."""
 DRAWN = 400
-"""Steps of a figure at most; of a longer run, some are left out."""
+"""Largest number of steps in a figure; some steps of a longer run are left out."""
 STRENGTHS = (-0.5, 2.0)
-"""Ends of the axis of strengths at most; what lies beyond is cut off."""
+"""Widest range of the axis of strengths; values beyond it are cut off."""
 LOWEST = 1e-6
-"""Nats, below which a value is drawn at the lower end."""
+"""Smallest value in nats that is drawn; smaller values are drawn there."""
 BANDS: Sequence[Key] = [("as trained", "good", None), ("differs", "bad", None), ("not decided", "open", None)]
 
 
@@ -58,7 +58,7 @@ def sentence_of(report: RolloutReport) -> str:
 
 
 def spans_table(spans: Sequence[Span]) -> Table[Span]:
-    """Return a table of steps in a row with one verdict; figures are those of the last of them."""
+    """Return a table with a row for each span of steps with one verdict, and the figures of its last step."""
 
     def last(cell: Callable[[JudgedStep], str]) -> Callable[[Span], str]:
         return lambda span: cell(span.last)
@@ -137,7 +137,7 @@ def _steps_axis(steps: Sequence[JudgedStep]) -> Axis:
 
 
 def _bands(steps: Sequence[JudgedStep]) -> list[Band]:
-    """Shade each step in the colour of its verdict, to the middle between it and its neighbours."""
+    """Shade each step in the colour of its verdict, up to the middle between it and each neighbour."""
     numbers = [each.step for each in steps]
     middles = [(one + other) / 2 for one, other in pairwise(numbers)]
     ends = [numbers[0] - 0.5, *middles, numbers[-1] + 0.5]

@@ -27,15 +27,15 @@ class RolloutSource(ABC):
     """
 
     needs: ClassVar[Sequence[str]]
-    """Names that are read of the trainer, after dots those of its parts"""
+    """Attributes of the trainer that are read, such as `vllm_generation.llm`"""
     server: ClassVar[str]
     """Name of the client of a vLLM server"""
     local: ClassVar[str]
     """Name of a vLLM in this process"""
     trains_on_logprobs: ClassVar = True
-    """Whether the trainer uses the engine's logprobs, so that it matters that the temperature is in them"""
+    """Whether the trainer uses the engine's logprobs, so that they must include the temperature"""
     attention: ClassVar[str | None] = None
-    """Attention to run rows with; None: the trainer's"""
+    """Implementation of attention to run rows with; None means the trainer's"""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -43,7 +43,7 @@ class RolloutSource(ABC):
 
     @abstractmethod
     def new_rows(self) -> list[Row]:
-        """Rows that were sampled for the present step; none if the step takes older ones again."""
+        """Rows that were sampled for the present step; none if the step uses older rows again."""
 
     @property
     def version(self) -> int | None:
@@ -62,7 +62,7 @@ class RolloutSource(ABC):
         return found
 
     def engine_settings(self) -> tuple[str, str]:
-        """Number format of the engine and the mode of its logprobs, as it tells."""
+        """Number format of the engine and the mode of its logprobs, as the engine reports them."""
         if getattr(self.trainer.args, "vllm_mode", "server") == "server":  # AsyncGRPO has no other
             told = read(self.trainer, self.server).get_server_info()["model_config"]
             return str(told["dtype"]), str(told["logprobs_mode"])
@@ -78,7 +78,7 @@ def read(trainer: Any, path: str) -> Any:
 
 
 class Buffered(RolloutSource):
-    """GRPO: the rows, with the engine's logprobs, wait for their steps."""
+    """GRPO: the rows wait for their steps in a buffer, with the engine's logprobs."""
 
     needs = ("_buffered_inputs", "_metrics", "temperature", "vllm_generation")
     server, local = "vllm_generation.vllm_client", "vllm_generation.llm"
@@ -88,7 +88,7 @@ class Buffered(RolloutSource):
         self._seen: Any = None
 
     def new_rows(self) -> list[Row]:
-        """The rows of all micro-batches, once for each time that the engine has sampled."""
+        """The rows of all micro-batches; they are returned once after each sampling."""
         buffered = self.trainer._buffered_inputs
         if buffered is self._seen:
             return []
@@ -119,14 +119,14 @@ class Buffered(RolloutSource):
 
 
 def answered(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], logprobs: Any) -> Iterator[Row]:
-    """Rows of vLLM's answers, of which each token has a list of logprobs that begins with its own."""
+    """Rows of vLLM's answers. Each token has a list of logprobs, which begins with the token's own."""
     for prompt, answer, told in zip(prompts, answers, logprobs, strict=True):
         places = tuple(range(len(prompt), len(prompt) + len(answer)))
         yield Row((*prompt, *answer), places, tuple(float("nan") if v[0] is None else float(v[0]) for v in told))
 
 
 class GeneratedRollouts(RolloutSource):
-    """RLOO: it drops the engine's logprobs, so that they are kept when they arrive."""
+    """RLOO: the trainer drops the engine's logprobs, so they are copied when they arrive."""
 
     needs = ("_metrics", "temperature", "vllm_generation.generate", "vllm_generation.logprobs")
     server, local = "vllm_generation.vllm_client", "vllm_generation.llm"
@@ -153,7 +153,7 @@ class GeneratedRollouts(RolloutSource):
 
 
 class Pairs(GeneratedRollouts):
-    """Online DPO with a vLLM server: it drops the engine's logprobs, too."""
+    """Online DPO with a vLLM server: the trainer drops the engine's logprobs, too."""
 
     needs = ("stats", "temperature", "vllm_mode", "vllm_client.generate")
     server, local = "vllm_client", "llm"
@@ -183,10 +183,10 @@ class Pairs(GeneratedRollouts):
 
 
 class Queued(RolloutSource):
-    """AsyncGRPO: samples come from a queue, with the number of the adapter; a step's loss sees them packed.
+    """AsyncGRPO: samples come from a queue, with the number of the adapter; the loss gets them packed.
 
-    Each sample has to be from the adapter that it names, and of an adapter that is at most `max_staleness` older than
-    the present one.
+    Each sample must come from the adapter whose number it has, and this adapter may be at most `max_staleness` versions
+    older than the present one.
     """
 
     needs = ("_metrics", "_lora_sync", "args.max_staleness", "compute_loss", "model_version", "rollout_queue")
@@ -209,7 +209,7 @@ class Queued(RolloutSource):
 
     @property
     def merges(self) -> bool:
-        """Whether the server got no LoRA, so that weights are sent."""
+        """Whether the server was started without a LoRA, so that merged weights are sent to it."""
         return not self.trainer._lora_sync
 
     @property
@@ -247,7 +247,7 @@ def _key(logprobs: Any) -> bytes:
 
 
 class _Recorded:
-    """A queue that shows each of its samples."""
+    """A queue that hands each of its samples to a function as well."""
 
     def __init__(self, queue: Any, show: Callable[[Any], None]) -> None:
         self._queue, self._show = queue, show
@@ -267,7 +267,7 @@ SOURCES: Final[dict[str, type[RolloutSource]]] = {
     "RLOOTrainer": GeneratedRollouts,
     "OnlineDPOTrainer": Pairs,
 }
-"""Sources by the name of the trainer of TRL, from which others may be derived."""
+"""Sources by the name of TRL's trainer; they also serve trainers that are derived from it."""
 
 
 def source_of(trainer: Any) -> RolloutSource:

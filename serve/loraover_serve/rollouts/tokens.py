@@ -19,10 +19,10 @@ Candidate = Sequence[float | None]
 """Logprobs in nats by a model that the engine could have; None at tokens for which they were not computed."""
 
 OF_A_ROW = 8
-"""Tokens of a row by which it is seen whether the row has the fault of some rows."""
+"""Number of tokens of a row that are enough to see a fault that only some rows have."""
 
 STALE_BY = "stale by {}"
-"""Name of an earlier adapter, by the number of steps that it is behind."""
+"""Name of an earlier adapter, by its age in steps."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SampledTokens:
         )
 
     def thinned(self, tokens: int) -> SampledTokens:
-        """At most about so many tokens, OF_A_ROW or more of each row; of too many rows some, which are drawn by lot."""
+        """At most about so many tokens, at least OF_A_ROW of each row; of too many rows, some are drawn at random."""
         if len(self.engine) <= tokens:
             return self
         places = defaultdict[Hashable, list[int]](list)
@@ -143,13 +143,13 @@ def read_tokens(
 
 
 def _plain(values: Any) -> list[Any]:
-    """The values of an array or a tensor as Python's own, by which equal ones are one; token ids become a tuple."""
+    """Values of an array or a tensor as Python objects that can be compared and hashed; a list becomes a tuple."""
     listed = values.tolist() if hasattr(values, "tolist") else values
     return [tuple(each) if isinstance(each, list) else each for each in listed]
 
 
 LEAST, EPSILON = -1e4, 1e-3
-"""Smallest logprob that a model gives in nats, and nats above 0 that rounding gives to a token that is certain."""
+"""Smallest logprob of a token in nats, and largest one: rounding may lift that of a certain token above 0."""
 
 
 def is_logprob(value: float) -> bool:
@@ -163,7 +163,7 @@ def is_name(name: str) -> bool:
 
 
 def _twice(tokens: SampledTokens, positions: Sequence[int] | None) -> str | None:
-    """Say which row has two prompts, or twice the same position, as gathered replicas that repeat rows have."""
+    """Say which row has two prompts, or one position twice, as if rows of replicas were gathered with equal numbers."""
     prompt_of: dict[Hashable, Hashable] = {}
     at: dict[tuple[Hashable, int], tuple[float, float]] = {}
     for index, (row, prompt) in enumerate(zip(tokens.rows, tokens.prompts, strict=True)):

@@ -1,4 +1,4 @@
-"""The judge of rollouts inside the trainers of TRL: what it reads, when it runs the model, and what it says."""
+"""The judge of rollouts inside the trainers of TRL: which rows it reads, when it runs the model, and what it logs."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ STATE_FILE, FAILURE_FILE = "verify_rollouts.json", "failure.json"
 SCHEMA = 1
 
 KEPT = 4
-"""Number of earlier adapters that an engine can be found to have."""
+"""Number of earlier adapters that are kept, so that an engine can be found to have one of them."""
 
 LOOK_BACK = 8
-"""Number of checks after which the adapters of one step before and of the beginning are looked for without an alarm."""
+"""Number of checks after which the adapters of the last step and of the start are compared, even without an alarm."""
 
 ALARMS = 2
-"""Number of findings in a row that differ, after which training is stopped."""
+"""Number of consecutive findings that differ, after which training is stopped."""
 
 FEWEST_ROWS = 2
 SHARES = {False: 1 / 16, True: 1 / 32}
-"""Share of the rows that is run by default, by whether the trainer's own logprobs have to be computed again."""
+"""Share of the rows that a check runs by default; the key says whether the trainer's logprobs are computed again."""
 
 AT_START = "the adapter as this run began"
 RAW = "logprobs before the temperature"
 
 CODES = {"as trained": 1.0, "applied, scale not known yet": 0.5, "differs": -1.0}
-"""Verdicts as numbers for the log; 0 is too early, or none."""
+"""Verdicts as numbers for the log; 0 means that it is too early, or that there is no verdict."""
 
 REMEDIES = {
     NOT_APPLIED: "the sync has not reached the engine, or requests name the base model; compare the model's name in "
@@ -81,12 +81,12 @@ class VerifyRollouts(TrainerCallback):
     Args:
         trainer: The trainer, before `train`.
         every: Number of times that the engine samples between two checks.
-        action: What follows when two checks in a row differ: "warn" goes on; "stop" saves a checkpoint, ends training,
-            and raises ParityError. Both write `failure.json` into `output_dir`.
-        rows: Number of rows of each process that are run at a check. None takes a sixteenth, or half as many if
-            the engine's number format is not the trainer's or there is dropout; at least 2.
+        action: Action after two consecutive checks that differ: "warn" continues training; "stop" saves a checkpoint,
+            ends training, and raises ParityError. Both write `failure.json` into `output_dir`.
+        rows: Number of rows of each process that are run at a check. None takes a sixteenth, or half as many if the
+            engine's number format is not the trainer's or there is dropout; at least 2.
         engine_dtype: Number format of the engine; None asks it once.
-        merged: Whether the engine gets weights with the adapter in them; None: as TRL syncs.
+        merged: Whether the engine gets weights with the adapter merged; None means that TRL's settings decide.
         judge: The judge; None makes one with its defaults.
 
     Raises:
@@ -150,7 +150,7 @@ class VerifyRollouts(TrainerCallback):
         trainer.add_callback(self)
 
     def _asked(self) -> tuple[str, bool]:
-        """The engine's number format, and whether its logprobs are from before the temperature; one process asks."""
+        """The engine's number format, and whether its logprobs lack the temperature; one process asks for all."""
         found: list[Any] = [None]
         if self.trainer.accelerator.is_main_process:
             try:
@@ -167,7 +167,7 @@ class VerifyRollouts(TrainerCallback):
 
     @property
     def computes_again(self) -> bool:
-        """Whether the trainer's own logprobs are not those of the engine's number format, or have dropout in them."""
+        """Whether the trainer's own logprobs have another number format than the engine's, or dropout in them."""
         policy, args = self.policy, self.trainer.args
         return (
             policy.engine.dtype != torch.float32 or bool(policy.coarse) or args.bf16 or args.fp16 or policy.has_dropout
@@ -176,7 +176,7 @@ class VerifyRollouts(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on with the judge of the checkpoint that a run is resumed from."""
+        """Restore the judge from the checkpoint that a run is resumed from."""
         if state.global_step == 0:
             return
         named = args.resume_from_checkpoint
@@ -231,7 +231,7 @@ class VerifyRollouts(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End a run that was stopped as a failure, and say if nothing was judged.
+        """Raise an error if the run was stopped by this callback, and report if nothing was judged.
 
         Raises:
             ParityError: The action is "stop", and two checks in a row differed, or no check had anything to compare.
@@ -252,7 +252,7 @@ class VerifyRollouts(TrainerCallback):
             )
 
     def _remember(self, has_sampled: bool) -> None:
-        """Keep a copy of the adapter that the engine has got, if it is another one."""
+        """Keep a copy of the adapter that the engine has now, if it is a new one."""
         version = self.source.version
         if version is None:
             version = self._sampled + has_sampled
@@ -262,7 +262,7 @@ class VerifyRollouts(TrainerCallback):
                 self._start = {} if self.policy.is_zero else self._versions[0][1]
 
     def _judged(self, rows: Sequence[Row]) -> Finding:
-        """Judge a part of the rows; after an alarm again, with all known faults."""
+        """Judge a part of the rows; after an alarm, judge them again with all known faults."""
         chosen = self._chosen([row for row in rows if row.places])
         arrays = self._arrays(chosen)
         looks_back = self._checks % LOOK_BACK == LOOK_BACK - 1
@@ -278,7 +278,7 @@ class VerifyRollouts(TrainerCallback):
         return finding
 
     def _chosen(self, rows: Sequence[Row]) -> list[Row]:
-        """As many rows as a check may run, of as many prompts as there are."""
+        """As many rows as a check may run, from as many prompts as possible."""
         share = SHARES[self.computes_again]
         most = self.most_rows or max(FEWEST_ROWS, math.ceil(len(rows) * share))
         seen: dict[Any, int] = {}
@@ -289,7 +289,7 @@ class VerifyRollouts(TrainerCallback):
         return [rows[index] for _, index in sorted(turns)[:most]]
 
     def _arrays(self, rows: Sequence[Row]) -> dict[str, list[float]]:
-        """Logprobs of the engine, of the policy that had to sample, and without its adapter."""
+        """Logprobs by the engine, by the policy that should have sampled, and by the base model."""
         engine = [value for row in rows for value in row.engine]
         base = self.policy.logprobs(rows, base=True)
         if self.policy.is_zero:
@@ -302,7 +302,7 @@ class VerifyRollouts(TrainerCallback):
     def _of_versions(
         self, rows: Sequence[Row], older: int = 0, change: Callable[[Adapter], Adapter] = lambda adapter: adapter
     ) -> list[float]:
-        """Logprobs of each row by the adapter that had to sample it, changed or an older one; NaN if it is lost."""
+        """Logprobs of each row by its own version of the adapter, changed or made older; NaN if it is not kept."""
         places = {version: place for place, (version, _) in enumerate(self._versions)}
         found: dict[int, list[float]] = {}
         by_place: dict[int, list[int]] = {}
@@ -330,7 +330,7 @@ class VerifyRollouts(TrainerCallback):
     def _step(
         self, rows: Sequence[Row], arrays: dict[str, list[float]], models: dict[str, list[float]], again: bool = False
     ) -> Finding:
-        """Let the judge see the rows of all processes."""
+        """Give the rows of all processes to the judge."""
         keys = [(row.prompt, index, place) for index, row in enumerate(rows) for place in row.places]
         told = gather_object([{"keys": keys, "arrays": arrays, "models": models}])
         each = {name: [value for one in told for value in one["arrays"][name]] for name in arrays}
@@ -355,7 +355,7 @@ class VerifyRollouts(TrainerCallback):
         )
 
     def _log(self, finding: Finding) -> None:
-        """Give the finding to the trainer's next line of the log, which has the last one, or the last that differs."""
+        """Add the finding to the trainer's next line of the log, which shows the last one, or the last that differs."""
         along = finding.strength
         numbers = {
             "strength": math.nan if along is None else along.value,
@@ -400,7 +400,7 @@ def _dtype(name: str) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """A value as JSON has it: null in place of a number that is not finite."""
+    """A value for JSON: null in place of a number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -58,23 +58,23 @@ class Finding:
     distance: float = 0.0
     """RMS difference of the engine's logprobs from the trainer's, in nats"""
     noise: float = 0.0
-    """The noise that was taken: RMS difference of a right engine from the trainer, in nats"""
+    """RMS difference of a right engine from the trainer, in nats, as given, learned or estimated"""
     reliable: float = 0.0
-    """Least share of the effect's square that is more than noise; 1 without any noise"""
+    """Smallest share of the effect's square that cannot be noise; 1 without any noise"""
     tokens: int = 0
     """Number of tokens that were compared"""
     prompts: int = 0
-    """Number of their prompts"""
+    """Number of prompts that they belong to"""
     needed: int | None = None
-    """Number of tokens like these that it takes to tell the adapter from the base model; None if it is not known"""
+    """Number of tokens like these that would show whether the adapter is applied; None if it is not known"""
     excluded: Sequence[str] = ()
     """Models and factors that the engine does not have"""
     not_excluded: Sequence[str] = ()
     """Models and factors that the engine could have"""
     share: float | None = None
-    """Share of the rows that have the fault; None if it is not one of some rows"""
+    """Share of the rows that have the fault; None if not just some rows have it"""
     visible_share: float = 1.0
-    """Smallest share of rows without the adapter that is seen in 99 of 100 cases"""
+    """Smallest share of rows without the adapter that would be seen in 99 of 100 cases"""
 
 
 def judge_rollouts(
@@ -163,7 +163,7 @@ def judge_tokens(tokens: SampledTokens, noise: float | None) -> Finding:
 
 
 def _some_rows_are_others(case: RolloutCase) -> Finding | None:
-    """Rule for a mixture: a part of the rows has another model, and the others are right."""
+    """Rule for mixtures: some rows have another model, and the others are right."""
     found = []
     for each in case.compared:
         if each.reliable >= RELIABLE:
@@ -223,13 +223,13 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
 
 
 def _suspect(each: Compared) -> Suspect:
-    """A known model as a suspect; an earlier adapter is a stale one, and others have the names that they were given."""
+    """A known model as a suspect: an earlier adapter is called stale, and other models keep their names."""
     stale = STALE_BY.format("")
     return Suspect(STALE if each.name.startswith(stale) else each.name, each.name, each.rms, each.explains)
 
 
 def _fitted(case: RolloutCase) -> Suspect:
-    """The factor that explains the engine best, with the known factors that are as near."""
+    """The factor that explains the engine best, as a suspect, with the known factors that its interval includes."""
     rms = case.apart(case.tokens.engine, case.fitted)
     half = max(case.bounded(case.along.half, case.fit), LEFT * abs(case.along.value))
     names = [name for name, factor in case.factors.items() if abs(factor - case.along.value) <= half]
@@ -273,7 +273,7 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
 
 
 def _is_applied(case: RolloutCase) -> Finding:
-    """The base model is excluded: the adapter is applied, and as trained if its strength is known well enough."""
+    """The base model is excluded, so the adapter is applied; it is as trained if its strength is known well enough."""
     what = (
         f"the adapter has the strength {case.along}, and {case.allowed[0]:.3g} to {case.allowed[1]:.3g} is right; the "
         f"engine is off by {case.distance:.2g} nats, where the adapter changes {case.effect:.2g}"

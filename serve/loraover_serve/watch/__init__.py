@@ -1,1 +1,1 @@
-"""A canary: adapters on servers are checked by their references again and again, and a change is shown."""
+"""A canary: it checks adapters on servers against their references again and again, and shows changes."""

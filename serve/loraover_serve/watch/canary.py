@@ -1,4 +1,4 @@
-"""The canary: which adapter is checked next, within the budget, its check, and what the checks have shown."""
+"""The canary: it chooses the next adapter within the budget, checks it, and keeps the results."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AT_ONCE = 4
 """Checks that run at the same time, each on another server."""
 
 CACHES_TIMES = 4
-"""Factor on the seconds that a check may take if it asks the server's cache, whose questions are long."""
+"""Factor on the seconds that a check may take if it also asks the long questions of the server's cache."""
 
 FAILED = "failed"
-"""Verdict of a check that did not end, and on the cache if it was to ask it."""
+"""Verdict of a check that did not end; also its verdict on the cache, if it should have asked for one."""
 
 
 @dataclass
@@ -45,11 +45,12 @@ class PlannedCheck:
 class Canary:
     """Plans checks, and keeps their results. Its time is in seconds since 1970, and comes from the caller.
 
-    The time may be set back: no check waits for longer than its interval, and what was sent counts as sent just now.
+    The clock may be set back. Even then, no check waits for longer than its interval, and all earlier requests count as
+    sent just now.
 
     Args:
-        draw: Source of the jitter.
-        on_change: Receiver of each check whose verdict or fault differs from those before, and of the check before.
+        draw: Source of random numbers, by which intervals vary.
+        on_change: Function that gets each check whose verdict or fault is new, and the check before it.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Canary:
         self._plan: dict[tuple[str, str], PlannedCheck] = {}
         self._spent = deque(each for each in history.requests_since(now - HOUR_S) if each[0] <= now)
         self._used = sum(requests for _, requests in self._spent)
-        """Requests of the last hour, and those that running checks may send."""
+        """Number of requests in the last hour, with those that running checks may still send."""
         self._reserved: Counter[tuple[str, str]] = Counter()
         self._forgotten = now
         self.checks: Counter[tuple[str, str, str]] = Counter()
@@ -74,7 +75,7 @@ class Canary:
         self.configure(watched, now)
 
     def configure(self, watched: Watched, now: float) -> None:
-        """Take another configuration; adapters that stay keep their times, if they are not too late for it.
+        """Take a new configuration; adapters that stay keep their times, unless these are too late for it.
 
         A first check comes an interval after the last one in the history, or soon, at a random time.
         """
@@ -101,8 +102,8 @@ class Canary:
     def begin(self, now: float) -> WatchTarget | None:
         """Begin the most overdue check for which the budget has room, if one is due and its server is free.
 
-        A check that waits for the budget is overtaken by smaller ones, until it is an hour overdue. By then, an hour
-        without other checks leaves the budget to it.
+        Smaller checks may overtake one that waits for the budget, until it is an hour overdue. Then no other check
+        begins before it, and the budget becomes free within an hour.
         """
         with self._lock:
             running = {one.target.server.name for one in self._plan.values() if one.is_running}
@@ -123,9 +124,9 @@ class Canary:
             return None
 
     def asks_caches(self, target: WatchTarget) -> bool:
-        """Whether the next check asks the server's cache: the first, each Nth, and all from a fault to its end.
+        """Whether the next check asks the server's cache: the first and each Nth do, and all while a fault lasts.
 
-        One that failed or decided nothing counts as asked: the checks after it, which ask less, tell of the weights.
+        A check that failed or decided nothing counts as asked, so that the next checks judge the weights alone.
         """
         last, later = self.history.last_of_caches(target.key)
         return target.caches_every > 0 and (
@@ -176,7 +177,7 @@ class Canary:
             self._on_change(check, before)
 
     def wait_s(self, now: float) -> float:
-        """Seconds until the next check is due; 0 if one is due that waits for a server or for the budget."""
+        """Seconds until the next check is due; 0 if a check is due but waits for its server or for the budget."""
         with self._lock:
             idle = [one.due for one in self._plan.values() if not one.is_running]
             return max(0.0, min(idle) - now) if idle else HOUR_S
@@ -198,8 +199,8 @@ def ask(
 
     Args:
         clock: Clock in seconds since 1970.
-        reserve: Function that says whether a number of further requests may be sent to find out which adapter answers
-            in its place.
+        reserve: Function that reserves a number of further requests, to find out which other adapter answers, and
+            returns whether they may be sent.
         with_caches: Whether the server's cache is asked, if the configuration wants it at all.
     """
     begun, request = time.monotonic(), replace(target.request, caches=target.request.caches and with_caches)

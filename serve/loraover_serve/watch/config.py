@@ -24,7 +24,7 @@ REQUESTS_PER_PLACE = 7
 """Largest number of requests of a check for each token of the reference, beside those for the adapter alone: one for
 the base model, three in mixed batches, the requests that run beside those, and one for the greedy answer."""
 QUICK = 16
-"""Requests of a quick check at most, with those that find out names and protocol."""
+"""Largest number of requests of a quick check, with those that find out names and protocol."""
 
 
 class AdapterSettings(StrictModel):
@@ -107,7 +107,7 @@ class WatchTarget:
 
     @property
     def search(self) -> int:
-        """Largest number of requests that find out which adapter answers in the place of one that differs."""
+        """Largest number of requests that find out which other adapter answers if a check differs."""
         return QUICK + SCREENED + NEAREST * (2 * QUICK + self.most)
 
     @property
@@ -137,7 +137,7 @@ def read_config(path: Path) -> Watched:
         path: The YAML file.
 
     Raises:
-        ConfigError: A file that is not such a YAML file, or values that do not fit; every fault of the kind is named.
+        ConfigError: A file that is not YAML of this form, or values that do not fit; the message names all of them.
         CheckpointError: A file that is no reference.
     """
     try:

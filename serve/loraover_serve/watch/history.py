@@ -32,7 +32,7 @@ class Check:
         seconds: Seconds that the check took.
         requests: Number of requests that it sent.
         caches: Verdict on the server's cache of keys and values, or the fault; None if it was not asked.
-        changed: Whether verdict or fault are others than before.
+        changed: Whether the verdict or the fault is new.
     """
 
     server: str
@@ -56,7 +56,7 @@ class Check:
 
     @property
     def shown(self) -> tuple[str, str | None]:
-        """Verdict and fault: a check in which one of them is new counts as a change."""
+        """Verdict and fault. A check with a new verdict or a new fault counts as a change."""
         return self.verdict, self.fault
 
 
@@ -69,16 +69,16 @@ COLUMNS = ", ".join(NAMES)
 
 
 class History:
-    """Checks in a file, which several threads may use; their order is that in which they were added.
+    """Checks in a file, in the order in which they were added; several threads may use it.
 
-    The order of their times is another one where the clock was set back.
+    If the clock was set back, the order of their times differs.
 
     Args:
         path: The file, which is made if it is missing.
         wait_s: Longest wait for another program that writes the file, such as a backup, in seconds.
 
     Raises:
-        OutputError: A file that cannot be written, or that is none of a history; each method raises it, too.
+        OutputError: A file that cannot be written, or that is not a history; each method may raise it, too.
     """
 
     def __init__(self, path: Path, wait_s: float = 60.0) -> None:
@@ -100,7 +100,7 @@ class History:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Turn the errors of SQLite into those that name the file."""
+        """Turn SQLite's errors into errors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
@@ -111,7 +111,7 @@ class History:
 
     @contextmanager
     def _used(self) -> Iterator[sqlite3.Connection]:
-        """The connection for this thread alone, and one transaction for what the block writes."""
+        """The connection, locked for this thread; everything that the block writes is one transaction."""
         with self._named(), self._lock, self._connection:
             yield self._connection
 
@@ -141,7 +141,7 @@ class History:
             return (found[0] if found else None), int(later.fetchone()[0])
 
     def since(self, key: tuple[str, str], at: float, most: int) -> list[Check]:
-        """The last checks of an adapter on a server since a time, the first one first.
+        """The last checks of an adapter on a server since a time, the oldest first.
 
         Args:
             key: Names of server and adapter.
@@ -152,7 +152,7 @@ class History:
         return found[::-1]
 
     def requests_since(self, at: float) -> list[tuple[float, int]]:
-        """Time and number of requests of each check since a time, the first one first."""
+        """Time and number of requests of each check since a time, the oldest first."""
         asked = "SELECT at, requests FROM checks WHERE at > ? ORDER BY at"
         with self._used() as connection:
             return connection.execute(asked, (at,)).fetchall()

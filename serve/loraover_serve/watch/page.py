@@ -1,4 +1,4 @@
-"""The page of a watch, with a row for each adapter, the worst first, and its figures for Prometheus."""
+"""The page of a watch, with a row for each adapter, the worst first; and the watch's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, HEIGHT, PAD = 220.0, 44.0, 4.0
 SHOWN_S, SHOWN = DAY_S, 300
 """Time and number of checks of a plot."""
 LATE = 3
-"""Intervals after which a check says nothing of the present, such as where the budget of requests is too small."""
+"""Number of intervals after which the last check no longer shows the present state of a server."""
 ORDER = tuple(EXIT_CODES)
 """Verdicts, the worst first."""
 
@@ -135,7 +135,7 @@ def _verdict(rows: list[PageRow]) -> Verdict:
 
 
 def draw(target: WatchTarget, checks: list[Check], now: float) -> Figure:
-    """Draw distances over the last day: what noise explains as a line, and each check as a point of its verdict.
+    """Draw distances over the last day: each check as a point by its verdict, and the largest allowed as a line.
 
     Args:
         checks: Its checks, the first one first.
@@ -171,7 +171,7 @@ GAUGES = {
 
 
 class Metrics:
-    """The figures of a canary, read when Prometheus asks: an adapter that is no longer watched has none.
+    """The metrics of a canary, read when Prometheus asks; an adapter that is no longer watched has none.
 
     Args:
         clock: Clock in seconds since 1970.

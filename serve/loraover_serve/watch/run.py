@@ -80,7 +80,7 @@ TICK_S, SHORTEST_S = 1.0, 0.2
 """Longest and shortest time between two looks at the configuration and the plan, in seconds."""
 REFRESH_S = 30
 SILENT_S = 60.0
-"""Time after which a reader who asks for nothing is hung up on, in seconds."""
+"""Seconds without a request after which the connection of a reader is closed."""
 
 
 class Watch:
@@ -106,9 +106,9 @@ class Watch:
         return to_page(self.canary, self._clock(), self._request.command(), self._config_fault).html
 
     def run(self) -> None:
-        """Check until `stopping` is set; checks that still run then are left out of the history.
+        """Check until `stopping` is set; checks that are still running then are not written to the history.
 
-        An error that is no verdict of a check, such as a full disk, ends the watch.
+        An error outside of a check, such as a full disk, ends the watch.
         """
         while not self.stopping.is_set():
             self._read_again()
@@ -119,7 +119,7 @@ class Watch:
             raise self._mistake
 
     def close(self) -> None:
-        """Close the history; a check that is being written is completed first, and later ones are not written."""
+        """Close the history after the check that is being written; later checks are not written."""
         self.stopping.set()
         self.history.close()
 
@@ -175,7 +175,7 @@ def _named(check: Check) -> str:
 
 
 def _state(request: WatchRequest) -> tuple[int, ...]:
-    """Marks of the configuration's file that change when it is written or replaced."""
+    """Facts about the configuration's file that change when it is written or replaced."""
     try:
         found = request.config.stat()
     except OSError:
