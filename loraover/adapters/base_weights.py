@@ -302,8 +302,8 @@ def changed_weight(key: str, stored: TensorFile, path: str, base: BaseWeights) -
     """Return in words how a base weight in an adapter's file differs from the base model's; None if it does not.
 
     PEFT saves it beside an adapted embedding, in the type that training loaded it in, and loads it over the base
-    model's. An adapter's new or changed rows are there and nowhere else, as is a head that the base model's files lack,
-    where the head was tied and their configuration does not say so.
+    model's. Only this weight has the adapter's new or changed rows. It also holds a head that the base model's files
+    lack, because it was tied and their configuration does not say so.
     """
     if not base.holds(path):
         return f"{key}: its {stored.shape(key)[0]} rows are not in the files of {base.source.name}"

@@ -37,7 +37,7 @@ class Counted:
 
     Args:
         count: Their number.
-        first: Numbers of the first three, from 1; with the source, where there are several.
+        first: Numbers of the first three rows, from 1; with the source if there are several.
     """
 
     count: int = 0

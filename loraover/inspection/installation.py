@@ -78,7 +78,7 @@ class Installation(_Part):
     hub: str = Field(description="Whether the Hugging Face hub can be reached.")
     sandbox: str = Field(description="Whether HumanEval's sandbox works, or what it needs.")
     engines: list[ListedEngine] = Field(description="Inference engines.")
-    faults: list[str] = Field(description="Packages whose engines could not be asked for, and why.")
+    faults: list[str] = Field(description="Packages that should name their engines but failed, with the reason.")
 
     @property
     def exit_code(self) -> int:

@@ -51,7 +51,7 @@ LINEAR = {"exp_avg", "momentum_buffer", "grad_avg"}
 """Keys of an optimizer's state under which it keeps means of gradients."""
 
 SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
-"""Keys under which it keeps means, or sums, of squared gradients."""
+"""Keys under which an optimizer keeps means, or sums, of squared gradients."""
 
 TRANSPARENT = ("accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.", "pytorch_optimizer.optimizer.pcgrad")
 """Beginnings of the modules of wrappers that leave the parameters to the optimizer in their attribute `optimizer`."""

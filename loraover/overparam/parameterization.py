@@ -390,7 +390,7 @@ class OverParameterization:
             self._hold_round()
 
     def _abandon_step(self) -> None:
-        """Take the cores out of the optimizer after a step that raised."""
+        """Take the cores out of the optimizer after a step that raised an error."""
         self._depth = 0
         self._attached().leave()
 

@@ -204,7 +204,7 @@ def _planned_gpus(count: int | None, memory: float | None) -> Gpus:
 def _count(settled: Settled, read: Examples | None) -> tuple[int, int, int]:
     """Count the steps of a run, the examples that it sees, and the tokens that these have at most.
 
-    An epoch has those local examples that are not left out, as few as packing makes of them.
+    An epoch has the local examples that are not left out, or the fewer ones into which they are packed.
     """
     recipe, training, lengths = settled.recipe, settled.recipe.training, settled.lengths
     data, most, sizes, examples = recipe.data, training.tokens, settled.tokens, None

@@ -55,7 +55,7 @@ def test_adapters_in_turn_on_pytorch(made: Made, tmp_path: Path, capsys: pytest.
     assert report.adapters["adapter2"] == str(more)
     assert {(r.blocks, r.waves) for r in report.results} == {(5, 4)}
     assert "--also-adapter" in report.command
-    assert "beside each alone" in capsys.readouterr().out
+    assert "compared with each alone" in capsys.readouterr().out
     assert "Answers of several adapters" in (out / "parity.html").read_text()
 
 

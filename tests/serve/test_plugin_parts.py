@@ -201,8 +201,8 @@ def test_the_parts_of_the_installed_release_do_what_the_plug_in_expects(tmp_path
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert f"vLLM 0.99.1 is not one of {', '.join(KNOWN)}, so its faults are not mended" in said
-    assert "it has all parts that the plug-in knows, but nobody ran them" in said
-    assert "is not whole; its load waits for it to be prepared again" in said
+    assert "it has all parts that the plug-in needs, but they were never run with it" in said
+    assert "are missing; its load waits until they are prepared again" in said
     assert "the served adapters cannot be looked at" in said
     assert done.stdout.splitlines()[-11:] == [
         "stock 1 [25.0, 7.0, 25.0]",

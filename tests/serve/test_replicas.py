@@ -194,7 +194,7 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
     answers = REPEATS * len(reference.places)
     share = f"{1 - 0.01 ** (1 / answers):.2g}"
-    assert f"{answers} answers reach each server behind the address that gives {share} of" in found["reason"]
+    assert f"{answers} answers reach each server that gives {share} of" in found["reason"]
     assert f"find each one without the adapter that gives {found['visible_share']:.2g} or more" in found["reason"]
     pods = [f"pod-{index}" for index in range(10)]
     assert f"; 10 servers have answered (x-served-by: {', '.join(pods)});" in found["reason"]

@@ -228,7 +228,7 @@ SENTENCES = {
     "B = 0": {"b": [-1.0, -2.0, -1.5, -1.5]},
     "the noise is nan": {"noise": math.nan},
     "not a finite number": {"faults": {"scale": math.inf}},
-    "other lengths (e 4": {"earlier": [[-1.0]]},
+    "different lengths (e 4": {"earlier": [[-1.0]]},
 }
 
 

@@ -209,7 +209,7 @@ def test_a_server_that_leaves_tools_out_where_none_may_be_called_is_right(told: 
 
     found = checked(reference, reply)
     assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
-    assert "tools are rendered otherwise or left out, as by some engines" in found["reason"]
+    assert "tools are rendered differently or left out, as some engines do" in found["reason"]
 
 
 def test_another_template_is_told_beside_another_fault_or_alone(told: dict[str, Any]) -> None:
@@ -306,7 +306,7 @@ def test_tools_that_an_engine_writes_anew_are_no_fault(told: dict[str, Any]) -> 
     reference = of(told, OWN)
     found = checked(reference, Chatting(right(reference), with_template(REWRITTEN), "ids"))
     assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
-    assert "4 chats have the tokens of the recorded template; tools are rendered otherwise" in found["reason"]
+    assert "4 chats have the tokens of the recorded template; tools are rendered differently" in found["reason"]
 
 
 def refusing_tools(body: dict[str, Any], reply: Chatting) -> int | bytes:

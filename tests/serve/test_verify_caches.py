@@ -223,7 +223,7 @@ def test_a_server_without_a_hit_is_inconclusive(long_case: LongCase) -> None:
 def test_a_server_without_cold_answers_is_inconclusive(long_case: LongCase) -> None:
     found = asked(served(long_case, fields=()), long_case.reference)
     assert (found.verdict, found.fault) == ("inconclusive", None)
-    assert "it ignores cache_salt and cache_prompt, or answers others" in found.reason
+    assert "it ignores cache_salt and cache_prompt, or answers other clients" in found.reason
     hidden = served(long_case, fields=(), tells=False)
     assert "it ignores cache_salt" in asked(hidden, long_case.reference, metrics=hidden.metrics).reason
     right = served(long_case)

@@ -253,8 +253,8 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
 def row_form(recipe: Recipe, name: str, tokenizer: Any, *, takes_images: bool) -> RowForm:
     """Return the form of rows that a recipe's trainer takes.
 
-    Conversations stay as they are where the loss can be told which tokens are the assistant's, or where the recipe says
-    what it counts; else each turn of the assistant is one example.
+    Conversations stay as they are if the loss can know which tokens are the assistant's, or if the recipe says which
+    tokens count; otherwise each turn of the assistant is an example.
     """
     has_template = tokenizer.chat_template is not None
     if recipe.data.chat and not has_template:

@@ -60,8 +60,8 @@ class Asker:
 
         Args:
             adapter: Name of the adapter there; None means that of the reference.
-            base: Name of the base model there; None finds out.
-            protocol: Protocol that the server speaks; None finds out.
+            base: Name of the base model there; None asks the server.
+            protocol: Protocol that the server speaks; None tries all.
             option: Name of an option as its user writes it.
 
         Raises:

@@ -171,7 +171,7 @@ def _undecided(
     if ignored:
         return (
             f"the server found {ignored} tokens in its cache where none were expected: it ignores cache_salt and "
-            "cache_prompt, or answers others, so nothing shows its right answers"
+            "cache_prompt, or answers other clients, so its right answers are not known"
         )
     if not hits:
         told = "does not tell" if hits is None else "found none"
@@ -187,19 +187,19 @@ def _undecided(
     if reloaded is not None and not reloaded.is_kept:
         told = "does not tell whether it had kept" if reloaded.is_kept is None else "had kept nothing of"
         return (
-            f"the server {told} the base model's prompts from before the command, so that nothing stale could be seen; "
+            f"the server {told} the base model's prompts from before the command, so no stale answer could be seen; "
             f"load the adapter without a restart of the server{_after(reloaded)}"
         )
     if reloaded is not None and shown.reload is not None and not case.is_changed(reloaded.before):
         return (
-            f"the adapter's answers before the command are those after it (off by {shown.reload.apart.rms:.2g} nats, "
-            f"where noise is {case.noise.rms:.2g}), so that nothing stale could be seen; serve its earlier version "
-            f"before{_after(reloaded)}"
+            f"the adapter gives the same answers before and after the command (off by {shown.reload.apart.rms:.2g} "
+            f"nats, where noise is {case.noise.rms:.2g}), so no stale answer could be seen; serve its earlier version "
+            f"before the command{_after(reloaded)}"
         )
     if unclear := sorted({fault for answers in shown.warm for fault in case.unclear(answers)}):
         return (
-            f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides what it "
-            "changes; check a server with a finer number format"
+            f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides its "
+            "effect; check a server with a finer number format"
         )
     return None
 
@@ -243,10 +243,10 @@ class _WarmCase:
             found = strengths[fault]
             if abs(found.value - 1) <= ROUNDED_WAY + found.half:
                 return answers, fault, f"{detail} (strength {found})"
-            return answers, STALE_OF_OTHERS, f"of the known ones a {fault} is nearest, with the strength {found}"
+            return answers, STALE_OF_OTHERS, f"the nearest known fault is a {fault}, with the strength {found}"
         far = () if asked.rows is self._noise_rows else self._far(off)
         if len(far) >= FEW_AS_BASE:
-            return answers, STALE_OF_OTHERS, f"no known one explains {len(far)} of {len(by_prompt(off))} answers"
+            return answers, STALE_OF_OTHERS, f"no known fault explains {len(far)} of {len(by_prompt(off))} answers"
         return answers, None, ""
 
     @staticmethod

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
     parser.add_argument("--reload", metavar="COMMAND", help="shell command that loads the adapter; implies --caches")
     parser.add_argument(
-        "--churn", type=_seconds, metavar="SECONDS", help="at last, ask all models while adapters change"
+        "--churn", type=_seconds, metavar="SECONDS", help="finally, ask all models while adapters change"
     )
     parser.add_argument("--run", metavar="COMMAND", help="shell command that changes adapters during --churn")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")

@@ -139,7 +139,7 @@ def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
     """Yield responses that cannot be judged, for each model that has any."""
     kinds = {
         SILENT: ("have no logprobs", [not each.is_scored for each in responses]),
-        CACHED: ("are of an earlier time: they come from a cache of responses", from_cache(responses)),
+        CACHED: ("are older than the question: they come from a cache of responses", from_cache(responses)),
     }
     for fault, (words, those) in kinds.items():
         for model in dict.fromkeys(each.model for each in compress(responses, those)):
@@ -182,9 +182,9 @@ def coverage(case: Case) -> str:
         return ""
     shown = share_found(sum(map(len, case.as_base)))
     return (
-        f"; with {CONFIDENCE:.0%} probability, {len(case.repeats)} answers reach each server behind the address that "
-        f"gives {share_reached(len(case.repeats)):.2g} of the answers or more, and find each one without the adapter "
-        f"that gives {shown:.2g} or more"
+        f"; with {CONFIDENCE:.0%} probability, {len(case.repeats)} answers reach each server that gives "
+        f"{share_reached(len(case.repeats)):.2g} of the answers or more, and show each server without the adapter that "
+        f"gives {shown:.2g} of them or more"
     )
 
 

@@ -51,7 +51,7 @@ SEEN = 0.2
 """Deviation of the strength that is always seen: an engine with it is never called as trained."""
 
 SURE = 5
-"""Standard errors by which an estimate may be off."""
+"""Number of standard errors by which an estimate may be off."""
 
 COARSER = 2
 """Multiple of a number format's rounding error up to which noise is explained by the format."""

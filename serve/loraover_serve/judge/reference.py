@@ -26,7 +26,7 @@ Rounding to a character moves a difference by at most e^(1/14) - 1 = 7.4 %, less
 unexplained (`judge/search.py`)."""
 
 ALPHABET = f"{string.ascii_uppercase}0{string.ascii_lowercase}"
-"""Characters of such differences: capitals are negative. Fewer of them make a smaller file."""
+"""Characters of the recorded differences; capitals are negative. A smaller alphabet makes a smaller file."""
 
 Kind = TypeVar("Kind")
 

@@ -147,8 +147,8 @@ def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> Rul
     if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
         return found
     reason = (
-        f"{TEMPLATE}: the server reads {others[0].read} tokens of a chat where PyTorch has read {others[0].expected} "
-        f"others, and so with {len(others)} of {len(chats or ())} chats ({found.reason})"
+        f"{TEMPLATE}: the server reads {others[0].read} tokens in a chat where PyTorch reads {others[0].expected} "
+        f"different ones; this is so in {len(others)} of {len(chats or ())} chats ({found.reason})"
     )
     return found._replace(reason=reason, fault=TEMPLATE)
 
@@ -180,7 +180,7 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
     if found is None:
         return None
     reason = (
-        f"{found.fault}: {found.detail}; that explains {found.share:.0%} of what sets the base model apart from "
+        f"{found.fault}: {found.detail}; that explains {found.share:.0%} of the base model's distance from "
         f"PyTorch's ({case.noise.rms:.2g} nats)"
     )
     return RuleFinding("differs", reason, found.fault, explains_base=True)
@@ -246,7 +246,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
                 f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
         else:
-            reason += "; another adapter may be served, which verify can name if it lies beside this one"
+            reason += "; another adapter may be served; verify can name it if its folder lies beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
@@ -280,15 +280,15 @@ def generated_is_wrong(case: Case) -> RuleFinding | None:
         return RuleFinding("differs", reason, DECODED)
     if greedy.gap > greedy.allowed:
         reason = (
-            f"logprobs agree, but a greedy answer leaves PyTorch's where the two tokens are {greedy.gap:.2g} nats "
-            f"apart, and noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
+            f"logprobs agree, but a greedy answer has a token that is {greedy.gap:.2g} nats less likely than "
+            f"PyTorch's, where noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
         )
         if greedy.as_base >= FEW_AS_BASE:
-            return RuleFinding("differs", f"{reason}, in {greedy.as_base} answers the base model's", DECODED)
+            return RuleFinding("differs", f"{reason}; in {greedy.as_base} answers they are the base model's", DECODED)
         return RuleFinding("differs", reason)
     answers = len(case.generated)
     if greedy.early * answers >= min(FEW_AS_BASE, answers):
-        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, at no end of the text"
+        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, without an end token"
         return RuleFinding("differs", reason, ENDS_EARLY)
     return None
 
@@ -434,4 +434,4 @@ def quick(case: Case) -> RuleFinding:
     shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
         return RuleFinding("inconclusive", f"{shown}: too few to tell")
-    return RuleFinding("as trained", f"{shown}; a full check sees other faults")
+    return RuleFinding("as trained", f"{shown}; only a full check shows other faults")

@@ -29,7 +29,7 @@ DATE_SLACK = 4
 """Tokens by which a date may exceed one and a half times the length of the recorded date, or fall below half of it."""
 
 MOST_CONVERSATIONS, MOST_TOKENS = 16, 4096
-"""Conversations of a file, and tokens of each, that are read at most."""
+"""Largest number of conversations in a file, and of tokens in each."""
 
 ID_BITS = 64  # a longer number is no token
 BEFORE, AFTER, SHOWN = 3, 8, 60  # tokens that are shown around a difference, and the characters of their text
@@ -256,26 +256,26 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     faults = [each for each in others if not each.asked.tools] or without_tools
     if faults:
         words = _likely(faults[0], known) + faults[0].words(endpoint, conversations.pieces)
-        words += f"; so with {len(others)} of {len(known)} chats"
+        words += f"; this is so in {len(others)} of {len(known)} chats"
         if not faults[0].told.is_counted or without_tools == faults or _is_system_prompt(known):
             return TemplateReading(words, is_other=True)
         offs = {each.off for each in known}
         gateway = "adds to each number" if len(offs) == 1 else "counts with another tokenizer"
         return TemplateReading(
-            f"the chat template may be another one, or a gateway {gateway}: {words}; which tokens, the server does not "
-            "tell",
+            f"the chat template may be another one, or a gateway {gateway}: {words}; the server does not return the "
+            "tokens",
             is_unclear=True,
         )
     is_counted = all(each.told.is_counted for each in known)
     words = f"{len(known) - len(others)} chats have " + (
-        "as many tokens as in the recorded template; which tokens, the server does not tell"
+        "as many tokens as in the recorded template; the server does not return the tokens"
         if is_counted
         else "the tokens of the recorded template"
     )
     words += ", but for the date that it prints" if any(each.asked.date for each in known) else ""
     if others:
         difference = others[0].words(endpoint, conversations.pieces)
-        words += f"; tools are rendered otherwise or left out, as by some engines: {difference}"
+        words += f"; tools are rendered differently or left out, as some engines do: {difference}"
     refusal = next((one.refusal for one in told if one.refusal), None)
     if refusal is not None:
         words += f"; {len(told) - len(known)} of the chats were not compared: {refusal}"
@@ -364,8 +364,8 @@ def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation])
     counted = next((told for told, _ in found if told.number is not None), None)
     if best.tokens is not None and counted is not None and len(best.tokens) not in counted.numbers:
         refusal = (
-            f"the server counts {counted.number} tokens of a chat where another route gives {len(best.tokens)}, so "
-            "which its chats read is not known"
+            f"the server counts {counted.number} tokens of a chat, and another route of it returns {len(best.tokens)}, "
+            "so it is not known which tokens its chats have"
         )
         return [_Told(refusal=refusal)] * len(conversations)
     told = [best]

@@ -196,7 +196,7 @@ def together(report: ParityReport) -> Table[Together]:
             Column("logprobs", lambda t: short(t.distance.logprob_rms)),
         ],
         report.together,
-        "Answers of several adapters, beside each alone",
+        "Answers of several adapters at once, compared with each alone",
         "Equal texts: the share of prompts that the adapter alone answers with the same tokens. Logprobs: the RMS "
         "difference from the adapter in PyTorch, in nats. The adapter agrees if that is within the noise floor above.",
     )

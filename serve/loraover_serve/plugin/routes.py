@@ -188,9 +188,9 @@ async def _renew(service: Service, models: OpenAIServingModels, name: str, folde
             await serve_anew(models, name, prepared["path"])
     except RefusedError as error:
         service.refuse(name, str(error), folder)
-        logger.warning("%s has changed, and its earlier version is served still: %s", name, error)
+        logger.warning("%s has changed, and its earlier version is still served: %s", name, error)
     except Exception as error:  # of vLLM's engine, such as an adapter that its memory does not hold
-        logger.exception("%s has changed, and vLLM cannot load it; its earlier version is served still", name)
+        logger.exception("%s has changed, and vLLM cannot load it; its earlier version is still served", name)
         service.refuse(name, f"vLLM cannot load it: {error}", folder)
 
 

@@ -19,7 +19,7 @@ NUMBERS = ("e", "a", "b")
 NEEDED = ("step", "prompt_id", "position", *NUMBERS)
 OPTIONAL = ("row", "token", "earlier", "candidates", "engine_prompt_id")
 MAX_LINE_BYTES, MAX_TOKENS, MAX_STEPS = 2**18, 2**20, 100_000
-"""Largest line in bytes, tokens of a step, and steps of a file."""
+"""Largest line in bytes, number of tokens in a step, and number of steps in a file."""
 
 Row = dict[str, Any]
 

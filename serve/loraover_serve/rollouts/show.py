@@ -82,7 +82,7 @@ def spans_table(spans: Sequence[Span]) -> Table[Span]:
             Column("tokens", last(lambda s: str(s.tokens)), is_wide=True),
         ],
         spans,
-        "Steps in a row with one verdict, and figures of the last of them, in nats",
+        "Spans of steps with one verdict; figures are those of a span's last step, in nats",
     )
 
 

@@ -118,7 +118,7 @@ def read_tokens(
     lengths = [(name, len(each)) for name, each in (*arrays.items(), *others.items())]
     if len({length for _, length in lengths}) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths)
-        return f"the arrays have other lengths ({told}), expected one value for each sampled token in all of them"
+        return f"the arrays have different lengths ({told}), expected one value for each sampled token in all of them"
     if not arrays["e"]:
         return "there are no tokens, expected the sampled tokens of a step; is the mask of the answers empty?"
     try:

@@ -264,11 +264,11 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
     share = base.reliable
     if share <= 0:
         least = math.sqrt(2) * case.noise
-        return Finding("too early", f"{reason}: at {least:.2g} nats and more, tokens begin to tell", needed=None)
+        return Finding("too early", f"{reason}: tokens can show it from {least:.2g} nats on", needed=None)
     if not math.isfinite(case.along.half):
-        return Finding("too early", f"{reason}: no error is known of so few prompts", needed=None)
+        return Finding("too early", f"{reason}: with so few prompts, its error is not known", needed=None)
     needed = math.ceil(len(case.tokens.engine) * max(1.0, (2 * case.along.half / share) ** 2))
-    reason += f": about {needed} tokens like these {len(case.tokens.engine)} tell whether it is applied"
+    reason += f": about {needed} tokens like these {len(case.tokens.engine)} would show whether it is applied"
     return Finding("too early", reason, needed=needed)
 
 
@@ -281,12 +281,12 @@ def _is_applied(case: RolloutCase) -> Finding:
     found = Interval.around(case.along.value, case.bounded(case.along.half, case.fit))
     is_right = found.low <= case.allowed[1] and found.high >= case.allowed[0]
     if is_right and case.reliable_size > RELIABLE and is_narrow(found, case.allowed):
-        coarse = f"; rounding alone may leave {case.allowed[0]:.3g} of it" if case.noise > EXACT else ""
+        coarse = f"; rounding alone may lower the strength to {case.allowed[0]:.3g}" if case.noise > EXACT else ""
         return Finding("as trained", what + coarse)
     why = (
-        f"noise of {max(case.noise, case.distance):.2g} nats hides its scale until it changes "
+        f"noise of {max(case.noise, case.distance):.2g} nats hides its scale until the change is "
         f"{max(case.noise, case.distance) * math.sqrt(2 / (1 - RELIABLE)):.2g}"
         if case.reliable_size <= RELIABLE
-        else "the interval is wide, or lies beside what is right, and more tokens decide"
+        else "the interval is wide, or lies outside of what is right; more tokens will decide"
     )
     return Finding("applied, scale not known yet", f"{what}; {why}")

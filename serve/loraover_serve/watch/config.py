@@ -56,7 +56,7 @@ class ServerSettings(StrictModel):
     name: str = Field(min_length=1, description="Name on the page and in metrics")
     url: str = Field(description="Address, such as http://localhost:8000")
     adapters: list[AdapterSettings] = Field(min_length=1, description="Adapters that it serves")
-    base_name: str | None = Field(default=None, description="Name of the base model there; None finds out")
+    base_name: str | None = Field(default=None, description="Name of the base model there; None asks the server")
     protocol: str | None = Field(default=None, description="Protocol; None tries all")
     served_format: str = Field(
         default="bf16",

@@ -109,7 +109,7 @@ class SingularPart(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Why machines may find another part, in words."""
+        """Reason, in words, why another machine may find another part."""
         return (
             f"the singular values {self.cut} and {self.cut + 1} of the base weight differ by {self.gap:.1e} of the "
             "largest"

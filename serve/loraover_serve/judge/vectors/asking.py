@@ -1,8 +1,8 @@
-"""Texts, asked of a server in the form in which it gives vectors, classes or scores.
+"""Requests for the vector, classes or score of a text, in the form that a server takes.
 
-vLLM, Text Embeddings Inference (TEI) and Infinity have other paths, bodies and answers. TEI's own paths name no model,
-so that the base model and the adapter are one there. Every number is checked: it has to be finite, and an answer needs
-the entries that were asked for, no more and no fewer.
+vLLM, Text Embeddings Inference (TEI) and Infinity differ in paths, bodies and answers. Requests to TEI's own paths name
+no model, so the base model and the adapter count as one there. Every answer is checked: its numbers are finite, and it
+has exactly the entries that were asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENCODED = 2
 """Number of texts whose vectors are asked for in base64 as well."""
 
 LARGEST = 1e9
-"""Size of a number above which an answer is taken for a damaged one."""
+"""Absolute value of a number above which an answer counts as damaged."""
 
 
 class VectorAnswer(NamedTuple):
@@ -50,7 +50,7 @@ class VectorForm(NamedTuple):
     Args:
         path: Path of the request.
         body: Fields of the request, from the name of the model and a text.
-        read: Reads an answer, given the labels; a lookup or a type that fails means another form.
+        read: Function that reads an answer, given the labels; if it fails, the answer has another form.
         names_model: Whether the request says which model it is for.
     """
 
@@ -61,7 +61,7 @@ class VectorForm(NamedTuple):
 
 
 def _only(entries: Any) -> Any:
-    """The only entry of a list, whose own index is 0 where it has one."""
+    """The only entry of a list; if the entry has an index, this must be 0."""
     if not isinstance(entries, list) or len(entries) != 1:
         raise ValueError("expected one entry for one text")
     if isinstance(entries[0], dict) and entries[0].get("index", 0) != 0:
@@ -73,8 +73,8 @@ def checked_numbers(found: Any) -> list[float]:
     """Numbers of an answer, or of its rows in turn.
 
     Raises:
-        ValueError: None, or a number that is not finite or too large.
-        TypeError: Something else than a number.
+        ValueError: No number, or one that is not finite or too large.
+        TypeError: Another value in place of a number.
     """
     rows = found if found and isinstance(found[0], list) else [found]
     numbers = [value for row in rows for value in row]
@@ -105,7 +105,7 @@ def _input(model: str, asked: VectorQuestion) -> dict[str, Any]:
 
 
 LOGITS = {"use_activation": False, "raw_scores": True}
-"""Fields that ask vLLM, TEI and Infinity for logits; a server that knows neither answers probabilities."""
+"""Fields that ask vLLM, TEI and Infinity for logits; a server that knows neither field answers probabilities."""
 
 _OPENAI = [
     VectorForm(
@@ -195,7 +195,7 @@ class VectorAnswers:
 
     @property
     def adapter(self) -> dict[int, VectorAnswer]:
-        """Answers of the adapter, when it was first asked."""
+        """Answers of the adapter to the first requests for each text."""
         return {place: said for place, (said, _) in self.rounds[0].items()}
 
 
@@ -203,7 +203,7 @@ class VectorSpeaker:
     """A server, addressed in the form in which it answers.
 
     Args:
-        model: Name of the base model there, which is asked in one form after the other.
+        model: Name of the base model there, which is asked in each form until one works.
 
     Raises:
         EngineError: A server that answers in none of the forms.

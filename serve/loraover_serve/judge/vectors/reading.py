@@ -1,4 +1,4 @@
-"""Answers of a server, read as a reference has them, and the way to compute them that explains them best."""
+"""Answers of a server in the units of a reference, and the way to compute them that explains them best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loraover_serve.judge.vectors.asking import VectorAnswers
 from loraover_serve.judge.vectors.reference import SIZE, Vector, VectorReference, VectorSetting
 
 LIKE = 0.25
-"""Deviation from 1 of the way to another setting, if that setting explains the answers."""
+"""Largest deviation from 1 of the strength along the way to another setting, if this setting explains the answers."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,21 @@ class VectorFindings:
     task: str
     """The task: embed, classify, score or token_classify"""
     numbers: int | None
-    """Number of components of each answer; None if answers differ in it"""
+    """Number of components of each answer; None if answers have different numbers"""
     noise: float | None
     """Distance of the base model's answers from PyTorch's; None if the server has one model under both names"""
     off: float | None
     """Distance of the adapter's answers from PyTorch's; None if they cannot be compared"""
     effect: float
-    """Distance that the adapter moves answers in PyTorch"""
+    """Distance between answers with and without the adapter in PyTorch"""
     setting: str | None = None
-    """Other way to compute both models that explains the answers, in words; None if they are computed as recorded"""
+    """Another way to compute both models that explains the answers, in words; None if they are computed as recorded"""
     nearest: tuple[str, ...] = ()
     """Faults of the adapter that were compared, in words, with their distances from the answers, the nearest first"""
 
 
 class AnswerReader:
-    """Answers, read as what the reference has: vectors, or logits that may come as probabilities.
+    """Reader of answers in the form of the reference: vectors, or logits, which may come as probabilities.
 
     Raises:
         EngineError: Answers with changing numbers of components.
@@ -66,7 +66,7 @@ class AnswerReader:
             raise EngineError(f"the server answers with {wrong[0]} numbers, and with others; {wrong[1]} are right.")
 
     def _of_other_size(self) -> tuple[int, int] | None:
-        """Number of components of an answer, and of the recorded one, where they differ."""
+        """Numbers of components of an answer and of the recorded one, if they differ."""
         pairs = (
             (len(row), len(self.reference.rows[arm][place]))
             for arm, rows in self.found.items()
@@ -76,7 +76,7 @@ class AnswerReader:
 
     @cached_property
     def read(self) -> Callable[[Vector], Vector]:
-        """The reading of answers that brings them nearest to the right ones: as they are, or from probabilities."""
+        """The reading of answers, as they are or as probabilities, that is nearest to the right answers."""
         rows = [row for arm in self.found.values() for row in arm.values()]
         if any(self.reference.from_probabilities(row) is None for row in rows):
             return self.reference.centred
@@ -101,7 +101,7 @@ class AnswerReader:
         return {arm: {place: self.read(row) for place, row in rows.items()} for arm, rows in self.found.items()}
 
     def evidence(self, setting: VectorSetting) -> Evidence:
-        """The answers beside the models, as a server computes them in a setting."""
+        """The answers, and the models as a server computes them in a setting."""
         models = self.reference.models(setting)
         known = range(len(models.places))
         base, adapter = (
@@ -146,10 +146,10 @@ class AnswerReader:
 
 
 def find_setting(read: AnswerReader, case: Case) -> tuple[VectorSetting, Case] | None:
-    """The other way to compute both models that explains the answers best, with the answers beside its models.
+    """The other way to compute both models that explains the answers best, with the answers compared with its models.
 
-    On a server with a base model, that has to explain most of what sets its answers apart from the right ones. On one
-    with a single model, the adapter's answers decide.
+    If the server has a base model, the way must explain most of the distance of its answers from the right ones. If it
+    has a single model, the adapter's answers decide.
     """
     if case.noise.rms <= FLOOR:
         return None
@@ -173,12 +173,12 @@ def find_setting(read: AnswerReader, case: Case) -> tuple[VectorSetting, Case] |
 
 
 def is_clear(way: Interval) -> bool:
-    """Whether the interval excludes 0; a single text has none."""
+    """Whether the interval excludes 0; a single text has no interval."""
     return way.low > 0
 
 
 def _orders(read: AnswerReader) -> list[VectorSetting]:
-    """The order of classes that brings the answers nearest to the right ones, if it is another one."""
+    """The order of classes in which the answers are nearest to the right ones, if it is not the right order."""
     reference, arm = read.reference, ADAPTER if read.answers.is_one_model else BASE
     if reference.task != "classify":
         return []

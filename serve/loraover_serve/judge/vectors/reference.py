@@ -30,7 +30,7 @@ KIND = "vectors"
 
 VectorTask = Literal["embed", "classify", "score", "token_classify"]
 VECTOR_TASKS: tuple[VectorTask, ...] = ("embed", "classify", "score", "token_classify")
-"""Tasks: the vector of a text, its classes, the score of a pair of texts, and the classes of each token."""
+"""Tasks: the vector of a text, its classes, the score of a pair of texts, and the classes of every token."""
 
 SIZE = 10.0
 """RMS value of a component of right answers, in the units of the judge."""
@@ -58,15 +58,15 @@ class VectorQuestion(NamedTuple):
 
 @dataclass(frozen=True)
 class VectorSetting:
-    """A way in which a server computes both models otherwise, such as another pooling; right if it has no fault.
+    """A way in which a server may compute both models, such as another pooling; the right way has no fault.
 
     Args:
         fault: Name of the fault; empty for the right way.
         detail: The fault in words.
         rows: Function that returns the rows of an arm as the model computes them: those of the first questions.
-        is_flipped: Whether vectors are normalised where they should not be, or the reverse.
-        order: Place of each component in the right rows, where a server has another order; empty for the right one.
-        dimensions: Number of the first components that are left; None means all.
+        is_flipped: Whether vectors are normalised but should not be, or the reverse.
+        order: Place of each component in the right rows; empty for the right order.
+        dimensions: Number of the first components that the server returns; None means all.
     """
 
     fault: str
@@ -87,9 +87,9 @@ class VectorReference:
     Attributes:
         adapter_name: Name of the adapter's folder.
         base_name: Name of the base model.
-        task: What is asked for.
+        task: The task.
         labels: Names of the classes in their order; empty for vectors.
-        activation: What a server makes of logits unless told otherwise: softmax, sigmoid, or None for vectors.
+        activation: Function that a server applies to logits by default: softmax or sigmoid; None for vectors.
         is_normalised: Whether vectors have the length 1.
         questions: The texts.
         rows: Rows of both arms, as the model computes them.
@@ -131,7 +131,7 @@ class VectorReference:
             raise ValueError("all rows are zero, or the sensitivity is below 1")
 
     def _recorded(self, found: Mapping[str, Any], arms: Sequence[str]) -> tuple[VectorSetting, float | None]:
-        """A recorded fault, with its factor; its differences are read now, and added to the right rows when asked."""
+        """A recorded fault, with its factor; its differences are checked now, and added to the right rows on demand."""
         number = found["questions"]
         if type(number) is not int or not 1 <= number <= len(self.questions):
             raise ValueError(f"the fault {found['detail']!r:.60} has no questions")
@@ -174,7 +174,7 @@ class VectorReference:
         return VectorSetting("", "", lambda arm: list(self.rows[arm]))
 
     def settings(self) -> list[VectorSetting]:
-        """Ways of servers that compute both models otherwise."""
+        """Ways of computing both models that differ from the right way."""
         found = [setting for setting, _ in self._settings]
         if self.task == "embed":
             name, detail = (
@@ -186,11 +186,11 @@ class VectorReference:
         return found
 
     def variants(self) -> list[tuple[VectorSetting, float | None]]:
-        """Faults of the adapter alone, with the factor on every delta_W of those that are one."""
+        """Faults of the adapter alone, with their factor on every delta_W if they are one."""
         return list(self._variants)
 
     def answer(self, row: Vector, setting: VectorSetting | None = None) -> list[float]:
-        """Answer that a server should give where the model computes a row: a vector, or logits without their mean."""
+        """Answer that a server should give for a computed row: a vector, or logits without their mean."""
         if self.task != "embed":
             found = self.centred(row)
             return [found[place] for place in setting.order] if setting is not None and setting.order else found
@@ -208,7 +208,7 @@ class VectorReference:
         return [value - math.fsum(group) / classes for group in groups for value in group]
 
     def from_probabilities(self, row: Vector) -> list[float] | None:
-        """Logits without their mean from what softmax or sigmoid makes of them; None if they are no probabilities."""
+        """Logits without their mean, from the output of softmax or sigmoid; None if these are not probabilities."""
         if self.activation is None or not all(0 <= value <= 1 for value in row):
             return None
         sure = [min(max(value, SURELY), 1 - SURELY) for value in row]
@@ -234,11 +234,11 @@ MORE_REQUESTS = 16
 
 @final
 class VectorModels(Models):
-    """Right and faulty models, whose rows have a number for each component in place of each token.
+    """Right and faulty models, whose rows have a number for each component of an answer, not for each token.
 
     Args:
         reference: The reference.
-        setting: The way in which the server computes; faults of the adapter are known in the right one alone.
+        setting: The way in which the server computes; faults of the adapter are known only for the right way.
     """
 
     def __init__(self, reference: VectorReference, setting: VectorSetting) -> None:
@@ -250,7 +250,7 @@ class VectorModels(Models):
         self._faults = [] if setting.fault else reference.variants()
 
     def row(self, answer: Vector) -> dict[int, float]:
-        """Row of the judge of what a server answers."""
+        """Row of the judge for a server's answer."""
         return {index: value / self._reference.unit for index, value in enumerate(answer)}
 
     def _model(self, setting: VectorSetting, arm: str, factor: float | None = None) -> Model:
@@ -326,7 +326,7 @@ def _rows(encoded: Any, lengths: Sequence[int]) -> list[Vector]:
 
 
 def _differences(found: Mapping[str, Any], lengths: Sequence[int]) -> list[Vector]:
-    """Differences of a fault: a scale for each row, and a whole number of its 127ths for each component."""
+    """Differences of a fault: a scale for each row, and for each component an integer that counts 127ths of it."""
     scales = floats_of(found["scales"])
     levels = array("b", base64.b64decode(found["levels"], validate=True))
     if (len(scales), len(levels)) != (len(lengths), sum(lengths)):

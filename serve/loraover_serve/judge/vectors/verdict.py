@@ -1,14 +1,14 @@
 """The verdict on a server of vectors, classes or scores: the first rule that finds something decides.
 
-1. The numbers are too many or too few; or what both models answer is explained by another way to compute it, such as
-   another pooling: that fault is named, with the strength of the adapter in it.
+1. Answers have too many or too few numbers, or another way to compute both models, such as another pooling, explains
+   them: this fault is named, with the strength of the adapter in it.
 2. Requests for the base model are answered with the adapter, or by another model.
 3. Some answers are the base model's, or answers to one text disagree.
 4. The adapter's strength, or its distance, is beyond what is allowed: the nearest fault of an adapter is searched for.
 5. The answers to a few texts are far off; or those to requests for both models that are sent together.
 6. *As trained* if the interval of the strength is narrow, and the number format is one that was asked for.
 
-Strength, excess, noise and the search for faults are those of answers with logprobs (`case`, `search`).
+Strength, excess, noise and the search for faults are defined as for answers with logprobs (`case`, `search`).
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ from loraover_serve.judge.vectors.reading import LIKE, AnswerReader, find_settin
 from loraover_serve.judge.vectors.reference import SIZE, Vector, VectorReference, VectorSetting
 
 CUT_SHARE, CUT_TIMES = 0.02, 5.0
-"""Share of its size by which an answer to a text that was cut off is off at least, and times those to others are."""
+"""Smallest distance of answers to texts that are cut off: as a share of their size, and in distances of the others."""
 
 
 class VectorCase(NamedTuple):
-    """Answers of a server beside the models, with the estimates that the rules ask of them.
+    """Answers of a server and the models, with the estimates that the rules need.
 
     Args:
         reference: The reference.
         answers: The answers.
-        rows: Answers of both arms to each text, as the reference reads them.
-        case: The answers beside the right models.
-        setting: The setting that explains the answers, and the answers beside its models; None if it is the right one.
+        rows: Answers of both arms to each text, in the units of the reference.
+        case: The answers compared with the right models.
+        setting: Setting that explains the answers, and the answers compared with its models; None if it is the right
+            one.
         served_format: Coarsest number format in which the server may hold the base model.
     """
 
@@ -109,7 +110,7 @@ def _told(found: RuleFinding) -> dict[str, Any]:
 
 
 def _of_another_size(read: AnswerReader) -> RuleFinding:
-    """The answers have other numbers of components; of fewer, whether they are the first ones of the right vectors."""
+    """Say that answers have another number of components, and if it is smaller, whether they are the first ones."""
     reference, size, right = read.reference, read.size or 0, read.reference.numbers
     what = "a vector" if reference.task == "embed" else "an answer"
     if reference.task != "embed" or not 0 < size < right:
@@ -128,7 +129,7 @@ def _strength(case: Case) -> str:
 
 
 def numbers_differ(whole: VectorCase) -> RuleFinding | None:
-    """Vectors in base64 are not those that come as numbers, by more than two answers to one text differ."""
+    """Vectors in base64 differ from those in numbers by more than two answers to one text do."""
     for numbers, encoded in whole.answers.encoded:
         size = math.hypot(*numbers) / SIZE
         noise = CERTAIN * math.sqrt(2) * (whole.case.noise.rms + FLOOR)
@@ -148,7 +149,7 @@ def setting_is_another(whole: VectorCase) -> RuleFinding | None:
 
 
 def input_is_cut(whole: VectorCase) -> RuleFinding | None:
-    """Answers to all texts from a number of tokens on are far off, and those to shorter ones are not."""
+    """Answers to all texts of some length or more are far off, and those to shorter texts are not."""
     case, questions = whole.case, whole.reference.questions
     off = by_prompt(case.off if case.is_one_model else case.evidence.off(BASE, case.evidence.base))
     ordered = sorted(off, key=lambda place: questions[place].tokens)
