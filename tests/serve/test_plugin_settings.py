@@ -278,10 +278,7 @@ def test_the_documented_removal_spares_what_a_server_may_read_again(tmp_path: Pa
     """The first version, too, which a request that still runs may need."""
     file = tmp_path / "adapters" / "shop" / "adapter_model.safetensors"
 
-    async def prepare(**_: object) -> dict[str, Any]:
-        return made(tmp_path, file.read_text())
-
-    service = service_of(tmp_path, prepare, SETTLE="0")
+    service = service_of(tmp_path, copied(tmp_path, file), SETTLE="0")
     asyncio.run(service.find("shop"))
     file.write_text("next")
     asyncio.run(service.find("shop"))
@@ -323,15 +320,12 @@ def test_a_version_is_let_go_when_no_request_can_need_it(tmp_path: Path, monkeyp
     file, now = tmp_path / "adapters" / "shop" / "adapter_model.safetensors", [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
-    async def prepare(**_: object) -> dict[str, Any]:
-        return made(tmp_path, file.read_text())
-
     def after(seconds: float, *used: dict[str, Any]) -> list[bool]:
         now[0] += seconds
         service.let_go({each["path"] for each in used})
         return [is_removable(tmp_path / "cache", digest) for digest in ("oooooooo", "next")]
 
-    service = service_of(tmp_path, prepare, SETTLE="0")
+    service = service_of(tmp_path, copied(tmp_path, file), SETTLE="0")
     old = asyncio.run(service.find("shop"))
     file.write_text("next")
     new = asyncio.run(service.find("shop"))
@@ -352,15 +346,12 @@ def test_a_version_that_is_taken_up_again_is_not_let_go_meanwhile(
     file, now, hold = tmp_path / "adapters" / "shop" / "adapter_model.safetensors", [1000.0], Holds.hold
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
-    async def prepare(**_: object) -> dict[str, Any]:
-        return made(tmp_path, file.read_text())
-
     def hold_and_look(holds: Holds, digest: str) -> bool:
         is_there = hold(holds, digest)
         service.let_go(())
         return is_there
 
-    service = service_of(tmp_path, prepare, SETTLE="0")
+    service = service_of(tmp_path, copied(tmp_path, file), SETTLE="0")
     for content in ("old", "new"):
         file.write_text(content)
         asyncio.run(service.find("shop"))
@@ -456,6 +447,15 @@ def test_a_served_adapter_that_the_cache_lost_is_prepared_again(harm: str, tmp_p
     assert seen == [False, True, False], "what the cache has is torn, and is made again without its record"
     assert again["path"] == found["path"]
     assert is_whole(Path(found["path"]))
+
+
+def copied(folder: Path, file: Path) -> Answer:
+    """Worker whose prepared adapter has the text of a file as its digest."""
+
+    async def prepare(**_: object) -> dict[str, Any]:
+        return made(folder, file.read_text())
+
+    return prepare
 
 
 def service_of(folder: Path, prepare: Answer, **more: str) -> Service:

@@ -6,7 +6,6 @@ The trainer computes candidates in the engine's number format, those of the scal
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 
@@ -101,45 +100,21 @@ def test_scales_that_were_not_computed_in_the_engines_format_are_not_excluded() 
         assert each.fault is None or any("half the scale" in name for name in each.not_excluded), each.reason
 
 
-def first_alarm(number_format: str, fault: str, since: int) -> tuple[int | None, Any]:
-    found = findings(number_format, fault, since)
-    at = next((step for step, each in enumerate(found) if each.verdict == "differs"), None)
-    return at, None if at is None else found[at].fault
+THREADS = {
+    "verl 7495: every sync sends the frozen base model": ("base", 0, NOT_APPLIED, {1}, {2}),
+    "miles 2075: the session server names no adapter, from step 6 on": ("base", 6, NOT_APPLIED, {6}, {6, 7}),
+    "trl 5312: rollouts are those of the adapter before": ("stale by 1", 2, STALE, {2}, {2, 3}),
+    "ms-swift 6343: new weights on a prompt that an earlier version has cached": ("kept", 0, "kept", {1}, {2, 3}),
+    "unirl 155: the scaling becomes 1": ("times 0.25", 0, SCALE_1, {1}, {2, 3}),
+    "miles 3232: the adapter is merged into the weights, and applied again": ("times 2", 0, TWICE, {1}, {2, 3}),
+}
+"""Public threads: the fault, its first step, its name, and steps of the first alarm in float32 and in bfloat16."""
 
 
-def test_verl_7495_every_sync_sends_the_frozen_base_model() -> None:
-    """All rollouts came from the initial policy, for two months."""
-    assert first_alarm("fp32", "base", 0) == (1, NOT_APPLIED)
-    assert first_alarm("bf16", "base", 0) == (2, NOT_APPLIED)
-
-
-def test_miles_2075_the_session_server_names_no_adapter() -> None:
-    """Rollouts are right, until those of a session come from the base model."""
-    assert first_alarm("fp32", "base", 6) == (6, NOT_APPLIED)
-    at, name = first_alarm("bf16", "base", 6)
-    assert (name, at in (6, 7)) == (NOT_APPLIED, True)
-
-
-def test_trl_5312_rollouts_of_the_adapter_before() -> None:
-    assert first_alarm("fp32", "stale by 1", 2) == (2, STALE)
-    at, name = first_alarm("bf16", "stale by 1", 2)
-    assert (name, at in (2, 3)) == (STALE, True)
-
-
-def test_ms_swift_6343_new_weights_on_the_cached_prompt_of_an_earlier_version() -> None:
-    assert first_alarm("fp32", "kept", 0) == (1, "kept")
-    at, name = first_alarm("bf16", "kept", 0)
-    assert (name, at in (2, 3)) == ("kept", True)
-
-
-def test_unirl_155_the_scaling_becomes_1() -> None:
-    assert first_alarm("fp32", "times 0.25", 0) == (1, SCALE_1)
-    at, name = first_alarm("bf16", "times 0.25", 0)
-    assert (name, at in (2, 3)) == (SCALE_1, True)
-
-
-def test_miles_3232_the_adapter_is_counted_twice() -> None:
-    """It is merged into the weights that are sent, and applied to them again."""
-    assert first_alarm("fp32", "times 2", 0) == (1, TWICE)
-    at, name = first_alarm("bf16", "times 2", 0)
-    assert (name, at in (2, 3)) == (TWICE, True)
+@pytest.mark.parametrize("thread", THREADS)
+def test_a_fault_of_a_public_thread_is_named_at_its_first_steps(thread: str) -> None:
+    fault, since, name, exact, rounded = THREADS[thread]
+    for number_format, steps in (("fp32", exact), ("bf16", rounded)):
+        found = findings(number_format, fault, since)
+        at = next(step for step, each in enumerate(found) if each.verdict == "differs")
+        assert (found[at].fault, at in steps) == (name, True), (number_format, at)

@@ -95,7 +95,10 @@ def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -
     try:
         if asker.is_one_model:
             raise EngineError("the server has one model under both names")
-        asker.names |= {f"{OTHER} {name}": name for name in _others(asker)}
+        listed = [name for name, parent in asker.speaker.endpoint.models().items() if parent is not None]
+        known = [asker.names[ADAPTER], asker.names[BASE]]
+        others = [name for name in listed if not any(is_same_model(name, mine) for mine in known)][:MOST_OTHERS]
+        asker.names |= {f"{OTHER} {name}": name for name in others if asker.speaker.has(name)}
         probe = WarmProbe(asker)
         cold, noise = {arm: probe.cold(arm) for arm in asker.names}, probe.on_own(BASE)
         names = {arm: name for arm, name in asker.names.items() if with_base or arm != BASE}
@@ -103,14 +106,6 @@ def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -
     except EngineError as error:
         return replace(begun, reason=f"answers in churn were not compared: {error}")
     return judge_churn(begun, asker.models, names, cold, noise, meanwhile)
-
-
-def _others(asker: Asker) -> list[str]:
-    """Names of the other adapters that the server lists and answers for."""
-    known = [asker.names[ADAPTER], asker.names[BASE]]
-    listed = [name for name, parent in asker.speaker.endpoint.models().items() if parent is not None]
-    found = [name for name in listed if not any(is_same_model(name, other) for other in known)]
-    return [name for name in found[:MOST_OTHERS] if asker.speaker.has(name)]
 
 
 def _asked(probe: WarmProbe, names: Mapping[str, str], asked: ChurnRequest) -> Meanwhile:

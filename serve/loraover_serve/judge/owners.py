@@ -125,7 +125,8 @@ class ChurnCase:
             limit = CERTAIN * (self._models.sensitivity * noise + FLOOR)
             near = [o for o, each in changes.items() if each[k].along > each[k].size / 2]
             nearest = min(near, key=lambda o: _apart(changes[o][k]), default=OWN)
-            fits = nearest is not OWN and _apart(each := changes[nearest][k]) <= limit + LEFT * _length(each)
+            each = None if nearest is OWN else changes[nearest][k]
+            fits = each is not None and _apart(each) <= limit + LEFT * math.sqrt(each.size / each.tokens)
             if fits and clear[nearest][k]:
                 found.append(nearest)
             else:  # an answer that is nearest to an innocent model is right, though noise may hide which one it is of
@@ -142,7 +143,9 @@ class ChurnCase:
         """
         changes, clear = self._changes[arm], dict[Owner, list[bool]]()
         for owner, each in changes.items():
-            scale = _scale(each)
+            # median noise of answers along the way to the owner, in nats
+            far = [min(abs(c.along), abs(c.size - c.along)) / math.sqrt(c.size) for c in each if c.size > 0]
+            scale = TO_SIGMA * median(far) if far else math.inf
             ways = [(each, self._common(arm, owner))]
             if owner.fault is not None:
                 innocent = [o for o in changes if o.fault is None]
@@ -263,14 +266,3 @@ class ChurnCase:
 def _apart(change: Change) -> float:
     """RMS distance of an answer from another model's, in nats; infinite if they share no token."""
     return math.sqrt(change.rest / change.tokens) if change.tokens else math.inf
-
-
-def _length(change: Change) -> float:
-    """RMS distance of another model's answer from the model's own, in nats."""
-    return math.sqrt(change.size / change.tokens)
-
-
-def _scale(changes: Sequence[Change]) -> float:
-    """Median noise of answers, in nats, along the way from one model to another; infinite if the models are equal."""
-    far = [min(abs(c.along), abs(c.size - c.along)) / math.sqrt(c.size) for c in changes if c.size > 0]
-    return TO_SIGMA * median(far) if far else math.inf

@@ -117,13 +117,13 @@ class Policy:
         self.coarse = [
             module
             for module in model.modules()
-            if any(one is not None and self._is_cast(one) for one in module._parameters.values())
+            if any(
+                one is not None and one.is_floating_point() and one.dtype != engine.dtype
+                for one in module._parameters.values()
+            )
         ]
         if engine.merged:
             self._check_merging()
-
-    def _is_cast(self, parameter: Tensor) -> bool:
-        return parameter.is_floating_point() and parameter.dtype != self.engine.dtype
 
     def _check_merging(self) -> None:
         for path, layer in self.layers.items():

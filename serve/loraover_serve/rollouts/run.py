@@ -9,7 +9,7 @@ from loraover.common.atomic_output import check_writable, publish_directory
 from loraover.common.errors import DataError
 from loraover.common.provenance import environment, processor, today
 from loraover.sources.verb import verb
-from loraover_serve.rollouts.dump import MAX_STEPS, DumpedStep, read_dump
+from loraover_serve.rollouts.dump import MAX_STEPS, read_dump
 from loraover_serve.rollouts.loop import RolloutJudge
 from loraover_serve.rollouts.report import JudgedStep, RolloutReport, decisive_step
 from loraover_serve.rollouts.request import RolloutFileRequest
@@ -63,21 +63,16 @@ def _judged(request: RolloutFileRequest) -> Iterator[JudgedStep]:
     for number, dumped in enumerate(read_dump(request.file), start=1):
         if number > MAX_STEPS:
             raise DataError(f"{request.file}: more than {MAX_STEPS} steps; judge parts of the file.")
-        yield _judge(judge, dumped, factors)
+        found = judge.step(**dumped.arguments | {"faults": factors | dumped.arguments["faults"]})
+        off = [e - a for e, a in zip(dumped.arguments["e"], dumped.arguments["a"], strict=True)]
+        yield JudgedStep(
+            step=dumped.step,
+            **{name: getattr(found, name) for name in ("verdict", "fault", "reason", "strength", "allowed", "effect")},
+            **{name: getattr(found, name) for name in ("distance", "noise", "tokens", "prompts")},
+            mean_difference=fmean(map(abs, off)),
+            kl=fmean(off),
+            suspects=list(found.suspects),
+            not_excluded=list(found.not_excluded),
+        )
         if number % EVERY == 0:
             request.report.line(f"step {dumped.step} is judged")
-
-
-def _judge(judge: RolloutJudge, dumped: DumpedStep, factors: dict[str, float]) -> JudgedStep:
-    e, a = dumped.arguments["e"], dumped.arguments["a"]
-    found = judge.step(**dumped.arguments | {"faults": factors | dumped.arguments["faults"]})
-    off = [mine - right for mine, right in zip(e, a, strict=True)]
-    return JudgedStep(
-        step=dumped.step,
-        **{name: getattr(found, name) for name in ("verdict", "fault", "reason", "strength", "allowed", "effect")},
-        **{name: getattr(found, name) for name in ("distance", "noise", "tokens", "prompts")},
-        mean_difference=fmean(map(abs, off)),
-        kl=fmean(off),
-        suspects=list(found.suspects),
-        not_excluded=list(found.not_excluded),
-    )

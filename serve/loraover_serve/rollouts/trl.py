@@ -136,7 +136,9 @@ class VerifyRollouts(TrainerCallback):
         self.judge = judge or RolloutJudge()
         self.source = source_of(trainer)
         dtype, is_raw = (engine_dtype, False) if engine_dtype else self._asked()
-        form = EngineNumbers(_dtype(dtype), self.source.merges if merged is None else merged)
+        if dtype not in DTYPES:
+            raise ConfigError(f"VerifyRollouts: the engine's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        form = EngineNumbers(DTYPES[dtype], self.source.merges if merged is None else merged)
         model = trainer.accelerator.unwrap_model(trainer.model)
         temperature = 1.0 if is_raw and not self.source.trains_on_logprobs else trainer.args.temperature
         rows_at_once = trainer.args.per_device_train_batch_size
@@ -182,7 +184,11 @@ class VerifyRollouts(TrainerCallback):
         named = args.resume_from_checkpoint
         folder = Path(named) if isinstance(named, str) else checkpoint_folder(args, state)
         try:
-            self._load(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+            kept = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            if kept["schema"] != SCHEMA:
+                raise ValueError(f"found schema {kept['schema']!r}, expected {SCHEMA}")
+            self.judge.load_state_dict(kept["judge"])
+            self._alarms, self._checks = int(kept["alarms"]), int(kept["checks"])
         except FileNotFoundError:
             logger.warning("%s has no %s: the judge of rollouts begins anew", folder, STATE_FILE)
         except (ValueError, KeyError, TypeError) as error:
@@ -193,12 +199,6 @@ class VerifyRollouts(TrainerCallback):
         if args.should_save:
             found = {"schema": SCHEMA, "judge": self.judge.state_dict(), "alarms": self._alarms, "checks": self._checks}
             publish_text(checkpoint_folder(args, state) / STATE_FILE, json.dumps(found))
-
-    def _load(self, state: Mapping[str, Any]) -> None:
-        if state["schema"] != SCHEMA:
-            raise ValueError(f"found schema {state['schema']!r}, expected {SCHEMA}")
-        self.judge.load_state_dict(state["judge"])
-        self._alarms, self._checks = int(state["alarms"]), int(state["checks"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -391,12 +391,6 @@ class VerifyRollouts(TrainerCallback):
             folder = Path(self.trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             publish_text(folder / FAILURE_FILE, json.dumps(_finite(told), indent=2) + "\n")
-
-
-def _dtype(name: str) -> Any:
-    if name not in DTYPES:
-        raise ConfigError(f"VerifyRollouts: the engine's dtype is {name!r}, expected one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE,
 from loraover_serve.judge.results import Suspect
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.judge.search import LEFT, NEARER, ROUNDED_WAY
-from loraover_serve.rollouts.case import HALF_WAY, RELIABLE, Compared, RolloutCase
+from loraover_serve.rollouts.case import HALF_WAY, RELIABLE, RolloutCase
 from loraover_serve.rollouts.tokens import STALE_BY, Logprobs, SampledTokens, TokenFacts, read_tokens
 
 RolloutVerdict = Literal["as trained", "applied, scale not known yet", "differs", "too early", "not comparable"]
@@ -195,7 +195,11 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
     if not (nearer or case.is_beyond()):
         what += f", more than {CERTAIN:g} times the noise of {case.noise:.2g} where the adapter was zero"
     compared = sorted(case.compared, key=lambda each: (not each.explains, each.rms))
-    found = [_suspect(each) for each in compared]
+    stale = STALE_BY.format("")
+    found = [
+        Suspect(STALE if each.name.startswith(stale) else each.name, each.name, each.rms, each.explains)
+        for each in compared
+    ]
     if case.effect and case.reliable(case.effect) > 0:
         fitted, nearest = _fitted(case), found[0].rms if found else math.inf
         is_first = (fitted.explains or not found or not found[0].explains) and fitted.rms < NEARER * nearest
@@ -220,12 +224,6 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         others += case.twins
     named = near.fault if near.detail == near.fault else f"{near.fault}: {near.detail}"
     return Finding("differs", f"{named}; {what}", near.fault, found, not_excluded=others)
-
-
-def _suspect(each: Compared) -> Suspect:
-    """A known model as a suspect: an earlier adapter is called stale, and other models keep their names."""
-    stale = STALE_BY.format("")
-    return Suspect(STALE if each.name.startswith(stale) else each.name, each.name, each.rms, each.explains)
 
 
 def _fitted(case: RolloutCase) -> Suspect:
