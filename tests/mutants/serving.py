@@ -160,8 +160,10 @@ SERVING = (
     ),
     Mutant(
         "verify-weak-adapter-passes",
-        "if case.effect > FLOOR and is_narrow(case.strength, case.allowed):",
-        "if case.effect >= 0:",
+        'def strength_is_unclear(case: Case) -> RuleFinding | None:\n    """The interval of the strength is wide, or the '
+        'adapter changes too little to be seen."""\n    if case.effect > FLOOR and is_narrow(case.strength, case.allowed):',
+        'def strength_is_unclear(case: Case) -> RuleFinding | None:\n    """The interval of the strength is wide, or the '
+        'adapter changes too little to be seen."""\n    if case.effect >= 0:',
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(
