@@ -137,7 +137,7 @@ def converted(moments: Mapping[str, Tensor], convert: Callable[[Tensor, bool], T
 class StepGuard:
     """A function that is called whenever `optimizer.step` raises, until `remove`.
 
-    Learning-rate schedulers and Accelerate wrap `step`, too, before or after; the guard keeps what they find in it.
+    Learning-rate schedulers and Accelerate also wrap `step`, before or after the guard, which keeps their wrappers.
     """
 
     def __init__(self, optimizer: Optimizer, undo: Callable[[], None]) -> None:

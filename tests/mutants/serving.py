@@ -160,10 +160,8 @@ SERVING = (
     ),
     Mutant(
         "verify-weak-adapter-passes",
-        'def strength_is_unclear(case: Case) -> RuleFinding | None:\n    """The interval of the strength is wide, or the '
-        'adapter changes too little to be seen."""\n    if case.effect > FLOOR and is_narrow(case.strength, case.allowed):',
-        'def strength_is_unclear(case: Case) -> RuleFinding | None:\n    """The interval of the strength is wide, or the '
-        'adapter changes too little to be seen."""\n    if case.effect >= 0:',
+        'allowed):\n        return None\n    reason = (\n        f"the adapter moves logprobs',
+        'allowed) or True:\n        return None\n    reason = (\n        f"the adapter moves logprobs',
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(

@@ -62,7 +62,7 @@ def test_an_engine_has_verifys_verdict(name: str, asked: Case, reference: Refere
     alone = judge(Evidence(reference, replace(answers, base={}, is_one_model=True)))
     if name == "another base model":
         assert (alone["verdict"], alone["fault"]) == ("differs", None)
-        assert "one model under both names, which may be another base model" in alone["reason"]
+        assert "one model under both names: it may be another base model" in alone["reason"]
     elif name in HIDDEN_BY_ONE_MODEL:
         assert alone["verdict"] in ("as trained", "inconclusive")
     else:

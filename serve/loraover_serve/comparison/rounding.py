@@ -65,10 +65,10 @@ FORMATS = {
 
 
 def as_served(name: str, computed: str) -> NumberFormat:
-    """Return the error of a server in a number format, beside PyTorch that computes in another one.
+    """Return the error of a server in a number format, relative to PyTorch in its data type.
 
-    PyTorch in float32 is taken as exact. Where it computes as coarsely as the server does, each of the two rounds in a
-    way of its own, and a further random rounding of each layer's outputs stands for that.
+    PyTorch in float32 counts as exact. If PyTorch computes as coarsely as the server, the two round differently; a
+    further random rounding of each layer's outputs stands for this.
 
     Args:
         name: The server's number format, one of `FORMATS`.

@@ -86,7 +86,7 @@ class Case:
 
     @cached_property
     def strength(self) -> Interval:
-        """Strength of the adapter in what the engine changes."""
+        """Strength of the adapter in the engine's changes."""
         return fit_along(self.changes).within(most_noise(self.changes, self.noise.rms))
 
     @property

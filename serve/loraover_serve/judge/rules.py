@@ -242,8 +242,8 @@ def _nearest(case: Case, found: str) -> RuleFinding:
         )
         if case.is_one_model:
             reason += (
-                "; the server has one model under both names, which may be another base model, or several adapters at "
-                f"once: llama-server answers for each alone with {case.option('protocol')} llama-server"
+                "; the server has one model under both names: it may be another base model, or several adapters may be "
+                f"applied at once; llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
         else:
             reason += "; another adapter may be served; verify can name it if its folder lies beside this one"

@@ -130,7 +130,7 @@ class RolloutCase:
         return 1 - 2 * (self.noise if noise is None else noise) ** 2 / effect**2 if effect else -math.inf
 
     def bounded(self, half: float, fit: Fit) -> float:
-        """Half an interval, bounded on an exact engine by CERTAIN times its noise, all of it along the direction."""
+        """Half an interval; on an exact engine, at most the error that CERTAIN times its noise can cause."""
         if self.known_noise is None or self.known_noise > EXACT:
             return half
         return min(half, fit.certain(CERTAIN * (self.known_noise + FLOOR) * math.sqrt(len(self.tokens.engine))))

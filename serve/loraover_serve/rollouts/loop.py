@@ -62,7 +62,7 @@ class RolloutJudge:
         again: bool = False,
         **facts: Unpack[TokenFacts],
     ) -> Finding:
-        """Judge a step, given as to `judge_rollouts`; `earlier` and `faults` may be missing in some steps.
+        """Judge a step, by the arrays that `judge_rollouts` takes; `earlier` and `faults` may be missing in some steps.
 
         Args:
             again: Whether the step takes the place of the last one, with logprobs of more models after an alarm.

@@ -282,8 +282,8 @@ def source_of(trainer: Any) -> RolloutSource:
         raise ConfigError(f"VerifyRollouts knows the trainers {', '.join(SOURCES)} of TRL, and not {names[0]}.")
     if kind is not Queued and not trainer.args.use_vllm:
         raise ConfigError(
-            f"VerifyRollouts: {names[0]} samples by itself, so there is no engine that could have another policy; set "
-            "use_vllm, or leave it out."
+            f"VerifyRollouts: {names[0]} samples by itself, so no engine could have another policy; set "
+            "use_vllm, or leave VerifyRollouts out."
         )
     if missing := [name for name in kind.needs if not _has(trainer, name)]:
         raise ConfigError(

@@ -75,7 +75,7 @@ class Canary:
         self.configure(watched, now)
 
     def configure(self, watched: Watched, now: float) -> None:
-        """Take a new configuration; adapters that stay keep their times, unless these are too late for it.
+        """Take a new configuration; adapters that it still names keep their next time, if it is not too late.
 
         A first check comes an interval after the last one in the history, or soon, at a random time.
         """
