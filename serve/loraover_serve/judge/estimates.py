@@ -174,7 +174,7 @@ def t_quantile(freedom: float, probability: float = BY_CHANCE / 2) -> float:
     """Value that Student's t exceeds with a probability.
 
     With t = sqrt(freedom) / tan(angle), half of the regularised incomplete beta function of sin(angle)^2 is that
-    probability. Bisection ends where two angles are neighbours.
+    probability. Bisection ends at two neighbouring floating-point angles.
 
     Args:
         freedom: Degrees of freedom, at least 1; any number.

@@ -181,7 +181,7 @@ def _candidate(model: Model) -> FaultyModel:
 
 
 def unpacked(level: str) -> float:
-    """Multiple of its unit that a character means."""
+    """Number of units for which a character stands."""
     return math.sinh((ALPHABET.index(level) - len(ALPHABET) // 2) / STEPS_PER_E)
 
 

@@ -71,8 +71,8 @@ class RolloutReport(StrictModel):
 
     schema_version: int = 1
     verdict: RolloutVerdict | None = Field(
-        description='"differs" if a step does; else "not comparable" if a step is, null if a step with an adapter '
-        "cannot be judged, and else the verdict of the last step"
+        description='The first of these that applies: "differs" if a step differs, "not comparable" if a step is not, '
+        "null if a step with an adapter cannot be judged, and the verdict of the last step"
     )
     fault: str | None = Field(description="Name of the fault at the first step that differs and has one")
     steps: list[JudgedStep]
