@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig, serve_vllm
 
 from support.vllm_command import vllm_command
+
+AMX = Path(__file__).with_name("amx")
+"""Folder of what each Python process of a server does as it starts."""
 
 ENABLE_LORA = ("--enable-lora", "--max-loras", "1", "--max-lora-rank", "8")
 """Options of a server that is started without an adapter."""
@@ -27,6 +32,8 @@ def serving_loader(config: VllmServerConfig, log: Path) -> Iterator[VllmServer]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
             patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+            if platform.machine() == "x86_64":
+                patch.setenv("PYTHONPATH", str(AMX), prepend=os.pathsep)
             server = until.enter_context(serve_vllm(config, log, executable=str(vllm_command())))
         yield server
 
