@@ -139,6 +139,24 @@ def test_a_large_weight_whose_first_rows_alone_are_the_base_models_is_read_to_it
     assert module.strength == pytest.approx(1 - first / 2100, abs=0.05)
 
 
+@pytest.mark.parametrize("size", [0.2, 0.02])
+@pytest.mark.parametrize("shapes", [SHAPES, LARGE], ids=["small", "large"])
+def test_a_single_row_that_was_left_out_or_merged_alone_is_seen(
+    shapes: dict[str, tuple[int, int]], size: float, tmp_path: Path
+) -> None:
+    """Of 2100 rows, it changes the strength by 0.0005."""
+    planted = plant(tmp_path, shapes=shapes, size=size)
+
+    def part(is_left_out: bool, w: Wide, d: Wide) -> Wide:
+        found = w + d if is_left_out else w.copy()
+        found[5] = w[5] if is_left_out else (w + d)[5]
+        return found
+
+    for is_left_out in (True, False):
+        merged = planted.merge(str(is_left_out), change=lambda _, w, d, out=is_left_out: part(out, w, d))  # type: ignore[misc]
+        assert verdicts(inspect(planted, merged)) == {"other changes": set(planted.deltas)}
+
+
 def test_a_scale_that_is_wrong_by_little_is_seen_in_all_modules_together(tmp_path: Path) -> None:
     """Of each module alone, rounding leaves 3 % open."""
     shapes = {f"model.layers.{k}.mlp.up_proj": (64, 64) for k in range(40)}
@@ -274,6 +292,18 @@ def test_an_adapter_beside_the_merged_weights_is_told_and_no_pass(tmp_path: Path
     report = inspect(planted, str(merged))
     assert report.verdict == "inconclusive"
     assert "holds adapter_config.json beside the merged weights" in report.not_compared[0]
+
+
+def test_shards_beside_a_single_file_are_told_and_no_pass(tmp_path: Path) -> None:
+    """Transformers reads the single file; vLLM reads what the index names."""
+    planted = plant(tmp_path)
+    merged = Path(planted.merge())
+    (merged / "model-00001-of-00001.safetensors").write_bytes((Path(planted.base) / "model.safetensors").read_bytes())
+    index = {"weight_map": {FIRST: "model-00001-of-00001.safetensors"}}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    report = inspect(planted, str(merged))
+    assert report.verdict == "inconclusive"
+    assert "transformers reads model.safetensors beside it" in report.not_compared[0]
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0,)])
@@ -488,6 +518,12 @@ def leave_the_folder(folder: Path) -> None:
     (folder / "merged" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def lose_a_shard(folder: Path) -> None:
+    (folder / "merged" / "model.safetensors").unlink()
+    index = {"weight_map": {FIRST: "model-00002-of-00002.safetensors"}}
+    (folder / "merged" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def lose_a_module(folder: Path) -> None:
     edit_tensors(folder / "merged" / "model.safetensors", lambda found: found.pop(FIRST))
 
@@ -511,6 +547,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (to_nan, r"merged.*q_proj.weight holds NaN or infinity; expected finite weights"),
     "another shape": (reshape, r"base.*has shape \(33, 32\).*\(32, 32\); name the model"),
     "an index that leaves the folder": (leave_the_folder, r"names '../elsewhere.safetensors', which is not a"),
+    "an index that names a missing shard": (
+        lose_a_shard,
+        r"merged.*names 'model-00002-of-00002.* is not a safetensors",
+    ),
     "a module without weight": (lose_a_module, r"adapts .*q_proj, but folder .*merged has no such weight; name"),
     "another model": (adapt_another_model, r"adapts model.layers.7.*, but folder .*base has no such weight; name"),
     "a pickle": (pickle_the_weights, r"merged has no model.safetensors .*pytorch_model.bin"),

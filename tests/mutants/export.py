@@ -92,6 +92,36 @@ EXPORT = (
         Selection("test_inspect_merge.py", "shares_the_embeddings"),
     ),
     Mutant(
+        "merged-rows-are-not-judged-alone",
+        "return int(np.count_nonzero(excess > allowed))",
+        "return 0",
+        Selection("test_inspect_merge.py", "single_row"),
+    ),
+    Mutant(
+        "merged-bytes-are-compared-at-the-start-alone",
+        "(self._equal(*runs[0]) and all(self._pool.map(lambda run: self._equal(*run), runs[1:])))",
+        "self._equal(*runs[0])",
+        Selection("test_inspect_merge.py", "first_rows_alone"),
+    ),
+    Mutant(
+        "merged-bf16-is-cut-off",
+        "np.add(values.view(np.uint32), np.uint32(0x8000), out=bits)",
+        "np.add(values.view(np.uint32), np.uint32(0), out=bits)",
+        Selection("test_inspect_merge.py", "in_float32 or large_weights_are"),
+    ),
+    Mutant(
+        "merged-factors-are-judged-one-by-one-alone",
+        "abs(factor - 1) <= IMPRECISION + 1 / math.sqrt(total)",
+        "abs(factor - 1) <= 1",
+        Selection("test_inspect_merge.py", "together"),
+    ),
+    Mutant(
+        "merged-added-rows-pass",
+        'if other.state in ("resized", "not compared")]',
+        'if other.state == "not compared"]',
+        Selection("test_inspect_merge.py", "further_tokens"),
+    ),
+    Mutant(
         "base-weights-are-copies-by-their-shape",
         "(found != base.weight(path).to(found.dtype))",
         "(found != found)",

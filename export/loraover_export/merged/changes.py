@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,21 @@ class AddedDelta:
         columns = max(1, PRODUCT // max(1, left.size))
         for first in range(0, out.shape[1], columns):
             np.matmul(left, self.right[:, first : first + columns], out=out[:, first : first + columns])
+
+    @cached_property
+    def _sizes(self) -> Numbers | None:
+        """|right| |right|^T in float64."""
+        if self.right is None:
+            return None
+        sizes = np.abs(self.right, dtype=np.float64)
+        return sizes @ sizes.T
+
+    def reach(self, start: int, stop: int) -> Any:
+        """Return the squared norms of rows of |left| |right| in float64; without factors, 64 times those of delta_W."""
+        left, sizes = np.abs(self.left[start:stop], dtype=np.float64), self._sizes
+        if sizes is None:  # Of products of other kinds, 8 times the usual error is taken for a bound.
+            return 64 * np.vecdot(left, left)
+        return np.vecdot(left @ sizes, left)
 
     def norm(self, *, of_sizes: bool = False) -> float:
         """Return the Frobenius norm in float64, from r x r matrices; with `of_sizes`, that of |left| |right|."""

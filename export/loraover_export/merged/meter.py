@@ -14,7 +14,7 @@ import numpy as np
 from loraover.common.errors import CheckpointError
 from loraover_export.merged.changes import AddedDelta
 from loraover_export.merged.matrices import HOLDERS, WIDE, Bytes, Overlap
-from loraover_export.merged.strength import Hypothesis, Room, Sums, measure
+from loraover_export.merged.strength import IMPRECISION, Hypothesis, Room, Sums, measure
 
 SMALL = 2**18
 """Elements of a module below which everything is computed in float64, since that costs nothing there."""
@@ -135,6 +135,8 @@ class Meter:
                 changes,
                 nearest,
                 hypotheses,
+                reach=IMPRECISION**2 * delta.reach(at, at + shape[0]),
+                is_quantised=place.merged.is_quantised,
                 holds_base=holds_base,
                 looks_at_erasure=looks_at_erasure,
                 room=room,

@@ -13,8 +13,11 @@ that file. Where a merge rounds before it adds, its sum differs by some h from W
     X_c <= 4 |P_c - W - c D| |h| + 4 |h|^2,
 
 since |M - T| <= |Q(T) - T| + 2 |h| at each place, with T = W + c D. A factor explains a weight if s is near s_c and X_c
-within this bound. The interval of s comes from the residuals r = M - W - s D, which rounding leaves: the standard error
-is sqrt(sum (sum D r)^2) / <D, D>, whatever their sizes; the inner sum is over a run of elements (White 1980,
+within this bound, in the whole and in every row: a merge that left out some rows is none. In a row, |h| is at most
+IMPRECISION times the norm of |B| |A|, since B A may cancel there.
+
+The interval of s comes from the residuals r = M - W - s D, which rounding leaves: the standard error is
+sqrt(sum (sum D r)^2) / <D, D>, whatever their sizes; the inner sum is over a run of elements (White 1980,
 doi:10.2307/1912934, for runs of one; Liang and Zeger 1986, doi:10.1093/biomet/73.1.13, for longer ones).
 
 Sums are computed in float32 where that can show the rounding of M's format, in runs of n elements, whose sums are
@@ -34,7 +37,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +103,7 @@ class Explained:
         before: Sum of squares of the rounding before storage.
         shift: <D, P - W>.
         different: Number of elements in which M is not P, nor as near.
+        torn: Number of rows whose own excess rounding does not explain.
     """
 
     excess: float = 0.0
@@ -108,6 +112,7 @@ class Explained:
     before: float = 0.0
     shift: float = 0.0
     different: int = 0
+    torn: int = 0
 
 
 @dataclass
@@ -204,6 +209,7 @@ class Sums:
         near = self.half_width + self.arithmetic + IMPRECISION * abs(hypothesis.factor)
         return (
             abs(self.strength - self.expected(hypothesis)) <= near
+            and not self.explained[hypothesis].torn
             and self.explained[hypothesis].excess <= self.allowed(hypothesis, is_quantised=is_quantised)
         )  # fmt: skip
 
@@ -234,6 +240,8 @@ def measure(
     nearest: Rounding | None,
     hypotheses: Sequence[Hypothesis],
     *,
+    reach: NDArray[np.float64] | None = None,
+    is_quantised: bool = False,
     holds_base: bool = False,
     looks_at_erasure: bool = True,
     room: Room | None = None,
@@ -247,6 +255,8 @@ def measure(
         nearest: Q, the rounding to the nearest number that the format of M has at each place; None if these numbers
             are not known, so that every residual counts as explained.
         hypotheses: Hypotheses to compute sums for; erasure needs `ABSENT`, and `ONCE` after it.
+        reach: Largest |h| of each row for the factor 1, squared; None to leave rows unjudged.
+        is_quantised: Whether elements of M share scales.
         holds_base: Whether the format of M has every number of W's.
         looks_at_erasure: Whether to add up what a right merge erases.
         room: Memory to compute in.
@@ -256,16 +266,18 @@ def measure(
     base, merged, delta = (each.reshape(runs) for each in (base, merged, delta))
     get = partial((room or Room()).get, shape=runs, dtype=base.dtype)
     change = np.subtract(merged, base, out=get("change"))
-    dd, dy, yy = _runs(delta, delta), _runs(delta, change), _runs(change, change)
-    sums = Sums(base.size, _dot(base, base), float(dd.sum()), float(dy.sum()), float(yy.sum()))
+    dd, dy, yy, ww = (_runs(*pair) for pair in ((delta, delta), (delta, change), (change, change), (base, base)))
+    sums = Sums(base.size, float(ww.sum()), float(dd.sum()), float(dy.sum()), float(yy.sum()))
     sums.moments = float(np.vdot(dy, dy)), float(np.vdot(dd, dy)), float(np.vdot(dd, dd)), float(np.vdot(dd, yy))
     sums.unit, sums.run = UNITS[base.dtype], run
+    rows = None if reach is None or not base.size else _Rows(reach, _by_row(ww, reach), sums.unit, run, is_quantised)
     absent: Numbers | None = None
     for hypothesis in hypotheses:
         if hypothesis == ABSENT and holds_base:
             found, written = Explained(sums.yy, off=sums.yy, different=int(np.count_nonzero(change != 0))), base
+            found.torn = 0 if rows is None else rows.torn(ABSENT, yy, yy, 0 * yy)
         else:
-            found, written = _explain(base, merged, delta, nearest, hypothesis, get)
+            found, written = _explain(base, merged, delta, nearest, hypothesis, get, rows)
             found.shift = sums.dy - found.shift
         sums.explained[hypothesis] = found
         if hypothesis == ABSENT:
@@ -276,8 +288,45 @@ def measure(
     return sums
 
 
+class _Rows(NamedTuple):
+    """Rows of a block, whose excess is judged one by one: the parts of `Sums.allowed`, for each row.
+
+    Args:
+        reach: Largest |h| for the factor 1, squared.
+        size: Sum of squares of W.
+        unit: Unit roundoff of the computation.
+        run: Number of elements in a run.
+        is_quantised: Whether elements share scales, so that a quantiser may err as much again as the nearest numbers.
+    """
+
+    reach: NDArray[np.float64]
+    size: NDArray[np.float64]
+    unit: float
+    run: int
+    is_quantised: bool
+
+    def torn(self, hypothesis: Hypothesis, *runs: NDArray[np.float64]) -> int:
+        """Count rows, given the excess, the squares of M - P and those of P - T, by runs or by rows."""
+        excess, off, error = (_by_row(each, self.reach) for each in runs)
+        h = abs(hypothesis.factor) * np.sqrt(self.reach) + (ARITHMETIC + 2 * self.unit) * np.sqrt(self.size)
+        summed = gamma(self.run + 4, self.unit) * (off + 2 * np.sqrt(off * error))
+        allowed = self.is_quantised * error + 4 * np.sqrt(error) * h + 4 * h * h + summed
+        return int(np.count_nonzero(excess > allowed))
+
+
+def _by_row(runs: NDArray[np.float64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = runs.reshape(len(rows), -1).sum(1)
+    return found
+
+
 def _explain(
-    base: Numbers, merged: Numbers, delta: Numbers, nearest: Rounding | None, hypothesis: Hypothesis, get: Any
+    base: Numbers,
+    merged: Numbers,
+    delta: Numbers,
+    nearest: Rounding | None,
+    hypothesis: Hypothesis,
+    get: Any,
+    rows: _Rows | None,
 ) -> tuple[Explained, Numbers]:
     """Return the sums of a hypothesis, with <D, M - P> in place of the shift, and P."""
     found, start, target, written = Explained(), base, get("target"), get("written")
@@ -299,7 +348,9 @@ def _explain(
     else:
         nearest(target, written)
     error = np.subtract(written, target, out=get("error"))
-    found.error = _dot(error, error)
+    errors = _runs(error, error)
+    found.error = float(errors.sum())
+    by_row: list[NDArray[Any]] = []
     differs = np.not_equal(merged, written)  # a mask, which NumPy counts ten times as fast as numbers
     found.different = int(np.count_nonzero(differs))
     if not found.different or nearest is None:
@@ -309,12 +360,19 @@ def _explain(
         at = np.flatnonzero(differs)
         off, error, delta = (each.reshape(-1)[at].astype(np.float64) for each in (merged, error, delta))
         off -= written.reshape(-1)[at]
+        squares, excess = off * off, off * (off + 2 * error)
+        found.different = int(np.count_nonzero(excess))  # two numbers may be equally near
+        if rows is not None:
+            at //= base.size // len(rows.reach)
+            by_row = [np.bincount(at, each, len(rows.reach)) for each in (excess, squares)]
     else:
         off = np.subtract(merged, written, out=get("off"))
-    found.shift, found.off = _dot(delta, off), _dot(off, off)
-    found.excess = found.off + 2 * _dot(off, error)
-    if off.ndim == 1:
-        found.different = int(np.count_nonzero(off * (off + 2 * error)))  # two numbers may be equally near
+        squares = _runs(off, off)
+        excess = squares + 2 * _runs(off, error)
+        by_row = [excess, squares]
+    found.shift, found.off, found.excess = _dot(delta, off), float(squares.sum()), float(excess.sum())
+    if rows is not None and hypothesis.via is None:  # what is rounded before has no bound in a single row
+        found.torn = rows.torn(hypothesis, *by_row, errors)
     return found, written
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from loraover.adapters.base_weights import open_files
 from loraover.checkpoint.expert_stacks import ExpertWeight
 from loraover.checkpoint.files import CONFIG_FILE
-from loraover.checkpoint.model_facts import read_served
+from loraover.checkpoint.model_facts import INDEX, SINGLE, read_served
 from loraover.checkpoint.tensor_file import TensorFile
 from loraover.models.load import ModelSource
 from loraover_export.merged.matrices import StoredMatrix, StoredRows, TensorPiece
@@ -249,6 +249,11 @@ class StoredWeights(Weights):
             yield (
                 f"what engines make of {self.origin}, which holds {CONFIG_FILE} beside the merged weights: "
                 "transformers takes it for an adapter, and loads the model that is named there"
+            )
+        if all((self.folder / name).is_file() for name in (SINGLE, INDEX)):
+            yield (
+                f"the files that {INDEX} of {self.origin} names: transformers reads {SINGLE} beside it, and other "
+                "programs may read them"
             )
         if not isinstance(base, StoredWeights):
             return
