@@ -154,7 +154,17 @@ def find_setting(read: AnswerReader, case: Case) -> tuple[VectorSetting, Case] |
     if case.noise.rms <= FLOOR:
         return None
     found: list[tuple[float, VectorSetting, Case]] = []
-    for setting in [*read.reference.settings(), *_orders(read)]:
+    squares = (
+        [each.square for each in case.off]
+        if case.is_one_model
+        else [each.square for each in case.evidence.off(BASE, case.evidence.base)]
+    )
+    arm = ADAPTER if case.is_one_model else BASE
+    for setting in [*read.reference.known_settings, *_orders(read)]:
+        far = read.reference.far(setting, arm)
+        near = math.sqrt(fmean(squares[: len(far)]))
+        if math.sqrt(fmean(far)) >= 2 * near:  # so the answers are nearer to the right ones
+            continue
         other = Case(read.evidence(setting), case.served_format, case.option)
         model, start = (other.evidence.base, case.evidence.base)
         changes = case.evidence.base_changes(model)
@@ -164,7 +174,7 @@ def find_setting(read: AnswerReader, case: Case) -> tuple[VectorSetting, Case] |
         way = strength_along(changes)
         explained = share_along(changes, way)
         is_likely = abs(way.value - 1) <= LIKE and explained >= EXPLAINED and is_clear(way)
-        if is_likely and other.noise.rms < case.noise.rms:
+        if is_likely and other.noise.rms < near:
             found.append((other.noise.rms, setting, other))
     if not found:
         return None

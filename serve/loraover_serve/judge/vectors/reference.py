@@ -125,6 +125,8 @@ class VectorReference:
         }
         if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
+        self._models: dict[tuple[str, str], VectorModels] = {}
+        self._far: dict[tuple[str, str, str], list[float]] = {}
         self._settings = [self._recorded(each, (BASE, ADAPTER)) for each in content["settings"]]
         self._variants = [self._recorded(each, (ADAPTER,)) for each in content["variants"]]
         if not 0 < self.unit < math.inf or not self.sensitivity >= 1:
@@ -219,9 +221,27 @@ class VectorReference:
             return None
         return self.centred([math.log(value) for value in sure])
 
+    @cached_property
+    def known_settings(self) -> list[VectorSetting]:
+        """The settings that were recorded, and the other length of vectors."""
+        return self.settings()
+
     def models(self, setting: VectorSetting | None = None) -> VectorModels:
         """The models of the judge, as a server computes them in a setting."""
-        return VectorModels(self, setting or self.right)
+        setting = setting or self.right
+        name = (setting.fault, setting.detail)
+        if name not in self._models:
+            self._models[name] = VectorModels(self, setting)
+        return self._models[name]
+
+    def far(self, setting: VectorSetting, arm: str) -> list[float]:
+        """Mean squares by which a setting moves the right answers of an arm, text by text, in the judge's units."""
+        name = (setting.fault, setting.detail, arm)
+        if name not in self._far:
+            moved, right = (getattr(self.models(each), arm).rows for each in (setting, None))
+            pairs = zip(moved, right, strict=False)
+            self._far[name] = [math.fsum((a[i] - b[i]) ** 2 for i in a) / len(a) for a, b in pairs]
+        return self._far[name]
 
     def most_requests(self, repeats: int) -> int:
         """Largest number of requests of a check."""
