@@ -18,8 +18,8 @@ Numbers = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
 
 Rounding = Callable[[Numbers, Numbers], None]
-"""Writes the nearest numbers of a format to those in the first array into the second one, of the same shape and dtype,
-which may be the first one."""
+"""Function that rounds the first array to the nearest numbers of a format, and writes them into the second one. Both
+have the same shape and dtype, and may be the same array."""
 
 
 class StoredMatrix(ABC):

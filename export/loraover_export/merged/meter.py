@@ -23,7 +23,7 @@ MEAN, LARGEST = 1e-8, 1e9
 """Root mean square of delta_W from which on, and largest element up to which, float32 holds its fourth powers."""
 
 SAMPLED = 2**20
-"""Elements of a weight with the base model's bytes that are measured, to see that a right merge would change them."""
+"""Number of elements measured in a weight that equals the base model's, to see if a right merge would change it."""
 
 READ_AT_ONCE = 2**20
 """Elements that a thread reads at once."""

@@ -331,7 +331,7 @@ class VectorAsker:
         return VectorAnswers(self.speaker.form.path, alone, rounds, encoded, self.is_one_model, mixed)
 
     def _mixed(self, places: Sequence[int]) -> dict[str, dict[int, VectorAnswer]]:
-        """Answers of both arms to texts, with requests for the other arm between those for each one."""
+        """Answers of both arms to texts, asked by turns and several at once, so that a server mixes them in batches."""
 
         def ask(asked: tuple[str, int]) -> tuple[str, int, VectorAnswer]:
             arm, place = asked
