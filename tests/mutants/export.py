@@ -57,8 +57,8 @@ EXPORT = (
     ),
     Mutant(
         "merged-excess-forgets-the-target",
-        "found.excess = found.off + 2 * _dot(off, error)",
-        "found.excess = found.off",
+        "excess = squares + 2 * _runs(off, error)",
+        "excess = squares",
         Selection("test_inspect_merge.py", "sums_are_those"),
     ),
     Mutant(
