@@ -25,6 +25,7 @@ from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, LoraOverError, UnscoredError
 from loraover_serve.judge.asker import QUICK, Asker
+from loraover_serve.judge.bases import on_served_weights
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
@@ -136,11 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reference = read_any_reference(asked.reference)
         if isinstance(reference, VectorReference):
             return _shown(_check_vectors(asked, reference, endpoint), asked.json)
+        asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
+        if not asked.quick:
+            asker = on_served_weights(asker)
+            assert isinstance(asker.models, Reference)
+            reference = asker.models
         needs = "caches" if asked.reload is None else "reload"
         long = long_questions(reference, field=needs) if asked.caches or asked.reload is not None else None
         run = None if asked.run is None else UserCommand(asked.run, flag("run"), endpoint.hidden)
         churn = None if asked.churn is None else ChurnRequest(reference.caches or reference, asked.churn, run)
-        asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
         found = check(
             asker,
             asked.served_format,

@@ -188,6 +188,7 @@ class Models(ABC):
         ends: Ids of the tokens that end a text.
         factors: Factors on every delta_W that the search tries first.
         conversations: Conversations in the chat template that the adapter was trained with; none if they are not known.
+        weights: Served weights that PyTorch ran the base model on, in words; None if they are the base model's own.
     """
 
     questions: Sequence[Question]
@@ -199,6 +200,7 @@ class Models(ABC):
     ends: frozenset[int]
     factors: Sequence[float]
     conversations: Conversations = Conversations()
+    weights: str | None = None
 
     def first(self, question: int) -> int:
         """The place of the first token of an answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,12 @@ Kind = TypeVar("Kind")
 
 LARGEST_FILE = 64_000_000  # bytes, unpacked
 
+MOST_BASES = 16
+"""Largest number of weights of one base model that a reference holds."""
+
+OF_ALL_BASES = ("schema_version", "adapter", "base_model", "bases", "vocabulary")
+"""What the bases of a reference have in common."""
+
 FACTORS = (1 / 16, 1 / 8)
 """Factors that are tried beside the recorded ones: between those and none, answers are interpolated."""
 
@@ -51,6 +58,8 @@ class Reference(Models):
         variants: Recorded faults of each arm.
         by_text: Ids of the tokens that alone have a text.
         caches: Long questions with one beginning, whose faults are stale keys and values of it; None if not recorded.
+        weights_sha256: SHA-256 of the served weights; None if the base model's own were recorded.
+        bases: The same adapter on other weights of the base model, which a server may have instead.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -85,10 +94,19 @@ class Reference(Models):
         if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
         long = content.get("caches")
-        self.caches = None if long is None else Reference({**content, **long, "caches": None})
+        self.caches = None if long is None else Reference({**content, **long, "caches": None, "bases": ()})
         variants = [] if self.caches is None else [each for arm in self.caches.variants.values() for each in arm]
         if self.caches and any(len(each.rows) != len(self.caches.places) for each in variants):
             raise ValueError("a stale cache does not fit the long questions")
+        self.weights, self.weights_sha256 = _weights(content.get("weights"))
+        others = content.get("bases", ())
+        if len(others) >= MOST_BASES or any(set(each) & set(OF_ALL_BASES) for each in others):
+            raise ValueError("its bases cannot be read")
+        self.bases = [Reference({**content, **each, "bases": ()}) for each in others]
+
+    def like(self, other: Reference) -> Reference:
+        """The same reference on the weights of another one, if it holds them."""
+        return next((each for each in self.bases if each.weights_sha256 == other.weights_sha256), self)
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:
@@ -174,6 +192,16 @@ def between(known: Sequence[tuple[float, Model]], factor: float) -> Model:
         for rows in zip(*(model.rows for _, model in near), strict=False)
     ]
     return Model(rows, [0.0] * len(rows))
+
+
+def _weights(found: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
+    """Served weights in words, and their SHA-256."""
+    if found is None:
+        return None, None
+    name, sha256 = found["format"], found["sha256"]
+    if not (isinstance(name, str) and isinstance(sha256, str) and len(sha256) == hashlib.sha256().digest_size * 2):
+        raise ValueError("the served weights need a format and a SHA-256")
+    return f"{name:.80} ({sha256:.12})", sha256
 
 
 def _candidate(model: Model) -> FaultyModel:

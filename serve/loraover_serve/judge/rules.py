@@ -108,6 +108,8 @@ def judge(
     )
     failure = left_out(option) if evidence.answers.without_mixed else evidence.answers.mixed_failure
     note = "" if failure is None else f"; mixed batches were not compared: {failure}"
+    served = evidence.models.weights
+    note += "" if served is None else f"; compared on the weights of {served}"
     template = evidence.answers.template
     found = _with_template(found._replace(reason=found.reason + note), template, option)
     return _told(found, evidence) | {
@@ -137,6 +139,7 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
         "fault": found.fault,
         "compared": evidence.compared,
         "replicas": None if found.split is None else found.split.shown(),
+        "weights": evidence.models.weights,
         "servers": servers_seen([each.told for each in evidence.answers.responses]),
     }
 

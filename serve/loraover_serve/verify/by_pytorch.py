@@ -25,6 +25,7 @@ from loraover.common.request import as_written
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_skeleton, load_tokenizer
 from loraover_serve.comparison.adapters import check_plain, check_task
+from loraover_serve.comparison.served_weights import open_if_given
 from loraover_serve.engines import ENDPOINT, engine_class
 from loraover_serve.engines.answers import of_another_vocabulary
 from loraover_serve.engines.base import RunningServer, Setting
@@ -81,7 +82,8 @@ def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
             prompts, messages = as_chats(tokenizer_of(adapter.path, load_tokenizer(base)), prompts)
         asked = prompts, request.new_tokens, device, request.report, request.compute_dtype
         base = fit_reference(adapter, base, *asked, request.max_memory_gib)
-        models = make_models(adapter, base, *asked, subject=subject, messages=messages)
+        with open_if_given(request.base_weights) as weights:
+            models = make_models(adapter, base, *asked, subject=subject, messages=messages, weights=weights)
         if setting.server is not None and not request.without_template:
             own = tokenizer_of(adapter.path, load_tokenizer(base))
             models = replace(models, conversations=conversations(own, models.vocabulary))

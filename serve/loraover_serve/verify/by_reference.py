@@ -18,6 +18,7 @@ from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, DataError, EngineError, LoraOverError
 from loraover_serve.judge.asker import Asker
+from loraover_serve.judge.bases import on_served_weights
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.command import check, check_vectors, unanswered
@@ -74,7 +75,7 @@ class Search:
     """
 
     def __init__(self, asker: Asker) -> None:
-        mine = asker.models
+        self._mine = mine = asker.models
         places = [place for place in asker.places if mine.places[place][1] == 0][:SCREENED]
         rows = asker.rounds(ADAPTER, places)[0].rows
         self._answers = {tuple(mine.read(place)): rows[place] for place in places if place in rows}
@@ -89,7 +90,7 @@ class Search:
             other: The adapter.
             reference: Its reference.
         """
-        far = self._distance(reference)
+        far = self._distance(reference.like(self._mine) if isinstance(self._mine, Reference) else reference)
         if far is None:
             self._unknown.append(other)
         elif far < self._right:
@@ -160,11 +161,12 @@ def _ask_about(request: VerifyRequest, name: str, reference: Reference | VectorR
     try:
         if isinstance(reference, VectorReference):
             return {"engine": name} | _vectors(request, endpoint, name, reference) | {"requests": endpoint.sent}
-        needs = "caches" if request.reload is None else "reload"
+        asker = _asker(request, endpoint, name, reference)
+        assert isinstance(asker.models, Reference)
+        reference, needs = asker.models, "caches" if request.reload is None else "reload"
         is_long = request.caches or request.reload is not None
         more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
         more["long"] = long_questions(reference, request.named, needs) if is_long else None
-        asker = _asker(request, endpoint, name, reference)
         if request.reload is not None:
             more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
         if request.churn_s is not None:
@@ -257,7 +259,8 @@ def endpoint_of(request: VerifyRequest) -> Endpoint:
 
 
 def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Reference) -> Asker:
-    return Asker.of(reference, endpoint, name, request.base_name, request.protocol, request.named)
+    asker = Asker.of(reference, endpoint, name, request.base_name, request.protocol, request.named)
+    return asker if request.quick else on_served_weights(asker)
 
 
 def reference_files(places: Sequence[Path]) -> list[Path]:

@@ -15,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
+from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
 from loraover.models.memory import Needs, fit_base
 from loraover.reference import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
+from loraover_serve.comparison.served_weights import ServedWeights
 from loraover_serve.engines.answers import Expected, last_rows, row_of
 from loraover_serve.engines.base import TokenRequest
 from loraover_serve.engines.endpoint import text_of
@@ -70,6 +73,7 @@ class TorchModels(Models):
         answers: Answers of the engine that is judged; None before it was asked.
         likely: Likeliest tokens of both right models at each place; found if there are none.
         conversations: See `Models`.
+        weights: See `Models`.
     """
 
     name: str
@@ -83,6 +87,7 @@ class TorchModels(Models):
     answers: Answers | None = None
     likely: Sequence[Ids] = ()
     conversations: Conversations = field(default_factory=Conversations)
+    weights: str | None = None
     places: list[tuple[int, int]] = field(init=False)
     base: Model = field(init=False)
     adapter: Model = field(init=False)
@@ -249,6 +254,7 @@ def make_models(
     subject: RightAdapter,
     messages: Sequence[str] = (),
     answers_only: bool = False,
+    weights: ServedWeights | None = None,
 ) -> TorchModels:
     """Run the adapted model and the base model in PyTorch.
 
@@ -261,13 +267,23 @@ def make_models(
         subject: The adapter whose faults are looked for.
         messages: Message of each prompt's chat; empty if prompts are no chats.
         answers_only: Whether faults are run at the tokens of answers alone, as a server gives them.
+        weights: Weights that a server has in the place of the base model's own.
 
     Raises:
+        ConfigError: Served weights that do not fit the base model, or one that is read from its files each time.
         CheckpointError: An adapter of another model, or one that PEFT refuses.
         EngineError: A model that PyTorch fails to run.
     """
     report.line(f"loading the base model from {base.origin}")
     model, name, ends = load_model(base, dtype=dtype, device=device), reference_name(adapter), _end_tokens(base)
+    if weights is not None:
+        if base.is_streamed:
+            raise ConfigError(
+                f"{weights.where}: the base model has to be in memory to take these weights, and it is read from its "
+                f"files; allow more memory with {as_written('max_memory_gib')}, or take a machine with more of it."
+            )
+        report.line(f"putting the weights of {weights.where} into it ({weights.format})")
+        weights.put_into(model)
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
         engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
@@ -294,6 +310,8 @@ def make_models(
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree, "pass_s": pass_s}
     variants = Variants(adapter, base, device, questions, dtype, **how)
     found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
+    if weights is not None:
+        found = replace(found, weights=weights.in_words)
     kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
     bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
     return replace(found, sensitivity=_sensitivity(found, rounded), bf16_strength=bias or 1.0)

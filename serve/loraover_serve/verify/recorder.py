@@ -37,6 +37,7 @@ from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
+from loraover_serve.comparison.served_weights import ServedWeights, open_if_given
 from loraover_serve.engines.endpoint import as_chats, ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Interval, t_quantile
@@ -44,6 +45,7 @@ from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
+from loraover_serve.judge.reference import OF_ALL_BASES
 from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
@@ -94,6 +96,7 @@ class RecordReport(StrictModel):
     vectors: str | None = Field(
         default=None, description="Vectors, classes or scores that are recorded, in words; None for logprobs"
     )
+    bases: list[str] = Field(default=[], description="Served weights of the base model that are recorded, if any are")
     effect: float = Field(
         description="RMS change of logprobs by the adapter, in nats; of vectors, relative to their RMS size"
     )
@@ -145,12 +148,18 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     if not is_vectors:
         check_task(adapter, base, "record")
         check_no_vectors(request)
+    elif request.base_weights:
+        raise ConfigError(
+            f"{request.named('base_weights')} is for models of texts, not of vectors or classes; leave it out."
+        )
     earlier = None if request.earlier is None else read_source(request.earlier)
     if earlier is not None:
         check_plain(earlier, "a reference")
         check_earlier(request, adapter, earlier)
     with fast_linear():
-        content = _record_vectors(request, adapter, base) if is_vectors else record(request, adapter, base, earlier)
+        content = (
+            _record_vectors(request, adapter, base) if is_vectors else record_bases(request, adapter, base, earlier)
+        )
         sealed = None if request.sealed is None else sealed_reference(request, adapter, base)
     if request.sealed is not None and sealed is not None:
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
@@ -160,6 +169,8 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     if request.checker is not None:
         publish_file(request.checker, write_checker, replace=request.force)
     chats = content.get("chats", {"conversations": ()})["conversations"]
+    every = [content, *content.get("bases", ())]
+    halves = [each["power"]["half"] for each in every]
     return RecordReport(
         path=request.destination,
         size_bytes=len(raw),
@@ -176,8 +187,9 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         has_date=any(each["date"] for each in chats),
         seconds=time.monotonic() - start,
         effect=content["effect"],
-        half=content["power"]["half"],
-        decides=content["power"]["decides"],
+        bases=[f"{each['format']} ({each['sha256']:.12})" for one in every if (each := one.get("weights"))],
+        half=None if None in halves else max(halves),
+        decides=all(each["power"]["decides"] for each in every),
     )
 
 
@@ -191,7 +203,7 @@ def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSou
     """Contents of the sealed reference; its salt keeps others from finding the questions by their SHA-256."""
     request.report.line("recording the sealed reference")
     mine = replace(request, prompts=request.sealed_prompts, sealed=None, sealed_prompts=None, long=False, earlier=None)
-    content = record(mine, adapter, base)
+    content = record_bases(mine, adapter, base)
     return packed(content | {"salt": secrets.token_hex(32)})
 
 
@@ -200,10 +212,36 @@ def packed(content: Mapping[str, Any]) -> bytes:
     return gzip.compress(json.dumps(content, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
 
 
-def record(
+def record_bases(
     request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None = None
 ) -> dict[str, Any]:
-    """Contents of the reference; see docs/formats.md."""
+    """Contents of the reference on each of the served weights, or on the base model's own; see docs/formats.md."""
+    found = []
+    for where in request.base_weights or (None,):
+        with open_if_given(where) as weights:
+            found.append(record(request, adapter, base, earlier, weights))
+    first, *others = found
+    if others:
+        first["texts"] = {key: text for each in found for key, text in each["texts"].items()}
+        first["bases"] = [_beyond(first, each) for each in others]
+    return first
+
+
+def _beyond(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Contents of another base of a reference that are not those of the first one."""
+    every = {**dict.fromkeys(first.keys() - {"bases"}), **other, "texts": first["texts"]}
+    own = {key: value for key, value in every.items() if key not in first or first[key] != value}
+    return {key: value for key, value in own.items() if key not in (*OF_ALL_BASES, "texts", "made", "digests")}
+
+
+def record(
+    request: RecordRequest,
+    adapter: AdapterDir,
+    base: ModelSource,
+    earlier: AdapterDir | None = None,
+    weights: ServedWeights | None = None,
+) -> dict[str, Any]:
+    """Contents of the reference on one base; see docs/formats.md."""
     device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
     tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
     long = _long_questions(request, base, tokenizer)
@@ -212,7 +250,8 @@ def record(
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
     subject, runs, start = make_subject(adapter, base), 1 if earlier is None else 2, time.monotonic()
-    models = make_models(adapter, base, *asked, subject=subject, messages=messages, answers_only=True)
+    how: dict[str, Any] = {"messages": messages, "answers_only": True, "weights": weights}
+    models = make_models(adapter, base, *asked, subject=subject, **how)
     long_s = 0.0 if long is None else long_seconds(long, request.new_tokens, runs, prompts, time.monotonic() - start)
     costs = planned_passes(models)
     rounding = ROUNDED_PASSES * 2 * len(FORMATS) * min(MEASURED, len(models.questions))
@@ -258,6 +297,7 @@ def record(
             "made": made(request, found.source, device),
         }
         | caches
+        | ({} if weights is None else {"weights": {"format": weights.format, "sha256": weights.sha256}})
         | pack_chats(tokenizer, models.vocabulary)
     )
 

@@ -76,6 +76,11 @@ class EngineResult(StrictModel):
     servers: dict[str, list[str]] = Field(
         default={}, description="Header that names the servers that answered, with its values; empty if none does"
     )
+    weights: str | None = Field(
+        default=None,
+        description="Served weights on which PyTorch ran, of those that a reference holds the ones that the answers "
+        "of the base model fit best; None if they are the base model's own",
+    )
     greedy: GreedyAgreement | None = Field(
         default=None, description="Greedy answers; None if the engine hides its token ids"
     )

@@ -188,6 +188,12 @@ class VerifyRequest(EngineRequest):
         "Data type in which PyTorch computes; what bf16 and fp16 add to the noise is measured and allowed for."
     )
     max_memory_gib: float | None = max_memory()
+    base_weights: AnyPath | None = option(
+        "Weights of the base model that the engine has, on which PyTorch is run: see `loraover record`.",
+        default=None,
+        default_text="the base model's own",
+        needs="adapter",
+    )
     base_gguf: AnyPath | None = option(
         "GGUF file of the base model for llama.cpp, quantised or not.",
         default=None,
@@ -320,6 +326,13 @@ class RecordRequest(Request):
         "Whether a classifier scores pairs of texts, as rerankers do; then a tab separates the two texts of a prompt.",
         default=None,
         default_text="if it has one label",
+    )
+    base_weights: AnyPaths = option(
+        "Weights of the base model that a server has: a GGUF file, an ONNX graph, or the folder of a model, quantised "
+        "or not. Of several weights, a check takes those that the server's base model fits.",
+        default=(),
+        default_text="the base model's own",
+        are_different=True,
     )
     sealed: AnyPath | None = option(
         "File for a second reference with other questions, of which only the SHA-256 is published.",

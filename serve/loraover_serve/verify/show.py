@@ -63,6 +63,8 @@ def show_recording(report: RecordReport, request: RecordRequest, console: Consol
         f"{report.questions} {what}, {report.variants} faults, "
         f"{report.size_bytes / 1000:.0f} kB, in {report.seconds:.0f} s",
     )
+    if report.bases:
+        print_line(console, f"on the served weights of {', '.join(report.bases)}")
     if report.stale:
         print_line(console, f"long questions with a {', a '.join(report.stale)}")
     if report.chats:

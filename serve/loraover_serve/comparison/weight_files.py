@@ -1,0 +1,241 @@
+"""Files of served weights: GGUF files, folders of safetensors files, and ONNX graphs, read by their libraries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loraover.adapters.base_weights import is_conv1d, open_files, stored_keys
+from loraover.checkpoint.tensor_file import FLOATS, INTEGERS, TensorFile
+from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.extras import install
+from loraover.models.load import resolve_model
+from loraover_export.merged.gguf import GgufRows, GgufWeights, is_gguf
+from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK, StoredMatrix
+from loraover_serve.comparison.onnx_weights import GRAPH, OnnxGraph
+from loraover_serve.comparison.quantisers import QUANTISERS, Quantiser
+
+
+class WeightFile(ABC):
+    """Weights in a file or a folder.
+
+    Attributes:
+        format: Format of most of their matrices, such as "GGUF Q4_1".
+        paths: Files that hold them.
+    """
+
+    format: str
+    paths: Sequence[Path]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find out by which names the file has the parameters of a model."""
+        return
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor | None:
+        """Return a parameter by transformers' name, in float32 or wider; None if the file holds none of this name."""
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        """Return the names of weights that are none of these parameters."""
+        return []
+
+
+class GgufFile(WeightFile):
+    """A GGUF file of a family whose order of rows is known."""
+
+    def __init__(self, path: Path, files: ExitStack) -> None:
+        try:
+            self._weights = GgufWeights(path, files)
+        except ImportError as error:
+            raise ConfigError(f"{path} needs the package gguf: {install('llamacpp')}") from error
+        counts: Counter[str] = Counter()
+        for tensor in self._weights.header.tensors.values():
+            if len(tensor.shape) > 1:
+                counts[tensor.type_name] += prod(tensor.shape)
+        self.paths, self.format = [path], f"GGUF {max(counts, key=lambda name: counts[name])}" if counts else "GGUF"
+
+    def read(self, name: str) -> Tensor | None:
+        if STACK.fullmatch(name) is not None:
+            return self._experts(name)
+        found = self._weights.find(name)
+        if found is None:
+            return None
+        assert isinstance(found, GgufRows)
+        return _dequantised(found).reshape(found.stored.shape)
+
+    def _experts(self, name: str) -> Tensor | None:
+        number, (owner, _, parameter) = self._weights.stacks().get(name), name.rpartition(".")
+        if number is None:
+            return None
+        each = (self._weights.module(f"{owner}.{index}.{parameter}", (0, 0)) for index in range(number))
+        return torch.stack([torch.cat([_dequantised(piece.matrix) for piece in pieces]) for pieces in each])
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        held = {*self._weights.names(), *self._weights.stacks()} - {*names}
+        return sorted(name for name in held if not name.endswith(BUFFERS))
+
+
+def _dequantised(matrix: StoredMatrix) -> Tensor:
+    """Return a matrix of a GGUF file as gguf-py dequantises it."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if matrix.unreadable is not None:
+        raise ConfigError(f"{matrix.name}: {matrix.unreadable}, which the package gguf cannot dequantise.")
+    if matrix.is_quantised:
+        raw = matrix.raw(0, matrix.shape[0])
+        return torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[matrix.type_name])))
+    return torch.from_numpy(np.array(matrix.block(0, matrix.shape[0], np.float32).values))
+
+
+STORED = FLOATS | INTEGERS | {"U32": "uint32", "F8_E4M3": "float8_e4m3fn"}
+"""PyTorch's names of data types that folders hold, by those of safetensors."""
+
+
+class Folder(WeightFile):
+    """A folder of safetensors files, plain or quantised.
+
+    Args:
+        path: The folder.
+        files: Stack that closes the files.
+    """
+
+    def __init__(self, path: Path, files: ExitStack) -> None:
+        opened = open_files(resolve_model(str(path)), files, may_be_quantised=True)
+        self._where, self.paths = path, [path / name for name in opened.shards]
+        self._files = {key: file for file in opened.shards.values() for key in file.keys}
+        self._quantiser = self._find_quantiser(opened.config)
+        self._quantised = {} if self._quantiser is None else self._quantiser.modules(self._files)
+        self.format = self._format() if self._quantiser is None else self._quantiser.format
+        self._keys: dict[str, str] = {}
+
+    def _find_quantiser(self, config: Mapping[str, Any]) -> Quantiser | None:
+        settings = config.get("quantization_config") or config.get("quantization")
+        if not isinstance(settings, dict):
+            return None
+        method = settings.get("quant_method", "mlx" if "group_size" in settings else "an unnamed method")
+        if method not in QUANTISERS:
+            known = ", ".join(sorted(QUANTISERS))
+            raise ConfigError(
+                f"{self._where}: quantised by {method!r:.80}, which is not read here; known are {known}, and GGUF, "
+                "ONNX and OpenVINO files."
+            )
+        return QUANTISERS[method](self._where, settings)
+
+    def _format(self) -> str:
+        sizes: Counter[str] = Counter()
+        for key, file in self._files.items():
+            sizes[file.dtype(key)] += file.size(key)
+        return f"safetensors {max(sizes, key=lambda name: sizes[name])}" if sizes else "safetensors"
+
+    def prepare(self, model: nn.Module) -> None:
+        inner = {key for keys in self._quantised.values() for key in keys}
+        names = [key for key in self._files if key not in inner] + [f"{path}.weight" for path in self._quantised]
+        self._keys = stored_keys(model, names)
+        if self._quantised and any(is_conv1d(module) for module in model.modules()):
+            raise ConfigError(f"{self._where}: quantised layers of this model keep their weights transposed; not read.")
+
+    def read(self, name: str) -> Tensor | None:
+        key = self._keys.get(name, name)
+        found = self._read(key)
+        return self._experts(name) if found is None and STACK.fullmatch(name) is not None else found
+
+    def _read(self, key: str) -> Tensor | None:
+        path = key.removesuffix(".weight")
+        if path in self._quantised and self._quantiser is not None:
+            parts = {part.removeprefix(f"{path}."): self._tensor(part) for part in self._quantised[path]}
+            with _as_broken(f"{self._where}: {path}"):
+                return self._quantiser.dequantise(path, parts).float()
+        return None if key not in self._files else self._float(key)
+
+    def _float(self, key: str) -> Tensor:
+        found = self._tensor(key)
+        if not found.is_floating_point():
+            raise ConfigError(
+                f"{self._where}: {key} is {self._files[key].dtype(key)}, and config.json names no method by which it "
+                "is quantised."
+            )
+        return found if found.dtype == torch.float64 else found.float()
+
+    def _experts(self, name: str) -> Tensor | None:
+        """Return the matrices of all experts, which files keep apart, as one parameter."""
+        owner, _, parameter = name.rpartition(".")
+        for place in (owner, owner.replace(".mlp.", ".block_sparse_moe.")):
+            for parts in EXPERT_PARTS[parameter]:
+                experts: list[Tensor] = []
+                while (first := self._read(f"{place}.{len(experts)}.{parts[0]}.weight")) is not None:
+                    others = (self._read(f"{place}.{len(experts)}.{part}.weight") for part in parts[1:])
+                    experts.append(torch.cat([first, *(other for other in others if other is not None)]))
+                if experts:
+                    return torch.stack(experts)
+        return None
+
+    def _tensor(self, key: str) -> Tensor:
+        file: TensorFile = self._files[key]
+        kind, shape = file.dtype(key), file.shape(key)
+        if kind not in STORED:
+            raise ConfigError(f"{self._where}: {key} is {kind}, which is not read here.")
+        data, dtype = file.bytes(key), getattr(torch, STORED[kind])
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        inner = {key for keys in self._quantised.values() for key in keys}
+        held = ({*self._files} - inner) | {f"{path}.weight" for path in self._quantised}
+        left = held - {*self._keys.values()} - {HEAD, *names}
+        return sorted(key for key in left if not key.endswith(BUFFERS) and ".experts." not in key)
+
+
+class OnnxFile(WeightFile):
+    """An ONNX graph of a decoder, as onnxruntime-genai's builder writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self._graph = OnnxGraph(path)
+        self.paths, self.format = self._graph.files, self._graph.format
+        self._rows: dict[str, int] = {}
+        self._added = 0.0
+
+    def prepare(self, model: nn.Module) -> None:
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._rows = {name: len(parameter) for name, parameter in parameters}
+        self._added = 1.0 if str(getattr(model.config, "model_type", "")).startswith("gemma") else 0.0
+
+    def read(self, name: str) -> Tensor | None:
+        with _as_broken(f"{self._graph.path}: {name}"):
+            found = self._graph.read(name, self._rows)
+        if found is None:
+            return None
+        return torch.from_numpy(np.array(found)) - (self._added if name.endswith("norm.weight") else 0.0)
+
+
+@contextmanager
+def _as_broken(place: str) -> Iterator[None]:
+    """Name what does not fit together in the errors of a library."""
+    try:
+        yield
+    except LoraOverError:
+        raise
+    except (ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        raise ConfigError(f"{place}: its parts do not fit together ({error!s:.200}); quantise it again.") from error
+
+
+def open_weight_file(where: Path, files: ExitStack) -> WeightFile:
+    """Open served weights by what lies at a place, for as long as a stack of contexts lasts."""
+    if not where.exists():
+        raise ConfigError(f"{where}: no such file or folder of weights.")
+    if is_gguf(where.name):
+        return GgufFile(where, files)
+    graph = where / GRAPH if where.is_dir() else where
+    if graph.suffix == ".onnx" and graph.is_file():
+        return OnnxFile(graph)
+    if where.is_dir():
+        return Folder(where, files)
+    raise ConfigError(f"{where}: neither a GGUF file, an ONNX graph nor a folder of a model; others are not read.")
