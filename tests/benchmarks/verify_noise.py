@@ -1,10 +1,11 @@
 """Record by how much real engines are off from PyTorch: the noise by which the verdicts of verify are calibrated.
 
-    cd tests && ../.venv/bin/python -m benchmarks.verify_noise [--only ENGINE]
+    cd tests && ../.venv/bin/python -m benchmarks.verify_noise [--only ENGINE] [--served]
 
 SmolLM2 gets a LoRA of 12 steps on GSM8K. Each engine answers for the base model, the adapter, the adapter at 0.8 and
 1.2 times its strength, and once more for the base model; PyTorch answers in float32. Of each position the eight
-likeliest tokens are kept that are among the 20 likeliest of every arm, as `tests/serve/noise/ENGINE.npz`.
+likeliest tokens are kept that are among the 20 likeliest of every arm, as `tests/serve/noise/ENGINE.npz`. With
+--served, PyTorch answers on the weights that the engine has, and what is kept lies in `tests/serve/noise/served`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.reporter import SILENT
 from loraover.models.load import ModelSource, load_model, load_tokenizer, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
+from loraover_serve.comparison.served_weights import open_if_given
 from loraover_serve.engines.answers import kept_rows
 from loraover_serve.engines.endpoint import EndpointEngine, speak_as
 from loraover_serve.engines.torch import torch_engine
@@ -57,7 +59,8 @@ ADAPTERS = (ADAPTER, *FACTORS)
 AGAIN = "again"
 ARMS = (BASE, *ADAPTERS, AGAIN)
 """What an engine is asked for; "again" is the base model, as an adapter that is not applied."""
-Answer = Callable[[str], Rows]
+Answer = Callable[[str, TorchModels], Rows]
+"""Answers of an engine, by the arm, to the questions of PyTorch's models."""
 
 
 def make_adapters(source: ModelSource, folder: Path, texts: Sequence[str]) -> None:
@@ -88,7 +91,7 @@ def likeliest(rows: Rows) -> dict[int, Row]:
 
 
 @contextmanager
-def in_vllm(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
+def in_vllm(source: ModelSource, folder: Path) -> Iterator[Answer]:
     """The vLLM in $LORAOVER_VLLM, in bfloat16."""
     from loraover_serve.vllm.serve import serve_adapters
 
@@ -101,11 +104,11 @@ def in_vllm(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[
         base = next(name for name in server.models() if name not in server.names)
         names = {BASE: base} | {name: name for name in server.names}
         engine = EndpointEngine(speak_as(Endpoint(server.url), base, load_tokenizer(source)), names, source)
-        yield partial(engine.logprobs, models=models)
+        yield engine.logprobs
 
 
 @contextmanager
-def in_torch(name: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
+def in_torch(name: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
     """PyTorch with the base model's weights in a coarser number format."""
 
     def load() -> Any:
@@ -114,12 +117,12 @@ def in_torch(name: str, source: ModelSource, models: TorchModels, folder: Path) 
             weight.data = FORMATS[name].weights(weight.data)
         return model
 
-    engine = torch_engine(load, {arm: folder / arm for arm in ADAPTERS}, None)
-    yield partial(engine.logprobs, models=models)
+    load().save_pretrained(folder / name)
+    yield torch_engine(load, {arm: folder / arm for arm in ADAPTERS}, None).logprobs
 
 
 @contextmanager
-def in_llamacpp(kind: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
+def in_llamacpp(kind: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
     from loraover_export.formats.gguf.base import write_base
@@ -137,7 +140,7 @@ def in_llamacpp(kind: str, source: ModelSource, models: TorchModels, folder: Pat
             for arm in (BASE, *ADAPTERS)
         }
 
-        def answer(arm: str) -> Rows:
+        def answer(arm: str, models: TorchModels) -> Rows:
             found = enumerate(running[arm].logits(question.tokens) for question in models.questions)
             rows = (kept_rows(models, index, logits, "llamacpp") for index, logits in found)
             return {place: row for mine in rows for place, row in mine.items()}
@@ -146,9 +149,17 @@ def in_llamacpp(kind: str, source: ModelSource, models: TorchModels, folder: Pat
 
 
 def quantise(exact: Path, output: Path, kind: str) -> None:
-    """Quantise the matrices of a GGUF file."""
+    """Quantise the matrices of a GGUF file: by llama.cpp for Q4_K_M, which mixes types, and else by gguf-py."""
     import gguf
     from gguf.quants import quantize
+
+    if kind == "Q4_K_M":
+        from llama_cpp_py_sync._cffi_bindings import ffi, get_lib
+
+        settings = ffi.new("llama_model_quantize_params *", get_lib().llama_model_quantize_default_params())
+        settings.ftype = gguf.LlamaFileType.MOSTLY_Q4_K_M
+        assert get_lib().llama_model_quantize(str(exact).encode(), str(output).encode(), settings) == 0
+        return
 
     reader, chosen = gguf.GGUFReader(exact), gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(output, str(reader.fields["general.architecture"].contents()))
@@ -168,21 +179,21 @@ def quantise(exact: Path, output: Path, kind: str) -> None:
 
 
 @contextmanager
-def in_onnx(precision: str, source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
+def in_onnx(precision: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
     """ONNX Runtime with a swappable graph in fp32, or with matrices that are rounded to int4."""
     from loraover_export import export_onnx
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 
     graph, names = folder / f"onnx-{precision}", ADAPTERS
     paths = [folder / arm for arm in names]
-    shutil.rmtree(graph, ignore_errors=True)
-    export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision=precision, check=False)
+    if not graph.exists():
+        export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision=precision, check=False)
     arms = {BASE: OnnxArm(graph)} | {name: OnnxArm(graph, graph / f"{name}.onnx_adapter") for name in names}
-    yield partial(OnnxEngine("onnx", arms).logprobs, models=models)
+    yield OnnxEngine("onnx", arms).logprobs
 
 
 @contextmanager
-def in_mlx(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[Answer]:
+def in_mlx(source: ModelSource, folder: Path) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
     from loraover.adapters.base_weights import folder_of
     from loraover_export.formats.mlx import export_mlx
@@ -197,7 +208,17 @@ def in_mlx(source: ModelSource, models: TorchModels, folder: Path) -> Iterator[A
     adapters = {BASE: None} | {arm: str(scratch / arm) for arm in ADAPTERS}
     arguments = {"model": str(scratch / BASE), "settings": made[0].lost_settings, "adapters": adapters}
     with MlxEngine.run(arguments, scratch / "log", PATIENCE_S) as runner:
-        yield partial(MlxEngine(runner, scratch).logprobs, models=models)
+        yield MlxEngine(runner, scratch).logprobs
+
+
+@contextmanager
+def in_nf4(source: ModelSource, folder: Path) -> Iterator[Answer]:
+    """PyTorch with a base model that bitsandbytes quantises to nf4."""
+    engine = torch_engine(
+        lambda: load_model(source, quantization="nf4", device="cpu"), {arm: folder / arm for arm in ADAPTERS}, None
+    )
+    load_model(source, quantization="nf4", device="cpu").save_pretrained(folder / "nf4")
+    yield engine.logprobs
 
 
 ENGINES: dict[str, Callable[..., Any]] = {
@@ -206,19 +227,37 @@ ENGINES: dict[str, Callable[..., Any]] = {
     "torch-fp8": partial(in_torch, "fp8"),
     "llamacpp-q8": partial(in_llamacpp, "Q8_0"),
     "llamacpp-q4": partial(in_llamacpp, "Q4_0"),
+    "llamacpp-q4-1": partial(in_llamacpp, "Q4_1"),
+    "llamacpp-q4-k-m": partial(in_llamacpp, "Q4_K_M"),
     "mlx-int4": in_mlx,
     "onnx-int4": partial(in_onnx, "int4"),
+    "torch-nf4": in_nf4,
 }
 """The engines, by the names of their files."""
+
+SERVED = {
+    "torch-fp8": "fp8",
+    "llamacpp-q8": "Q8_0.gguf",
+    "llamacpp-q4": "Q4_0.gguf",
+    "llamacpp-q4-1": "Q4_1.gguf",
+    "llamacpp-q4-k-m": "Q4_K_M.gguf",
+    "mlx-int4": "mlx/base",
+    "onnx-int4": "onnx-int4",
+    "torch-nf4": "nf4",
+}
+"""Weights of the base model that engines have, in the folder of the recording."""
 
 
 class Subject:
     """The adapter in PyTorch, as the judge of verify has it."""
 
-    def __init__(self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]], weights: Path | None = None
+    ) -> None:
         adapter = read_source(folder / ADAPTER)
-        subject = make_subject(adapter, source)
-        self.models = make_models(adapter, source, asked, NEW_TOKENS, "cpu", SILENT, subject=subject)
+        how: dict[str, Any] = {"subject": make_subject(adapter, source)}
+        with open_if_given(weights) as served:
+            self.models = make_models(adapter, source, asked, NEW_TOKENS, "cpu", SILENT, weights=served, **how)
 
     def kept(self, answers: Mapping[str, Rows]) -> dict[str, Any]:
         """What is kept of an engine's answers.
@@ -257,7 +296,8 @@ class Subject:
 @click.command()
 @click.option("--only", type=click.Choice(list(ENGINES)), multiple=True, help="Engine to record; all by default.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for adapters and graphs, which are used again.")
-def main(only: Sequence[str], work: Path | None) -> None:
+@click.option("--served", is_flag=True, help="Run PyTorch on the weights that the engine has.")
+def main(only: Sequence[str], work: Path | None, served: bool) -> None:
     """Record the noise of real engines."""
     source = resolve_model(MODEL)
     with gzip.open(data_folder() / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -269,13 +309,15 @@ def main(only: Sequence[str], work: Path | None) -> None:
         folder.mkdir(exist_ok=True)
         if not (folder / "strong").exists():
             make_adapters(source, folder, [f"{each['question']}\n{each['answer']}" for each in problems])
-        subject = Subject(source, folder, asked)
-        for name in only or ENGINES:
-            with ENGINES[name](source, subject.models, folder) as answer:
-                answers = {arm: likeliest(answer(BASE if arm == AGAIN else arm)) for arm in ARMS}
-            NOISE.mkdir(exist_ok=True)
-            np.savez_compressed(NOISE / f"{name}.npz", **subject.kept(answers))
-            click.echo(f"wrote {NOISE / name}.npz")
+        subject = None if served else Subject(source, folder, asked)
+        output = NOISE / "served" if served else NOISE
+        for name in only or (SERVED if served else ENGINES):
+            with ENGINES[name](source, folder) as answer:
+                mine = subject or Subject(source, folder, asked, folder / SERVED[name])
+                answers = {arm: likeliest(answer(BASE if arm == AGAIN else arm, mine.models)) for arm in ARMS}
+            output.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(output / f"{name}.npz", **mine.kept(answers))
+            click.echo(f"wrote {output / name}.npz")
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from loraover.common.errors import CheckpointError, ConfigError
 from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.engines.torch import TorchEngine
+from loraover_serve.judge.bases import SCREENED
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import ANOTHER, STALE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.verify.by_pytorch import make_subject, verify_engine
-from loraover_serve.verify.by_reference import NEAREST, SCREENED
+from loraover_serve.verify.by_reference import NEAREST
 from loraover_serve.verify.report import EngineResult
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import QUICK, Watched, read_config

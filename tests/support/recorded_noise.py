@@ -16,6 +16,7 @@ from loraover_serve.judge.limits import AS_BASE, CERTAIN, CLEAR, EXCESS, FEW_AS_
 from oracles.prompt_estimates import Estimate, Projections, log_ratios, strength
 
 NOISE = Path(__file__).parents[1] / "serve" / "noise"
+SERVED = NOISE / "served"
 ADAPTERS = ("adapter", "weak", "strong")
 """Arms whose difference from PyTorch's adapter was recorded; that of the others is from PyTorch's base model."""
 Floats = NDArray[np.float64]
@@ -48,6 +49,11 @@ class Recorded:
     def all(cls) -> list[Recorded]:
         """Every engine's."""
         return [cls(path) for path in sorted(NOISE.glob("*.npz"))]
+
+    @classmethod
+    def on_served_weights(cls) -> list[Recorded]:
+        """Those whose reference has the weights that the engine has."""
+        return [cls(path) for path in sorted(SERVED.glob("*.npz"))]
 
     def cut(self, positions: int, top: int) -> Recorded:
         """The engine with fewer positions of each prompt, and with fewer logprobs at each of them.

@@ -10,7 +10,7 @@ from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.reference import Reference
 
 SCREENED = 16
-"""Number of questions that the base model is asked to find out on which weights it runs."""
+"""Number of questions that are asked once, to find out on which weights or with which adapter a server answers."""
 
 
 def on_served_weights(asker: Asker) -> Asker:

@@ -18,7 +18,7 @@ from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, DataError, EngineError, LoraOverError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.bases import on_served_weights
+from loraover_serve.judge.bases import SCREENED, on_served_weights
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.command import check, check_vectors, unanswered
@@ -38,8 +38,8 @@ MOST_BESIDE = 64
 """Largest number of references that are read beside the requested ones."""
 NEAREST = 3
 """Number of references by which a server is checked, among those with the same questions."""
-SCREENED, SHARED = 16, 3
-"""Number of questions that are asked once, and the fewest of them that a reference has to have."""
+SHARED = 3
+"""Fewest of the SCREENED questions that a reference has to have."""
 
 OF_THE_SERVER = (NOT_APPLIED, INTERMITTENT, TEMPLATE, *STALE_CACHES, *IN_CHURN)
 """Faults that no other adapter explains."""

@@ -13,10 +13,11 @@ from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge import warm_probe
+from loraover_serve.judge.bases import SCREENED
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.templates import most_requests
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
-from loraover_serve.verify.by_reference import NEAREST, SCREENED
+from loraover_serve.verify.by_reference import NEAREST
 from loraover_serve.verify.request import VerifyRequest
 
 HOUR_S = 3600.0
@@ -197,6 +198,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             raise ConfigError(f"{file}: has vectors, and caches_every checks generated text; leave it out.")
     elif not adapter.quick:
         most += (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places)
+        most += SCREENED if reference.bases else 0
         most += 0 if adapter.without_template else most_requests(reference.conversations)
     name = adapter.name or reference.adapter_name
     try:
