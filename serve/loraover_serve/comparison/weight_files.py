@@ -91,10 +91,12 @@ def _dequantised(matrix: StoredMatrix) -> Tensor:
 
     if matrix.unreadable is not None:
         raise ConfigError(f"{matrix.name}: {matrix.unreadable}, which the package gguf cannot dequantise.")
+    raw = matrix.raw(0, matrix.shape[0])
     if matrix.is_quantised:
-        raw = matrix.raw(0, matrix.shape[0])
         return torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[matrix.type_name])))
-    return torch.from_numpy(np.array(matrix.block(0, matrix.shape[0], np.float32).values))
+    numbers = np.empty(matrix.shape, np.float32)
+    matrix.decode(raw, numbers)
+    return torch.from_numpy(numbers)
 
 
 STORED = FLOATS | INTEGERS | {"U32": "uint32", "F8_E4M3": "float8_e4m3fn"}
