@@ -108,9 +108,8 @@ def test_every_argument_of_a_public_function_is_described(package: str) -> None:
         function = getattr(import_module(package), name)
         if inspect.isfunction(function):
             sections = griffe.Docstring(inspect.getdoc(function)).parse("google")
-            described = {
-                entry.name for section in sections if section.kind.value == "parameters" for entry in section.value
-            }
+            entries = (entry for each in sections if each.kind.value == "parameters" for entry in each.value)
+            described = {entry.name.lstrip("*") for entry in entries}
             missing += [f"{name}({argument})" for argument in inspect.signature(function).parameters.keys() - described]
     assert missing == []
 
