@@ -170,6 +170,8 @@ def served_async_trainer(
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=8, lora_alpha=16),
     )
+    name = f"trl-policy-{output.parent.name}"  # the server has those of earlier runs
+    trainer._lora_name = trainer.rollout_worker._loop_kwargs["lora_name"] = name
     load, sent = trainer.vllm_client.load_lora_adapter, list[str]()
 
     def planted(name: str, path: str) -> None:
