@@ -20,7 +20,8 @@ from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.extras import install
 from loraover.models.load import resolve_model
 from loraover_export.merged.gguf import GgufRows, GgufWeights, is_gguf
-from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK, StoredMatrix
+from loraover_export.merged.matrices import StoredMatrix
+from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK
 from loraover_serve.comparison.onnx_weights import GRAPH, OnnxGraph
 from loraover_serve.comparison.quantisers import QUANTISERS, Quantiser
 
