@@ -416,7 +416,6 @@ def broken_gguf(base: Path, folder: Path) -> Path:
         (broken_graph, "cannot be read as an ONNX graph"),
         (broken_gguf, "Expected a GGUF file"),
     ],
-    ids=str,
 )
 def test_weights_that_do_not_fit_are_refused(make: Callable[[Path, Path], Path], words: str, tmp_path: Path) -> None:
     base = save_wide(tmp_path / "base")
