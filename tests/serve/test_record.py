@@ -150,7 +150,7 @@ def change(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", 2, "schema_version is 2, expected 1"),
+        ("schema_version", 3, "schema_version is 3, expected 1 or 2"),
         ("questions", [], "do not fit together"),
         ("questions.0.answer", [1] * (ANSWER + 1), "do not fit together"),
         ("questions.0.prompt", [10**9], "a token is not one of"),

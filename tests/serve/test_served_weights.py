@@ -26,6 +26,7 @@ from loraover.common.errors import ConfigError, LoraOverError
 from loraover.models.load import load_model, resolve_model
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import verify_adapter
+from loraover_serve.comparison import weight_files
 from loraover_serve.comparison.served_weights import open_served_weights
 from loraover_serve.judge.limits import PLAIN
 from loraover_serve.judge.names import OTHER_BASE
@@ -103,6 +104,14 @@ def test_a_gguf_file_is_dequantised_as_its_package_does(kind: str, tmp_path: Pat
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     down = stored["blk.1.ffn_down.weight"]
     assert np.array_equal(found[f"{LAYER}.weight"].numpy(), dequantize(down.data, down.tensor_type))
+
+
+def test_a_gguf_file_is_read_in_blocks_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_wide(tmp_path / "base")
+    file = to_gguf(base, tmp_path, "Q4_1")
+    whole = parameters(file, base)
+    monkeypatch.setattr(weight_files, "READ_AT_ONCE_BYTES", 300)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in parameters(file, base).items())
 
 
 def write_mlx(base: Path, folder: Path, bits: int, group: int = 32) -> tuple[Path, dict[str, Wide]]:
@@ -288,10 +297,12 @@ class FourBits:
         self.one = record(self.base, self.adapter, folder / "one", base_weights=self.files[:1])
         self.both = record(self.base, self.adapter, folder / "both", base_weights=[self.base, *self.files])
 
-    def judged(self, reference: Path, base: Path, adapter: Path | None = None) -> Any:
+    def judged(self, reference: Path, base: Path, adapter: Path | None = None, **options: Any) -> Any:
         served = Served(base, {"base": None, "shop": adapter or self.adapter})
         with openai_server(served, ("base", "shop")) as server:
-            report = verify_adapter(references=[reference], endpoint=server.url, served_name="shop", repeats=1)
+            report = verify_adapter(
+                references=[reference], endpoint=server.url, served_name="shop", repeats=1, **options
+            )
         return report.engines[0]
 
 
@@ -319,16 +330,31 @@ def test_weights_of_another_form_are_told(four_bits: FourBits) -> None:
     found = four_bits.judged(four_bits.one, four_bits.base)
     assert found.verdict == "inconclusive"
     assert found.number_format not in PLAIN
+    assert "the server has other weights than the recorded ones (GGUF Q4_0" in found.reason
 
 
 def test_of_several_weights_those_of_the_server_are_taken(four_bits: FourBits) -> None:
     for served, name in zip(
         [four_bits.base, *four_bits.models], ["safetensors F32", "GGUF Q4_0", "GGUF Q4_1"], strict=True
     ):
-        found = four_bits.judged(four_bits.both, served)
+        found = four_bits.judged(four_bits.both, served, served_format="int4")
         assert found.verdict == "as trained", found.reason
         assert found.weights.startswith(name)
         assert name in found.reason
+
+
+def test_coarser_weights_than_declared_do_not_pass(four_bits: FourBits) -> None:
+    """They are recorded beside those in float32, which the server had before."""
+    found = four_bits.judged(four_bits.both, four_bits.models[1])
+    assert found.verdict == "inconclusive", found.reason
+    assert "GGUF Q4_1" in found.reason
+    assert "--served-format" in found.reason or "served_format" in found.reason
+
+
+def test_a_quick_check_names_no_weights(four_bits: FourBits) -> None:
+    found = four_bits.judged(four_bits.both, four_bits.models[1], quick=True)
+    assert found.weights is None
+    assert "which weights the server has was not found out" in found.reason
 
 
 def test_another_base_model_fits_none_of_several_weights(four_bits: FourBits, tmp_path: Path) -> None:
@@ -339,6 +365,7 @@ def test_another_base_model_fits_none_of_several_weights(four_bits: FourBits, tm
 
 def test_what_bases_have_in_common_is_held_once(four_bits: FourBits) -> None:
     content = json.loads(gzip.decompress(four_bits.both.read_bytes()))
+    assert content["schema_version"] == 2
     assert len(content["bases"]) == 2
     assert all("texts" not in each and "chats" not in each for each in content["bases"])
     known = read_reference(four_bits.both)
@@ -390,6 +417,41 @@ def with_a_group_missing(base: Path, folder: Path) -> Path:
     return folder
 
 
+def with_a_list_for_a_method(base: Path, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    change_config(folder, quantization_config={"quant_method": ["awq"]})
+    return folder
+
+
+def without_scales(base: Path, folder: Path) -> Path:
+    write_awq(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.scales"] = tensors[f"{LAYER}.scales"][:0].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def graph_of_other_files(base: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (folder.parent / "secret").write_bytes(bytes(4096))
+    path = write_graph(folder, "none")
+    graph = onnx.load(path)
+    tensor = graph.graph.initializer[1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    path.write_bytes(graph.SerializeToString())
+    return folder
+
+
+def graph_of_an_unknown_type(base: Path, folder: Path) -> Path:
+    folder.mkdir()
+    graph = helper.make_graph([], "g", [], [], [numpy_helper.from_array(np.ones(3, np.float32), "x")])
+    graph.initializer[0].data_type = 999
+    onnx.save(helper.make_model(graph), folder / "model.onnx")
+    return folder
+
+
 def broken_graph(base: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / "model.onnx").write_bytes(b"\xff" * 40)
@@ -413,6 +475,10 @@ def broken_gguf(base: Path, folder: Path) -> Path:
         (with_one_more, "q_proj.bias belongs to no parameter"),
         (of_other_shapes, "has the shape"),
         (with_a_group_missing, "do not fit together"),
+        (with_a_list_for_a_method, "which is not read here"),
+        (without_scales, "do not fit together"),
+        (graph_of_other_files, "expected a file in its own folder"),
+        (graph_of_an_unknown_type, "do not fit together"),
         (broken_graph, "cannot be read as an ONNX graph"),
         (broken_gguf, "Expected a GGUF file"),
     ],
@@ -421,6 +487,37 @@ def test_weights_that_do_not_fit_are_refused(make: Callable[[Path, Path], Path],
     base = save_wide(tmp_path / "base")
     with pytest.raises(LoraOverError, match=words.replace("(", ".")):
         parameters(make(base, tmp_path / "hostile"), base)
+
+
+@pytest.mark.parametrize(("added", "is_read"), [(0.0, True), (1.0, True), (0.5, False)])
+def test_the_base_model_shows_what_a_norm_lacks(added: float, is_read: bool, tmp_path: Path) -> None:
+    base = save_wide(tmp_path / "base")
+    model, name = load_model(resolve_model(str(base))), "model.layers.0.input_layernorm.weight"
+    expected = model.get_parameter(name).detach()
+    stored = [numpy_helper.from_array((expected + added).numpy(), "model.layers.0.input_layernorm.weight")]
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [], stored)), tmp_path / "model.onnx")
+    with open_served_weights(tmp_path / "model.onnx") as weights:
+        weights.file.prepare(model)
+        if is_read:
+            found = weights.file.read(name)
+            assert found is not None
+            assert torch.equal(found, expected)
+        else:
+            with pytest.raises(ConfigError, match="expected 0, or 1"):
+                weights.file.read(name)
+
+
+def test_too_many_weights_are_refused_before_anything_is_recorded(four_bits: FourBits, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="17, expected 16 at most"):
+        record(four_bits.base, four_bits.adapter, tmp_path, base_weights=[tmp_path / str(at) for at in range(17)])
+    shutil.copy(four_bits.files[0], copied := tmp_path / "copied.gguf")
+    with pytest.raises(ConfigError, match="hold the same weights"):
+        record(four_bits.base, four_bits.adapter, tmp_path, base_weights=[four_bits.files[0], copied])
+
+
+def test_engines_with_other_weights_are_refused_by_name(four_bits: FourBits) -> None:
+    with pytest.raises(ConfigError, match="onnx would be started on the base model's own weights"):
+        verify_adapter(four_bits.adapter, engines=["onnx"], base_weights=four_bits.files[0])
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,18 @@ class OnnxGraph:
                 self._quantised[_path_of(node.name)] = node
         self._gathered = any(node.op_type == "GatherBlockQuantized" for node in graph.node)
         places = {each.value for t in graph.initializer for each in t.external_data if each.key == "location"}
-        self.files = [path, *(path.parent / name for name in sorted(places))]
+        self.files = [path, *(self._beside(name) for name in sorted(places))]
         self.format = f"ONNX {self._most_common()}"
+
+    def _beside(self, location: str) -> Path:
+        """File of tensors in the graph's folder."""
+        place = PurePosixPath(location)
+        if place.is_absolute() or ".." in place.parts or not (found := self.path.parent / location).is_file():
+            raise ConfigError(
+                f"{self.path}: names {location!r:.80} as a file of its tensors, expected a file in its own folder; "
+                "export the model again."
+            )
+        return found
 
     def _most_common(self) -> str:
         import onnx

@@ -142,6 +142,11 @@ class CompressedTensors(Quantiser):
 
     def dequantise(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
         found = self._library.process({f"{path}.{name}": part for name, part in parts.items()})
+        if any(f"{path}.{name}" in found for name in self.markers):  # the library leaves it as it is
+            raise ConfigError(
+                f"{self.where}: {path} is quantised, and in no group of quantization_config in config.json, which "
+                "would say how; quantise or download the model again."
+            )
         return torch.as_tensor(found[f"{path}.weight"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,25 @@ from torch import Tensor, nn
 
 from loraover.checkpoint.tensor_file import is_finite, sha256_of
 from loraover.common.errors import ConfigError
-from loraover_serve.comparison.weight_files import WeightFile, open_weight_file
+from loraover_serve.comparison.weight_files import WeightFile, as_broken, open_weight_file
+from loraover_serve.judge.limits import NUMBER_FORMATS
+
+OF_LAST_WORDS = {
+    "F64": "fp32",
+    "F32": "fp32",
+    "float": "fp32",
+    "double": "fp32",
+    "F16": "fp16",
+    "float16": "fp16",
+    "BF16": "bf16",
+    "bfloat16": "bf16",
+    "F8_E4M3": "fp8",
+    "float-quantized": "fp8",
+    "Q8_0": "int8",
+    "int8": "int8",
+    "int-quantized": "int8",
+}
+"""Number formats of weights by the last word of their format; those of all others are at least as coarse as int4."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +55,26 @@ class ServedWeights:
         """Format and the beginning of the SHA-256, as reports show them."""
         return f"{self.format} ({self.sha256:.12})"
 
+    @property
+    def number_format(self) -> str:
+        """The finest of the number formats that are at least as coarse as most matrices."""
+        return OF_LAST_WORDS.get(self.format.split()[-1], NUMBER_FORMATS[-1])
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The section `weights` of a reference."""
+        return {"format": self.format, "number_format": self.number_format, "sha256": self.sha256}
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the file, or of the names and the SHA-256 of a folder's files of weights."""
-        if len(self.file.paths) == 1:
-            return sha256_of(self.file.paths[0])
-        digest = hashlib.sha256()
-        for path in sorted(self.file.paths):
-            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-        return digest.hexdigest()
+        with as_broken(str(self.where)):
+            if len(self.file.paths) == 1:
+                return sha256_of(self.file.paths[0])
+            digest = hashlib.sha256()
+            for path in sorted(self.file.paths):
+                digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+            return digest.hexdigest()
 
     def tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter of a model by its name, with what the server has for it, in float32 or wider.
@@ -56,7 +85,8 @@ class ServedWeights:
             ConfigError: A parameter that the file lacks, or holds in another shape, or with NaN or infinity; or weights
                 that the model lacks.
         """
-        self.file.prepare(model)
+        with as_broken(str(self.where)):
+            self.file.prepare(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         names: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
@@ -64,7 +94,8 @@ class ServedWeights:
         for alike in names.values():
             is_held = False
             for name in alike:
-                tensor = self.file.read(name)
+                with as_broken(f"{self.where}: {name}"):
+                    tensor = self.file.read(name)
                 if tensor is not None:
                     is_held = True
                     yield name, self._checked(name, tensor, parameters[name])
@@ -109,14 +140,28 @@ def open_served_weights(where: Path) -> Iterator[ServedWeights]:
 
     Args:
         where: GGUF file, folder of safetensors files (plain, or quantised by AWQ, bitsandbytes, compressed-tensors or
-            MLX), ONNX graph or its folder, or folder of an OpenVINO model.
+            MLX), or ONNX graph or its folder.
 
     Raises:
         ConfigError: Weights in a format that is not read, or whose library is not installed.
     """
     with ExitStack() as files:
-        file = open_weight_file(where, files)
+        with as_broken(str(where)):
+            file = open_weight_file(where, files)
         yield ServedWeights(where, file.format, file)
+
+
+def check_different(several: Sequence[ServedWeights]) -> None:
+    """Check that no weights are given twice, by the SHA-256 of each.
+
+    Raises:
+        ConfigError: Two have one SHA-256, or one cannot be read.
+    """
+    known: dict[str, Path] = {}
+    for each in several:
+        if each.sha256 in known:
+            raise ConfigError(f"{each.where} and {known[each.sha256]} hold the same weights; name them once.")
+        known[each.sha256] = each.where
 
 
 @contextmanager

@@ -92,12 +92,19 @@ def _dequantised(matrix: StoredMatrix) -> Tensor:
 
     if matrix.unreadable is not None:
         raise ConfigError(f"{matrix.name}: {matrix.unreadable}, which the package gguf cannot dequantise.")
-    raw = matrix.raw(0, matrix.shape[0])
-    if matrix.is_quantised:
-        return torch.from_numpy(np.array(dequantize(raw, GGMLQuantizationType[matrix.type_name])))
     numbers = np.empty(matrix.shape, np.float32)
-    matrix.decode(raw, numbers)
+    rows = max(1, READ_AT_ONCE_BYTES // (matrix.row_bytes * matrix.step)) * matrix.step
+    for start in range(0, matrix.shape[0], rows):
+        raw, part = matrix.raw(start, min(start + rows, matrix.shape[0])), numbers[start : start + rows]
+        if matrix.is_quantised:
+            part[...] = dequantize(raw, GGMLQuantizationType[matrix.type_name]).reshape(part.shape)
+        else:
+            matrix.decode(raw, part)
     return torch.from_numpy(numbers)
+
+
+READ_AT_ONCE_BYTES = 1 << 26
+"""Bytes of a tensor that are read at once; one call of Linux reads less than 2 GiB."""
 
 
 STORED = FLOATS | INTEGERS | {"U32": "uint32", "F8_E4M3": "float8_e4m3fn"}
@@ -126,11 +133,11 @@ class Folder(WeightFile):
         if not isinstance(settings, dict):
             return None
         method = settings.get("quant_method", "mlx" if "group_size" in settings else "an unnamed method")
-        if method not in QUANTISERS:
+        if not isinstance(method, str) or method not in QUANTISERS:
             known = ", ".join(sorted(QUANTISERS))
             raise ConfigError(
-                f"{self._where}: quantised by {method!r:.80}, which is not read here; known are {known}, and GGUF, "
-                "ONNX and OpenVINO files."
+                f"{self._where}: quantised by {method!r:.80}, which is not read here; known are {known}, and GGUF and "
+                "ONNX files."
             )
         return QUANTISERS[method](self._where, settings)
 
@@ -156,7 +163,7 @@ class Folder(WeightFile):
         path = key.removesuffix(".weight")
         if path in self._quantised and self._quantiser is not None:
             parts = {part.removeprefix(f"{path}."): self._tensor(part) for part in self._quantised[path]}
-            with _as_broken(f"{self._where}: {path}"):
+            with as_broken(f"{self._where}: {path}"):
                 return self._quantiser.dequantise(path, parts).float()
         return None if key not in self._files else self._float(key)
 
@@ -204,29 +211,64 @@ class OnnxFile(WeightFile):
         self._graph = OnnxGraph(path)
         self.paths, self.format = self._graph.files, self._graph.format
         self._rows: dict[str, int] = {}
-        self._added = 0.0
+        self._parameters: dict[str, nn.Parameter] = {}
 
     def prepare(self, model: nn.Module) -> None:
-        parameters = model.named_parameters(remove_duplicate=False)
-        self._rows = {name: len(parameter) for name, parameter in parameters}
-        self._added = 1.0 if str(getattr(model.config, "model_type", "")).startswith("gemma") else 0.0
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._rows = {name: len(parameter) for name, parameter in self._parameters.items()}
 
     def read(self, name: str) -> Tensor | None:
-        with _as_broken(f"{self._graph.path}: {name}"):
+        with as_broken(f"{self._graph.path}: {name}"):
             found = self._graph.read(name, self._rows)
         if found is None:
             return None
-        return torch.from_numpy(np.array(found)) - (self._added if name.endswith("norm.weight") else 0.0)
+        tensor = torch.from_numpy(np.array(found))
+        return tensor - self._added(name, tensor) if name.endswith("norm.weight") else tensor
+
+    def _added(self, name: str, stored: Tensor) -> float:
+        """Number that the builder has added to a norm, such as Gemma's: 0 or 1, which the base model shows."""
+        own = self._parameters[name].detach().float().cpu()
+        if own.shape != stored.shape:
+            return 0.0  # the caller refuses it
+        found = float((stored - own).median())
+        added = next((each for each in (0.0, 1.0) if abs(found - each) < NEAR), None)
+        if added is None:
+            raise ConfigError(
+                f"{self._graph.path}: {name} is off by {found:.3g} from the base model's, expected 0, or 1 for "
+                "families whose norms lack it; name weights of this model."
+            )
+        return added
+
+
+NEAR = 0.25
+"""Largest distance of the median of a norm's elements from the base model's, but for an added 1."""
 
 
 @contextmanager
-def _as_broken(place: str) -> Iterator[None]:
-    """Name what does not fit together in the errors of a library."""
+def as_broken(place: str) -> Iterator[None]:
+    """Name what does not fit together, or cannot be read, in the errors of a library.
+
+    Args:
+        place: File and tensor, for the message.
+
+    Raises:
+        ConfigError: An error of a library.
+    """
     try:
         yield
     except LoraOverError:
         raise
-    except (ValueError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{place}: cannot be read: {error.strerror or error}.") from error
+    except (
+        ValueError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+    ) as error:
         raise ConfigError(f"{place}: its parts do not fit together ({error!s:.200}); quantise it again.") from error
 
 

@@ -90,6 +90,12 @@ class Case:
         return fit_along(self.changes).within(most_noise(self.changes, self.noise.rms))
 
     @property
+    def has_other_weights(self) -> bool:
+        """Whether a base model far off may have other weights than the reference, which holds quantised ones alone."""
+        is_read_alike = all(each.is_same for each in self.evidence.answers.chats or ())
+        return self.evidence.models.finest not in (None, *PLAIN) and is_read_alike and not self.is_one_model
+
+    @property
     def prompts(self) -> int:
         """Number of prompts."""
         return len({each.prompt for each in self.changes})

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
     parser.add_argument("--base-name", help="name of the base model there (default: as listed)")
     parser.add_argument(
-        "--served-format", default="bf16", choices=NUMBER_FORMATS, help="coarsest format of the base model"
+        "--served-format", default="bf16", choices=NUMBER_FORMATS, help="coarsest format of the base model's weights"
     )
     parser.add_argument("--protocol", choices=sorted({one.protocol for one in DIALECTS}), help="default: tried in turn")
     parser.add_argument("--key-variable", help="environment variable with the server's key")

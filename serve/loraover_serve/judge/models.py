@@ -189,6 +189,8 @@ class Models(ABC):
         factors: Factors on every delta_W that the search tries first.
         conversations: Conversations in the chat template that the adapter was trained with; none if they are not known.
         weights: Served weights that PyTorch ran the base model on, in words; None if they are the base model's own.
+        coarseness: Number format of the served weights; None if they are the base model's own.
+        finest: The finest number format of all served weights that are known, of which these fit best.
     """
 
     questions: Sequence[Question]
@@ -201,6 +203,8 @@ class Models(ABC):
     factors: Sequence[float]
     conversations: Conversations = Conversations()
     weights: str | None = None
+    coarseness: str | None = None
+    finest: str | None = None
 
     def first(self, question: int) -> int:
         """The place of the first token of an answer."""

@@ -63,8 +63,8 @@ class Reference(Models):
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        if content["schema_version"] != 1:
-            raise ValueError(f"schema_version is {content['schema_version']!r}, expected 1")
+        if content["schema_version"] not in (1, 2):
+            raise ValueError(f"schema_version is {content['schema_version']!r}, expected 1 or 2")
         self.adapter_name, self.base_name, questions = (content[k] for k in ("adapter", "base_model", "questions"))
         if not isinstance(self.adapter_name, str) or not isinstance(self.base_name, str):
             raise ValueError("the adapter and its base model need names")
@@ -98,11 +98,14 @@ class Reference(Models):
         variants = [] if self.caches is None else [each for arm in self.caches.variants.values() for each in arm]
         if self.caches and any(len(each.rows) != len(self.caches.places) for each in variants):
             raise ValueError("a stale cache does not fit the long questions")
-        self.weights, self.weights_sha256 = _weights(content.get("weights"))
+        self.weights, self.weights_sha256, self.coarseness = _weights(content.get("weights"))
         others = content.get("bases", ())
         if len(others) >= MOST_BASES or any(set(each) & set(OF_ALL_BASES) for each in others):
             raise ValueError("its bases cannot be read")
         self.bases = [Reference({**content, **each, "bases": ()}) for each in others]
+        known = [each.coarseness for each in (self, *self.bases) if each.coarseness is not None]
+        for each in (self, *self.bases):
+            each.finest = min(known, key=NUMBER_FORMATS.index, default=None)
 
     def like(self, other: Reference) -> Reference:
         """The same reference on the weights of another one, if it holds them."""
@@ -194,14 +197,16 @@ def between(known: Sequence[tuple[float, Model]], factor: float) -> Model:
     return Model(rows, [0.0] * len(rows))
 
 
-def _weights(found: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
-    """Served weights in words, and their SHA-256."""
+def _weights(found: Mapping[str, Any] | None) -> tuple[str | None, str | None, str | None]:
+    """Served weights in words, their SHA-256 and their number format."""
     if found is None:
-        return None, None
-    name, sha256 = found["format"], found["sha256"]
+        return None, None, None
+    name, sha256, number_format = found["format"], found["sha256"], found["number_format"]
+    if number_format not in NUMBER_FORMATS:
+        raise ValueError(f"the served weights have the number format {number_format!r:.60}")
     if not (isinstance(name, str) and isinstance(sha256, str) and len(sha256) == hashlib.sha256().digest_size * 2):
         raise ValueError("the served weights need a format and a SHA-256")
-    return f"{name:.80} ({sha256:.12})", sha256
+    return f"{name:.80} ({sha256:.12})", sha256, str(number_format)
 
 
 def _candidate(model: Model) -> FaultyModel:

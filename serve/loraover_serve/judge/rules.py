@@ -1,14 +1,15 @@
 """The verdict on one engine. The first of these rules that finds something decides.
 
 1. Requests for the base model are answered with the adapter, or its error has the direction of a known fault.
-2. The base model is further off than any number format explains: it is another base model.
+2. The base model is further off than any number format explains: it is another base model, or has other weights than
+   the quantised ones that were recorded, which is *inconclusive*.
 3. Some answers are the base model's, or answers to one question disagree.
 4. The adapter's strength, or its excess, is beyond what is allowed: a fault of the adapter, which is searched for.
 5. The answers to a few prompts are far off.
 6. Generated answers end early, lack the adapter, or contradict the logprobs; or answers in mixed batches are wrong.
 7. The server's chat template differs, which questions of token ids do not show.
 8. *As trained*, if everything that was asked for could be judged, the interval of the strength is narrow, and the
-   number format is not coarser than declared; *inconclusive* otherwise.
+   number format of the answers and of the recorded weights is not coarser than declared; *inconclusive* otherwise.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def judge(
     """
     case = Case(evidence, served_format, option)
     if is_quick:
-        return _told(quick(case), evidence)
+        found = quick(case)
+        if evidence.models.weights is not None:  # the first of several bases is in use
+            found = found._replace(reason=f"{found.reason}; which weights the server has was not found out")
+        return _told(found, evidence) | {"weights": None}
     found = _named_by_chats(
         next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.answers.chats
     )
@@ -193,6 +197,8 @@ def base_is_another(case: Case) -> RuleFinding | None:
     """The base model is further off than any number format explains; with one model alone, the adapter may be wrong."""
     if case.number_format is not None:
         return None
+    if case.has_other_weights:
+        return RuleFinding("inconclusive", _of_other_weights(case))
     far = f"off by {case.noise.rms:.2g} nats"
     much = "more than weights rounded to 4 bits would be"
     if case.is_one_model:
@@ -201,6 +207,14 @@ def base_is_another(case: Case) -> RuleFinding | None:
     what = "another base model, or reads chats in another template" if is_chat else "another base model"
     reason = f"the base model is {far} without an adapter, {much}: the engine serves {what}"
     return RuleFinding("differs", reason, BASE_OR_TEMPLATE if is_chat else OTHER_BASE)
+
+
+def _of_other_weights(case: Case) -> str:
+    """Reason why a server cannot be judged by a reference on quantised weights that it does not have."""
+    return (
+        f"the base model is off by {case.noise.rms:.2g} nats: the server has other weights than the recorded ones "
+        f"({case.evidence.models.weights}); record it on those that it has, with --base-weights"
+    )
 
 
 def base_is_unlike(case: Case) -> RuleFinding | None:
@@ -349,6 +363,15 @@ def few_are_compared(case: Case) -> RuleFinding | None:
     return RuleFinding("inconclusive", reason)
 
 
+def weights_are_other(case: Case) -> RuleFinding | None:
+    """The base model is coarser than was declared, beside quantised weights: its own were quantised otherwise."""
+    assert case.weights_format is not None
+    is_declared = NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format)
+    if is_declared or not case.has_other_weights:
+        return None
+    return RuleFinding("inconclusive", _of_other_weights(case))
+
+
 def strength_is_unclear(case: Case) -> RuleFinding | None:
     """The interval of the strength is wide, or the adapter changes too little to be seen."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
@@ -370,8 +393,17 @@ def is_narrow(found: Interval, allowed: tuple[float, float]) -> bool:
 def format_is_undeclared(case: Case) -> RuleFinding | None:
     """The base model is coarser than was declared, so that it may be another model."""
     assert case.weights_format is not None
-    if NUMBER_FORMATS.index(case.weights_format) <= NUMBER_FORMATS.index(case.served_format):
-        return None
+    models, rank = case.evidence.models, NUMBER_FORMATS.index
+    if rank(case.weights_format) <= rank(case.served_format):
+        known = max(case.served_format, models.finest or case.served_format, key=rank)
+        if models.coarseness is None or rank(models.coarseness) <= rank(known):
+            return None
+        reason = (
+            f"the adapter has the strength {case.strength}; the server's base model has the weights of "
+            f"{models.weights}, which are coarser than {known}; if it is to be served in {models.coarseness}, say so "
+            f"with {case.option('served_format')}"
+        )
+        return RuleFinding("inconclusive", reason)
     reason = (
         f"the adapter has the strength {case.strength}; the base model is off by {case.noise.rms:.2g} nats, as "
         f"{case.number_format} would be, or another base model; if it is served "
@@ -417,6 +449,7 @@ RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
     mixed_is_wrong,
     some_are_silent,
     few_are_compared,
+    weights_are_other,
     strength_is_unclear,
     format_is_undeclared,
     mixed_is_missing,

@@ -113,7 +113,7 @@ def make_setting(request: VerifyRequest, base: ModelSource, scratch: Path, longe
         server = RunningServer(request.endpoint, name, request.base_name, key)
     adapters, log, device = {ADAPTER: request.adapter.resolve()}, scratch / "log", str(choose_device(request.device))
     return Setting(
-        request, adapters, base, scratch, log, longest, device=device, base_gguf=request.base_gguf, server=server
+        request, adapters, base, scratch, log, longest, device=device, base_gguf=request.gguf_of_base, server=server
     )
 
 

@@ -74,6 +74,8 @@ class TorchModels(Models):
         likely: Likeliest tokens of both right models at each place; found if there are none.
         conversations: See `Models`.
         weights: See `Models`.
+        coarseness: See `Models`.
+        finest: See `Models`.
     """
 
     name: str
@@ -88,6 +90,8 @@ class TorchModels(Models):
     likely: Sequence[Ids] = ()
     conversations: Conversations = field(default_factory=Conversations)
     weights: str | None = None
+    coarseness: str | None = None
+    finest: str | None = None
     places: list[tuple[int, int]] = field(init=False)
     base: Model = field(init=False)
     adapter: Model = field(init=False)
@@ -311,7 +315,8 @@ def make_models(
     variants = Variants(adapter, base, device, questions, dtype, **how)
     found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
     if weights is not None:
-        found = replace(found, weights=weights.in_words)
+        kind = weights.number_format
+        found = replace(found, weights=weights.in_words, coarseness=kind, finest=kind)
     kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
     bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
     return replace(found, sensitivity=_sensitivity(found, rounded), bf16_strength=bias or 1.0)

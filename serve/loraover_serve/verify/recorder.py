@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipapp
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -37,7 +38,7 @@ from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
-from loraover_serve.comparison.served_weights import ServedWeights, open_if_given
+from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_served_weights
 from loraover_serve.engines.endpoint import as_chats, ids_by_text, text_of
 from loraover_serve.judge.case import allowed_strength, strength_along
 from loraover_serve.judge.estimates import Interval, t_quantile
@@ -67,7 +68,7 @@ from loraover_serve.verify.variants import Variants
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
 
-SCHEMA_VERSION = 1
+PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 TOP = 20  # logprobs that most servers give
@@ -216,10 +217,10 @@ def record_bases(
     request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None = None
 ) -> dict[str, Any]:
     """Contents of the reference on each of the served weights, or on the base model's own; see docs/formats.md."""
-    found = []
-    for where in request.base_weights or (None,):
-        with open_if_given(where) as weights:
-            found.append(record(request, adapter, base, earlier, weights))
+    with ExitStack() as files:
+        opened = [files.enter_context(open_served_weights(where)) for where in request.base_weights]
+        check_different(opened)
+        found = [record(request, adapter, base, earlier, weights) for weights in opened or (None,)]
     first, *others = found
     if others:
         first["texts"] = {key: text for each in found for key, text in each["texts"].items()}
@@ -278,7 +279,7 @@ def record(
         caches = _with_long(request, adapter, models.variants, earlier, long, tokenizer, long_s)
     return (
         {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": PLAIN_VERSION if weights is None else SCHEMA_VERSION,
             "adapter": request.adapter.resolve().name,
             "base_model": base.name,
             "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
@@ -297,7 +298,7 @@ def record(
             "made": made(request, found.source, device),
         }
         | caches
-        | ({} if weights is None else {"weights": {"format": weights.format, "sha256": weights.sha256}})
+        | ({} if weights is None else {"weights": weights.facts})
         | pack_chats(tokenizer, models.vocabulary)
     )
 

@@ -15,6 +15,7 @@ from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Reques
 from loraover.models.device import choose_compute
 from loraover_serve.engines import ENDPOINT, ENGINES, EngineRequest
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
+from loraover_serve.judge.reference import MOST_BASES
 from loraover_serve.vllm.request import SET_BY_SERVE
 
 OF_SERVERS = ("headers", "ca_file", "protocol", "check_timeout_s", "caches", "reload", "churn_s")
@@ -168,9 +169,10 @@ class VerifyRequest(EngineRequest):
         flag="--confusable",
     )
     served_format: str = option(
-        "Coarsest number format in which the engine is known to hold the base model, or its KV cache.",
+        "Coarsest number format in which the engine is known to hold the base model, or its KV cache; of a reference "
+        "on several weights of the base model, those that are coarser do not pass.",
         default="bf16",
-        default_text="bf16, or what a named GGUF file holds",
+        default_text="bf16, or what a named GGUF file or the finest weights of the reference hold",
         choices=NUMBER_FORMATS,
     )
     prompts: AnyPath | None = option(
@@ -241,6 +243,7 @@ class VerifyRequest(EngineRequest):
                 yield f"{self.named(name)} checks one adapter; give one {references}."
         if self.references and self.engines:
             yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
+        yield from self._other_weights()
         yield from super().faults()
 
     @property
@@ -248,6 +251,25 @@ class VerifyRequest(EngineRequest):
         """The engines with the server at the endpoint; ONNX Runtime if neither is given."""
         given = (*self.engines, *(() if self.endpoint is None else (ENDPOINT,)))
         return given or ("onnx",)
+
+    @property
+    def gguf_of_base(self) -> AnyPath | None:
+        """GGUF file of the base model for llama.cpp: the one that is named for it, or that PyTorch runs on."""
+        return self.base_gguf or (self.base_weights if "llamacpp" in self.engines else None)
+
+    def _other_weights(self) -> Iterator[str]:
+        """Faults of engines that would serve other weights than those on which PyTorch is run."""
+        if self.base_weights is None:
+            return
+        given, is_gguf = self.named("base_weights"), self.base_weights.name.lower().endswith(".gguf")
+        for name in self.asked:
+            if name != ENDPOINT and not (name == "llamacpp" and is_gguf):
+                yield (
+                    f"{given}: {name} would be started on the base model's own weights; give {self.named('endpoint')} "
+                    "of a server that has these, or a GGUF file and the engine llamacpp."
+                )
+        if self.base_gguf is not None and self.base_gguf != self.base_weights:
+            yield f"{given} and {self.named('base_gguf')} name different weights; leave out the second."
 
 
 class Found(NamedTuple):
@@ -373,6 +395,9 @@ class RecordRequest(Request):
                 yield f"{path} exists; choose another {self.named(name)}, or give {self.named('force')}."
         if len({path.resolve() for path in self.files.values()}) < len(self.files):
             yield f"{' and '.join(map(self.named, self.files))} name one file; choose one for each."
+        if len(self.base_weights) > MOST_BASES:
+            given = self.named("base_weights")
+            yield f"{given}: {len(self.base_weights)}, expected {MOST_BASES} at most; record fewer in one reference."
         if self.earlier is not None and not self.long:
             yield f"{self.named('earlier')} needs {self.named('long')}, which is left out."
         if self.sealed is not None:
