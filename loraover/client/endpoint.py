@@ -71,6 +71,10 @@ class AbsentError(EngineError):
     """A request for a path or a model that the server does not have."""
 
 
+class OtherModelError(EngineError):
+    """An answer that says that another model gave it."""
+
+
 class Endpoint:
     """OpenAI-compatible server.
 
@@ -243,7 +247,7 @@ class Endpoint:
             speaker = answer.get("model")
             if is_named and speaker and not is_same_model(str(speaker), model):
                 found = f"{model} was asked, and {speaker!r} answered; is the adapter loaded under that name?"
-                raise EngineError(self.hidden(found))
+                raise OtherModelError(self.hidden(found))
             yield
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             message = f"{model}: the server's answer cannot be read: {self.beginning(answer)}"

@@ -59,7 +59,12 @@ def test_pooling_length_and_prompt_are_those_of_the_models_files(made: tuple[Pat
     prompts = {"query": "query: ", "document": "text: "}
     save_parts(base, {"pooling_mode_mean_tokens": True}, "Normalize", prompts=prompts, default_prompt_name="query")
     reference = recorded(adapter, base)
-    assert (reference.is_normalised, reference.prefix) == (True, "query: ")
+    assert (reference.is_normalised, reference.prefix) == (True, "")  # servers add no prompt by themselves
+    service = Service(base, adapter, TASK)
+    with vector_server(service, Serve(pooling="mean", prefix="query: ")) as server:
+        asker = VectorAsker.of(reference, Endpoint(server.url), SHOP, BASE)
+        assert check_vectors(asker, repeats=1)["fault"] == "a prefix added to the input"
+    reference = recorded(adapter, base, prefix="query: ")
     service = Service(base, adapter, TASK)
     right = Serve(pooling="mean", prefix="query: ")
     expected = {
@@ -84,6 +89,32 @@ def test_options_replace_what_the_files_say(made: tuple[Path, Path]) -> None:
     text = reference.questions[3].text
     exact = Service(base, adapter, TASK).answer(SHOP, [text], Serve(pooling="last", normalised=False))
     assert np.abs(exact - reference.rows["adapter"][3]).max() < 1e-5
+
+
+def test_what_a_regression_estimates_has_no_activation(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("good", "bad"))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
+    reference = recorded(adapter, base)
+    assert reference.activation is None
+    assert reference.answer(reference.rows[BASE][0]) == list(reference.rows[BASE][0])
+
+
+def test_a_prefix_that_the_pooling_leaves_out_is_refused(made: tuple[Path, Path]) -> None:
+    base, adapter = made
+    save_parts(base, {"pooling_mode": "mean", "include_prompt": False})
+    with pytest.raises(ConfigError, match=r"leaves the tokens of a prompt out .*; leave out"):
+        recorded(adapter, base, prefix="query: ")
+
+
+def test_a_text_that_the_model_does_not_read_whole_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = made
+    save_parts(base, {"pooling_mode": "mean"})
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a text\nanother\n{'words ' * 300}\n")
+    with pytest.raises(DataError, match=r"text 3 has \d+ tokens, and the model reads 256; shorten it"):
+        recorded(adapter, base, prompts=file)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +176,8 @@ def test_texts_and_pairs_of_a_file_are_recorded(tmp_path: Path) -> None:
         ({"pairs": True}, r"--pairs.*does not have one label|pairs: .*does not have one label"),
         ({"pooling": "mean"}, "is for vectors, and .* gives classes"),
         ({"long": True}, "is for generated text, and this adapter has none"),
+        ({"new_tokens": 8}, "new_tokens: not for adapters of vectors"),
+        ({"max_memory_gib": 4.0}, "max_memory_gib: not for adapters of vectors"),
     ],
 )
 def test_options_of_other_tasks_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

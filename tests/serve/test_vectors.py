@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, EngineError
 from loraover_serve import record_adapter, verify_adapter, watch_adapters
 from loraover_serve.judge.command import check_vectors
-from loraover_serve.judge.vectors.asking import VectorAsker
+from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
 
@@ -189,9 +190,22 @@ def test_each_fault_of_a_classifier_is_named(classifier: Recorded, serve: Serve,
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
 
 
-def test_classes_of_other_names_are_refused(classifier: Recorded) -> None:
-    with pytest.raises(EngineError, match=r"names the classes LABEL_0, LABEL_1, LABEL_2, and the reference good, bad"):
-        classifier.checked(Serve(names=("LABEL_0", "LABEL_1", "LABEL_2")), "tei")
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [("tei", "names the classes LABEL_0, LABEL_1, LABEL_2, and the reference good, bad"), ("vllm", "calls it 'LABEL_")],
+)
+def test_classes_of_other_names_are_named(classifier: Recorded, protocol: str, message: str) -> None:
+    found = classifier.checked(Serve(names=("LABEL_0", "LABEL_1", "LABEL_2")), protocol)
+    assert found["fault"] == "labels in another order"
+    assert message in found["reason"]
+
+
+@pytest.mark.parametrize("protocol", ["vllm", "tei"])
+def test_names_of_classes_cannot_colour_a_terminal(classifier: Recorded, protocol: str) -> None:
+    found = classifier.checked(Serve(names=("\x1b[31m", "\x1b[32m", "\x1b[33m")), protocol)
+    assert found["fault"] == "labels in another order"
+    assert "x1b[3" in found["reason"]
+    assert found["reason"].isprintable()
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -271,14 +285,52 @@ def test_base64_that_holds_no_numbers_is_refused(embedder: Recorded) -> None:
         embedder.checked(Serve(change=change))
 
 
-def test_numbers_that_change_in_number_are_refused(embedder: Recorded) -> None:
-    rows = iter(range(1000))
+@pytest.mark.parametrize("part", ["base", "second round", "mixed"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_some_answers_of_another_dimension_are_named(part: str, more: int) -> None:
+    content = drawn_content()
+    reference = VectorReference(content)
+    base, adapter = (rows_of(content, arm) for arm in (BASE, "adapter"))
+    right = answered(base, adapter, adapter)
+    wrong = VectorAnswer([*adapter[5], 0.0][: len(adapter[5]) + more])
+    rounds = [right.rounds[0], {**right.rounds[1], 5: (wrong, {})}]
+    changed = {
+        "base": replace(right, base={**right.base, 5: wrong}),
+        "second round": replace(right, rounds=rounds),
+        "mixed": replace(right, mixed={BASE: {}, "adapter": {5: wrong}}),
+    }
+    found = judge_vectors(reference, changed[part])
+    assert (found["verdict"], found["fault"]) == ("differs", "another dimension")
+    assert re.search(rf"1 of \d+ answers have {24 + more} numbers, and 24 are right", found["reason"])
 
-    def change(found: Any) -> Any:
-        return _embedding(found, [0.5] * (31 + next(rows) % 2))
 
-    with pytest.raises(EngineError, match="and with others"):
-        embedder.checked(Serve(change=change))
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_sure_classes_are_judged_by_their_probabilities_unless_these_are_0_or_1(activation: str) -> None:
+    size = 8.0 if activation == "softmax" else 2.0
+    content = drawn_content(task="classify", labels=[f"class {i}" for i in range(24)], activation=activation)
+    logits = {arm: size * rows_of(content, arm) for arm in (BASE, "adapter")}
+    content["rows"] = {arm: encoded(rows) for arm, rows in logits.items()}
+    powers = {arm: np.exp(rows) for arm, rows in logits.items()}
+    is_softmax = activation == "softmax"
+    base, adapter = (each / each.sum(1, keepdims=True) if is_softmax else each / (1 + each) for each in powers.values())
+    reference = VectorReference(content)
+    assert judge_vectors(reference, answered(base, adapter))["verdict"] == "as trained"
+    assert judge_vectors(reference, answered(base, base))["fault"] == "served as base"
+    adapter[3, 4] = 0.0 if is_softmax else 1.0
+    found = judge_vectors(reference, answered(base, adapter))
+    assert found["verdict"] == "inconclusive"
+    assert "probabilities of 0 or 1 hide the logits" in found["reason"]
+
+
+def test_tokens_that_are_missing_are_named(tagger: Recorded) -> None:
+    found = tagger.checked(Serve(special=False))
+    assert (found["verdict"], found["fault"]) == ("differs", "another dimension")
+    assert "the server cuts inputs, or leaves special tokens out" in found["reason"]
+
+
+def test_far_too_many_numbers_are_refused(embedder: Recorded) -> None:
+    with pytest.raises(EngineError, match="answers with 513 numbers, and 32 are right"):
+        embedder.checked(Serve(change=lambda found: _embedding(found, [0.5] * 513)))
 
 
 def test_more_numbers_than_recorded_are_named(embedder: Recorded) -> None:
@@ -308,11 +360,12 @@ def test_the_command_the_checker_and_the_watch_take_the_reference(embedder: Reco
     assert [check.verdict for check in watched.checks] == ["as trained"]
 
 
-@pytest.mark.parametrize("option", ["caches", "churn_s"])
+@pytest.mark.parametrize("option", ["caches", "churn_s", "protocol", "without_template"])
 def test_checks_of_generated_text_are_refused(embedder: Recorded, option: str) -> None:
-    wanted: dict[str, Any] = {"base_name": BASE, option: 5 if option == "churn_s" else True}
+    wanted: dict[str, Any] = {"base_name": BASE, option: {"churn_s": 5, "protocol": "openai"}.get(option, True)}
     with vector_server(embedder.service) as server, pytest.raises(EngineError, match="has vectors; leave it out"):
         verify_adapter(references=(embedder.report.path,), endpoint=server.url, **wanted)
+    assert not server.requests
 
 
 BROKEN: dict[str, dict[str, Any]] = {

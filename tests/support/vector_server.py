@@ -218,7 +218,8 @@ def vector_server(service: Service, serve: Serve | None = None, protocol: str = 
                 body = body | {"model": SHOP}
             try:
                 found = answer(body)
-                found = found | {"model": name} if isinstance(found, dict) else found
+                own = "served/by-tei" if protocol == "tei" else name  # TEI names its own model, whatever is asked for
+                found = found | {"model": own} if isinstance(found, dict) else found
             except (KeyError, TypeError):  # a field that this server needs, or one that it does not take
                 self.answer(422, b"{}")
                 return
@@ -279,8 +280,13 @@ def _of_tei(service: Service, serve: Serve, draw: Any) -> Paths:
     def rerank(body: dict[str, Any]) -> Any:
         return [{"index": 0, "score": row([body["query"], body["texts"][0]]).tolist()[0]}]
 
+    def embed(body: dict[str, Any]) -> Any:
+        served = replace(serve, normalised=body["normalize"])
+        return [_row(service, served, draw, SHOP, [text]).tolist() for text in body["inputs"]]
+
     return {
-        "/embed": lambda body: [row([text]).tolist() for text in body["inputs"]],
+        "/v1/embeddings": lambda body: {"data": [{"index": 0, "embedding": row(body["input"]).tolist()}]},
+        "/embed": embed,
         "/predict": predict,
         "/rerank": rerank,
     }

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from threading import TIMEOUT_MAX
-from types import MappingProxyType
 from typing import Any
 
 from loraover.client.dialects import DIALECTS
@@ -163,16 +162,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_vectors(asked: argparse.Namespace, reference: VectorReference, endpoint: Endpoint) -> dict[str, Any]:
+    check_of_vectors({name: bool(getattr(asked, name)) for name in (*OF_TEXT, "churn")})
     asker = VectorAsker.of(reference, endpoint, asked.served_name, asked.base_name)
-    others = {name: bool(getattr(asked, name)) for name in ("caches", "reload", "churn")}
     return check_vectors(
         asker,
         asked.served_format,
         repeats=max(1, asked.repeats),
         is_quick=asked.quick,
         without_mixed=asked.without_mixed,
-        others=others,
     )
+
+
+OF_TEXT = ("caches", "reload", "protocol", "without_template")
+"""Fields of a check that there are only for generated text, beside that of changes of adapters."""
+
+
+def check_of_vectors(wanted: Mapping[str, bool], option: Callable[[str], str] = flag) -> None:
+    """Refuse what there is only for generated text, before a server is asked for vectors.
+
+    Args:
+        wanted: Whether the user gives an option, by the name of its field.
+        option: Name of an option as its user writes it.
+
+    Raises:
+        ConfigError: Such an option is given.
+    """
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise ConfigError(f"{option(name)} is for generated text, and this reference has vectors; leave it out.")
 
 
 def check_vectors(
@@ -183,7 +200,6 @@ def check_vectors(
     repeats: int = REPEATS,
     is_quick: bool = False,
     without_mixed: bool = False,
-    others: Mapping[str, bool] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Ask a server for vectors, classes or scores, and judge its answers.
 
@@ -194,19 +210,14 @@ def check_vectors(
         repeats: Number of times that each text is asked of the adapter.
         is_quick: Whether to ask only for a few answers of the adapter.
         without_mixed: Whether no requests for both models are sent together.
-        others: Whether the user wants a check that there is only for generated text, by the name of its field.
 
     Returns:
         The fields of an engine's result in verify.json, but for the engine.
 
     Raises:
-        ConfigError: A check is wanted that there is only for generated text.
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     start = time.monotonic()
-    for name, is_wanted in others.items():
-        if is_wanted:
-            raise ConfigError(f"{option(name)} checks generated text, and this reference has vectors; leave it out.")
     answers = asker.quick_answers() if is_quick else asker.answers(repeats, without_mixed=without_mixed)
     found = judge_vectors(asker.reference, answers, served_format, option, is_quick=is_quick)
     return found | {"seconds": time.monotonic() - start}

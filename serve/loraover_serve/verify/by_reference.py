@@ -21,7 +21,7 @@ from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.bases import SCREENED, on_served_weights
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
-from loraover_serve.judge.command import check, check_vectors, unanswered
+from loraover_serve.judge.command import OF_TEXT, check, check_of_vectors, check_vectors, unanswered
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
@@ -178,8 +178,8 @@ def _ask_about(request: VerifyRequest, name: str, reference: Reference | VectorR
 
 
 def _vectors(request: VerifyRequest, endpoint: Endpoint, name: str, reference: VectorReference) -> dict[str, Any]:
+    check_of_vectors({name: bool(getattr(request, name)) for name in (*OF_TEXT, "churn_s")}, request.named)
     asker = VectorAsker.of(reference, endpoint, name, request.base_name, request.named)
-    others = {name: bool(getattr(request, name)) for name in ("caches", "reload", "churn_s")}
     return check_vectors(
         asker,
         request.declared_format,
@@ -187,7 +187,6 @@ def _vectors(request: VerifyRequest, endpoint: Endpoint, name: str, reference: V
         repeats=request.repeats,
         is_quick=request.quick,
         without_mixed=request.without_mixed,
-        others=others,
     )
 
 

@@ -316,9 +316,10 @@ class RecordRequest(Request):
         "Base model, folder or hub name.", default=None, default_text="the base model that the adapter names"
     )
     prompts: AnyPath | None = option(
-        "UTF-8 text file, one question a line; the first 64 tokens of each are used.",
+        "UTF-8 text file, one question a line. Of each, the first 64 tokens are used; for vectors, classes and scores "
+        "the whole text, which has to fit the model.",
         default=None,
-        default_text="as many of 64 built-in questions as a verdict on a server in bfloat16 needs",
+        default_text="as many of 64 built-in questions as a verdict on a server in bfloat16 needs, or 32 texts",
     )
     new_tokens: int = option(
         "Length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.",
@@ -342,7 +343,7 @@ class RecordRequest(Request):
     prefix: str | None = option(
         "Text that the server puts before each input of a model of vectors, which is not sent.",
         default=None,
-        default_text="the default prompt that sentence-transformers saved",
+        default_text="none, since servers add none by themselves",
     )
     pairs: bool | None = option(
         "Whether a classifier scores pairs of texts, as rerankers do; then a tab separates the two texts of a prompt.",

@@ -38,8 +38,8 @@ OF_POOLING = {
 
 PROMPTS_FILE, LENGTH_FILE = "config_sentence_transformers.json", "sentence_bert_config.json"
 KNOWN_PARTS = ("Transformer", "Pooling", "Normalize")
-LONGEST = 512
-"""Tokens of the longest text, unless the model takes fewer."""
+NO_LIMIT = 2**20
+"""Tokens of the longest text, where a model's files name no limit."""
 
 Rows = list[NDArray[np.float64]]
 
@@ -60,7 +60,7 @@ class Reading:
         is_normalised: Whether vectors get the length 1.
         prefix: Text that the server puts before each input.
         prompts: Other prefixes that the model knows.
-        longest: Number of tokens at which inputs are cut.
+        longest: Number of tokens that the model reads; further ones are cut off.
         with_special: Whether the tokenizer adds its special tokens.
     """
 
@@ -69,7 +69,7 @@ class Reading:
     is_normalised: bool = False
     prefix: str = ""
     prompts: tuple[str, ...] = ()
-    longest: int = LONGEST
+    longest: int = NO_LIMIT
     with_special: bool = True
 
     def encode(self, tokenizer: Any, text: str, pair: str | None) -> dict[str, Tensor]:
@@ -98,14 +98,14 @@ def read_reading(
         task: What is asked for.
         pooling: The pooling; None finds out.
         normalised: Whether vectors get the length 1; None finds out.
-        prefix: Text that the server puts before each input; None finds out.
+        prefix: Text that the server puts before each input; None means none, since servers add none by themselves.
 
     Raises:
         ConfigError: A model with parts that cannot be run here, such as a dense layer after the pooling.
     """
     config = load_config(base)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    longest = min(LONGEST, int(_file(base, LENGTH_FILE).get("max_seq_length") or limit), int(limit))
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
+    longest = min(int(_file(base, LENGTH_FILE).get("max_seq_length") or limit), int(limit))
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
         longest = min(longest, int(limit) - 2)  # whose positions begin behind that of padding
     if task != "embed":
@@ -120,12 +120,23 @@ def read_reading(
         )
     saved = _file(base, PROMPTS_FILE)
     prompts = {str(name): str(text) for name, text in (saved.get("prompts") or {}).items() if text}
-    default = prompts.get(str(saved.get("default_prompt_name")), "")
-    chosen = default if prefix is None else prefix
+    known = {prompts.get(str(saved.get("default_prompt_name")), ""): None} | dict.fromkeys(prompts.values())
+    chosen = prefix or ""
+    _check_prefix(base, parts, chosen)
     how = pooling or _pooling(base, parts) or ("last" if _is_decoder(config) else "cls")
     is_normalised = ("Normalize" in names if names else True) if normalised is None else normalised
-    others = tuple(text for text in dict.fromkeys(prompts.values()) if text != chosen)
+    others = tuple(text for text in known if text and text != chosen)
     return Reading(task, how, is_normalised, chosen, others, longest)
+
+
+def _check_prefix(base: ModelSource, parts: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    """Refuse a prefix whose tokens are left out of the pooling, since they are not left out here."""
+    for part in (part for part in parts if prefix and str(part["type"]).endswith(".Pooling")):
+        if _file(base, f"{part['path']}/config.json").get("include_prompt") is False:
+            raise ConfigError(
+                f"model: {base.origin}: {part['path']}/config.json leaves the tokens of a prompt out of the pooling "
+                f"(include_prompt: false), which cannot be recorded; leave out {as_written('prefix')}."
+            )
 
 
 def _pooling(base: ModelSource, parts: Sequence[Mapping[str, Any]]) -> str | None:
@@ -165,7 +176,7 @@ def _is_decoder(config: Any) -> bool:
 def _check_head(adapter: AdapterDir, base: ModelSource, labels: int | None) -> None:
     """Refuse a base model without a head of its own: what it answers without the adapter would be random."""
     auto = AUTO_CLASSES[adapter.config.task_type or ""]
-    architecture = load_config(base).architectures[0]
+    architecture = (load_config(base).architectures or ["model of no named class"])[0]
     if not architecture.endswith(("ForSequenceClassification", "ForTokenClassification")):
         number = "N" if labels is None else labels
         raise ConfigError(
@@ -212,8 +223,8 @@ class VectorRunner:
 
     @property
     def activation(self) -> str | None:
-        """Function of logits that servers apply unless told otherwise, as vLLM and TEI do; None for vectors."""
-        if self._task == "embed":
+        """Function of logits that servers apply unless told otherwise; None for vectors, and for a regression."""
+        if self._task == "embed" or self.model.config.problem_type == "regression":
             return None
         several = self.model.config.problem_type == "multi_label_classification"
         return "sigmoid" if several or self.model.config.num_labels == 1 else "softmax"

@@ -36,7 +36,7 @@ from loraover_serve.judge.names import (
 )
 from loraover_serve.judge.vectors.reference import KIND, LEVELS, SIZE, VectorReference, VectorTask
 from loraover_serve.verify.request import RecordRequest
-from loraover_serve.verify.vector_models import Reading, Rows, VectorRunner, read_reading
+from loraover_serve.verify.vector_models import NO_LIMIT, Reading, Rows, VectorRunner, read_reading
 
 TEXTS = 32
 """Number of texts, unless a file has others."""
@@ -81,6 +81,8 @@ def record_vectors(
     for name in ("long", "earlier", "sealed"):
         if getattr(request, name):
             raise ConfigError(f"{request.named(name)} is for generated text, and this adapter has none; leave it out.")
+    if ignored := request.given("new_tokens", "max_memory_gib"):
+        raise ConfigError(f"{ignored}: not for adapters of vectors, classes or scores; leave it out.")
     device, say = str(choose_device(request.device)), request.report.line
     task = find_vector_task(request, adapter, base)
     reading = read_reading(base, task, request.pooling, request.normalised, request.prefix)
@@ -88,6 +90,7 @@ def record_vectors(
     if not runner.model.config.is_encoder_decoder and tokenizer.padding_side:
         tokenizer.padding_side = "right"
     texts = read_texts(request, is_pair=task == "score")
+    texts = check_lengths(texts, reading, tokenizer, is_own=request.prompts is not None)
     say(f"running both models on {len(texts)} texts: {words_of(reading)}")
     recording = VectorRecording(runner, tokenizer, reading, texts)
     right = recording.right()
@@ -168,6 +171,34 @@ def read_texts(request: RecordRequest, *, is_pair: bool) -> Texts:
     singles = [line for line in lines if line not in joined]
     texts = (joined + singles)[:TEXTS]
     return [(text, texts[(index + 7) % len(texts)] if is_pair else None) for index, text in enumerate(texts)]
+
+
+def check_lengths(texts: Texts, reading: Reading, tokenizer: Any, *, is_own: bool) -> Texts:
+    """The texts, which the model reads whole: some servers refuse longer ones, and others cut them off.
+
+    Built-in texts that are too long lose their last words.
+
+    Raises:
+        DataError: A text of the user's that is too long.
+    """
+    found, whole = list[tuple[str, str | None]](), replace(reading, longest=NO_LIMIT)
+
+    def tokens_of(text: str, pair: str | None) -> int:
+        return max((ids.shape[1] for ids in whole.encode(tokenizer, text, pair).values()), default=0)
+
+    for number, (text, pair) in enumerate(texts, 1):
+        tokens = tokens_of(text, pair)
+        if is_own and tokens > reading.longest:
+            raise DataError(f"text {number} has {tokens} tokens, and the model reads {reading.longest}; shorten it.")
+        while tokens_of(text, pair) > reading.longest and " " in text:
+            text, pair = _shortened(text), None if pair is None else _shortened(pair)
+        found.append((text, pair))
+    return found
+
+
+def _shortened(text: str) -> str:
+    words = text.split(" ")
+    return " ".join(words[: max(1, len(words) * 9 // 10)])
 
 
 def words_of(reading: Reading) -> str:

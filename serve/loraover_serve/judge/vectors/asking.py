@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loraover.client.at_once import at_once
-from loraover.client.endpoint import AbsentError, Endpoint, NotJsonError, UnfitRequestError
+from loraover.client.endpoint import AbsentError, Endpoint, NotJsonError, OtherModelError, UnfitRequestError
 from loraover.client.speaker import find_models
 from loraover.common.errors import EngineError, printable
 from loraover_serve.judge.case import flag
@@ -28,6 +28,12 @@ QUICK_TEXTS = 8
 ENCODED = 2
 """Number of texts whose vectors are asked for in base64 as well."""
 
+MOST_TIMES = 16
+"""Times the recorded number of components above which an answer is refused and not judged."""
+
+LABEL_CHARACTERS = 200
+"""Characters of the name of a class that are kept."""
+
 LARGEST = 1e9
 """Absolute value of a number above which an answer counts as damaged."""
 
@@ -38,10 +44,12 @@ class VectorAnswer(NamedTuple):
     Args:
         numbers: The vector, the number of each class, or the score.
         label: Name of the likeliest class, as the server gives it; None if it gives none.
+        names: Names of the classes, as the server gives them; empty if it gives none, or the recorded ones.
     """
 
     numbers: list[float]
     label: str | None = None
+    names: tuple[str, ...] = ()
 
 
 class VectorForm(NamedTuple):
@@ -52,12 +60,14 @@ class VectorForm(NamedTuple):
         body: Fields of the request, from the name of the model and a text.
         read: Function that reads an answer, given the labels; if it fails, the answer has another form.
         names_model: Whether the request says which model it is for.
+        normalises: Whether the request says if vectors get the length 1.
     """
 
     path: str
     body: Callable[[str, VectorQuestion], dict[str, Any]]
     read: Callable[[Any, Sequence[str]], VectorAnswer]
     names_model: bool = True
+    normalises: bool = False
 
 
 def _only(entries: Any) -> Any:
@@ -91,13 +101,8 @@ def _of_classes(found: Any, labels: Sequence[str]) -> VectorAnswer:
         return VectorAnswer(checked_numbers(found["probs"]), found.get("label"))
     scores = {str(each["label"]): each["score"] for each in found}
     if scores.keys() != {*labels} or len(found) != len(labels):
-        named = ", ".join(sorted(scores))
-        raise LabelError(f"the server names the classes {named:.200}, and the reference {', '.join(labels):.200}")
+        return VectorAnswer(checked_numbers([each["score"] for each in found]), names=tuple(sorted(scores)))
     return VectorAnswer(checked_numbers([scores[label] for label in labels]))
-
-
-class LabelError(ValueError):
-    """An answer whose classes have other names than the recorded ones."""
 
 
 def _input(model: str, asked: VectorQuestion) -> dict[str, Any]:
@@ -133,6 +138,7 @@ FORMS: Mapping[VectorTask, Sequence[VectorForm]] = {
             lambda _, asked: {"inputs": [asked.text]},
             lambda found, _: VectorAnswer(checked_numbers(_only(found))),
             names_model=False,
+            normalises=True,
         ),
         _pooled("embed", {}),
     ],
@@ -198,6 +204,12 @@ class VectorAnswers:
         """Answers of the adapter to the first requests for each text."""
         return {place: said for place, (said, _) in self.rounds[0].items()}
 
+    def every(self) -> Iterator[tuple[str, int, VectorAnswer]]:
+        """Arm, text and answer of every request."""
+        rounds = [{place: said for place, (said, _) in one.items()} for one in self.rounds]
+        for arm, each in [(BASE, self.base), *((ADAPTER, one) for one in rounds), *self.mixed.items()]:
+            yield from ((arm, place, said) for place, said in each.items())
+
 
 class VectorSpeaker:
     """A server, addressed in the form in which it answers.
@@ -233,12 +245,15 @@ class VectorSpeaker:
         """Vector of a text that is asked for in base64; None if the server has no such form."""
         if self.form not in _OPENAI:
             return None
-        body = self.form.body(model, self._reference.questions[place]) | {"encoding_format": "base64"}
+        body = self._body(self.form, model, place) | {"encoding_format": "base64"}
         with suppress(UnfitRequestError):
             answer = self.endpoint.request(self.form.path, body)
             with self.endpoint.readable(model, answer):
                 found = _only(answer["data"])["embedding"]
-                return floats_of(found) if isinstance(found, str) else None  # a server that knows no such field
+                if not isinstance(found, str):  # a server that knows no such field
+                    return None
+                self._check_size(model, len(found) * 3 // 16, place)
+                return floats_of(found)
         return None
 
     def _find(self, model: str) -> VectorForm:
@@ -246,24 +261,37 @@ class VectorSpeaker:
         for form in FORMS[self._reference.task]:
             try:
                 self._asked(form, model, 0)
-            except (UnfitRequestError, AbsentError, NotJsonError) as error:
+            except (UnfitRequestError, AbsentError, NotJsonError, OtherModelError) as error:  # TEI names its own model
                 refusals.append(error)
             else:
                 return form
         told = "; ".join(dict.fromkeys(map(str, refusals)))
         raise EngineError(f"the server answers none of the requests for {WANTED[self._reference.task]}: {told:.700}")
 
+    def _body(self, form: VectorForm, model: str, place: int) -> dict[str, Any]:
+        body = form.body(model, self._reference.questions[place])
+        return body | {"normalize": self._reference.is_normalised} if form.normalises else body
+
+    def _check_size(self, model: str, numbers: int, place: int) -> None:
+        right = len(self._reference.rows[ADAPTER][place])
+        if numbers > MOST_TIMES * right:
+            raise EngineError(f"{model}: the server answers with {numbers} numbers, and {right} are right.")
+
+    def _shown(self, text: object) -> str:
+        return printable(self.endpoint.hidden(str(text)))[:LABEL_CHARACTERS]
+
     def _asked(self, form: VectorForm, model: str, place: int) -> tuple[VectorAnswer, dict[str, str]]:
-        answer, told = self.endpoint.exchange(form.path, form.body(model, self._reference.questions[place]))
+        answer, told = self.endpoint.exchange(form.path, self._body(form, model, place))
         named = form.names_model and isinstance(answer, dict)
         with self.endpoint.readable(model, answer if isinstance(answer, dict) else {}, is_named=named):
             try:
-                return form.read(answer, self._reference.labels), told
-            except LabelError as error:
-                raise EngineError(self.endpoint.hidden(printable(f"{model}: {error}."))) from error
+                said = form.read(answer, self._reference.labels)
             except ValueError as error:
                 shown = self.endpoint.beginning(answer)
                 raise EngineError(f"{model}: the server's answer cannot be read, since {error}: {shown}") from error
+        self._check_size(model, len(said.numbers), place)
+        label = None if said.label is None else self._shown(said.label)
+        return VectorAnswer(said.numbers, label, tuple(map(self._shown, said.names))), told
 
 
 WANTED: Mapping[VectorTask, str] = {

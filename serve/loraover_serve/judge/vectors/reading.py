@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from loraover.common.errors import EngineError
 from loraover_serve.judge.case import Case, share_along, strength_along
 from loraover_serve.judge.estimates import IN_FILES, Interval
 from loraover_serve.judge.evidence import Evidence
@@ -50,35 +49,34 @@ class VectorFindings:
 class AnswerReader:
     """Reader of answers in the form of the reference: vectors, or logits, which may come as probabilities.
 
-    Raises:
-        EngineError: Answers with changing numbers of components.
+    Attributes:
+        found: First answers of each arm, alone, by the index of the text.
+        size: Number of components of every answer; None if they have different numbers.
+        sizes: Number of components of each answer, of any round or beside others, and of the recorded one.
+        wrong_sizes: Those that differ.
     """
 
     def __init__(self, reference: VectorReference, answers: VectorAnswers) -> None:
         self.reference, self.answers = reference, answers
         raw = {BASE: answers.base, ADAPTER: answers.adapter}
         self.found = {arm: {place: said.numbers for place, said in each.items()} for arm, each in raw.items()}
-        wrong = self._of_other_size()
-        sizes = {len(row) for arm in self.found.values() for row in arm.values()}
-        self.size = sizes.pop() if len(sizes) == 1 else None
-        self.is_unreadable = bool(wrong)
-        if wrong and self.size is None:
-            raise EngineError(f"the server answers with {wrong[0]} numbers, and with others; {wrong[1]} are right.")
+        self._every = [(arm, place, said.numbers) for arm, place, said in answers.every()]
+        self.sizes = [(len(row), len(reference.rows[arm][place])) for arm, place, row in self._every]
+        self.wrong_sizes = [pair for pair in self.sizes if pair[0] != pair[1]]
+        different = {size for size, _ in self.sizes}
+        self.size = different.pop() if len(different) == 1 else None
 
-    def _of_other_size(self) -> tuple[int, int] | None:
-        """Numbers of components of an answer and of the recorded one, if they differ."""
-        pairs = (
-            (len(row), len(self.reference.rows[arm][place]))
-            for arm, rows in self.found.items()
-            for place, row in rows.items()
-        )
-        return next((pair for pair in pairs if pair[0] != pair[1]), None)
+    @property
+    def hides_logits(self) -> bool:
+        """Whether the answers are probabilities, and some are so near to 0 or 1 that their logits are lost."""
+        rows = [row for _, _, row in self._every]
+        are_probabilities = all(self.reference.from_probabilities(row) is not None for row in rows)
+        return are_probabilities and any(map(self.reference.is_sure, rows))
 
     @cached_property
     def read(self) -> Callable[[Vector], Vector]:
         """The reading of answers, as they are or as probabilities, that is nearest to the right answers."""
-        rows = [row for arm in self.found.values() for row in arm.values()]
-        if any(self.reference.from_probabilities(row) is None for row in rows):
+        if any(self.reference.from_probabilities(row) is None for _, _, row in self._every):
             return self.reference.centred
         ways: list[Callable[[Vector], Vector]] = [self.reference.centred, self._from_probabilities]
         return min(ways, key=self._distance)

@@ -36,7 +36,8 @@ SIZE = 10.0
 """RMS value of a component of right answers, in the units of the judge."""
 
 LEVELS = 127  # steps of the largest difference in a row of a fault
-SURELY = 1e-7  # smallest probability that is told from 0, and largest that is told from 1
+LEAST = 1e-37  # smallest probability that float32 holds with all of its digits
+SURELY = 1 - 1e-6  # largest output of a sigmoid in float32 that tells the logit to a few percent
 SUM = 1e-3  # by which probabilities of classes may miss the sum 1
 
 Vector = Sequence[float]
@@ -89,7 +90,8 @@ class VectorReference:
         base_name: Name of the base model.
         task: The task.
         labels: Names of the classes in their order; empty for vectors.
-        activation: Function that a server applies to logits by default: softmax or sigmoid; None for vectors.
+        activation: Function that a server applies to logits by default: softmax or sigmoid; None for vectors, and for
+            numbers that a regression estimates.
         is_normalised: Whether vectors have the length 1.
         questions: The texts.
         rows: Rows of both arms, as the model computes them.
@@ -213,13 +215,18 @@ class VectorReference:
         """Logits without their mean, from the output of softmax or sigmoid; None if these are not probabilities."""
         if self.activation is None or not all(0 <= value <= 1 for value in row):
             return None
-        sure = [min(max(value, SURELY), 1 - SURELY) for value in row]
+        told = [max(value, LEAST) for value in row]
         if self.activation == "sigmoid":
-            return [math.log(value / (1 - value)) for value in sure]
+            return [math.log(value) - math.log1p(-min(value, SURELY)) for value in told]
         classes = len(self.labels)
         if any(abs(math.fsum(row[at : at + classes]) - 1) > SUM for at in range(0, len(row), classes)):
             return None
-        return self.centred([math.log(value) for value in sure])
+        return self.centred([math.log(value) for value in told])
+
+    def is_sure(self, probabilities: Vector) -> bool:
+        """Whether a probability is so near to 0, or that of a sigmoid so near to 1, that its logit is lost."""
+        most = SURELY if self.activation == "sigmoid" else 1.0
+        return any(value < LEAST or value > most for value in probabilities)
 
     @cached_property
     def known_settings(self) -> list[VectorSetting]:

@@ -1,7 +1,8 @@
 """The verdict on a server of vectors, classes or scores: the first rule that finds something decides.
 
-1. Answers have too many or too few numbers, or another way to compute both models, such as another pooling, explains
-   them: this fault is named, with the strength of the adapter in it.
+1. Classes have other names, answers have too many or too few numbers, or their probabilities hide the logits. Another
+   way to compute both models, such as another pooling, explains them: this fault is named, with the strength of the
+   adapter in it.
 2. Requests for the base model are answered with the adapter, or by another model.
 3. Some answers are the base model's, or answers to one text disagree.
 4. The adapter's strength, or its distance, is beyond what is allowed: the nearest fault of an adapter is searched for.
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from loraover.common.errors import printable
 from loraover_serve.judge.case import Case, flag, share_along, strength_along
 from loraover_serve.judge.estimates import share_found
 from loraover_serve.judge.evidence import by_prompt
@@ -34,7 +36,7 @@ from loraover_serve.judge.limits import (
 from loraover_serve.judge.names import CHANGED, CUT, DIMENSION, ENCODING, IN_BASE, LABELS, LEAKS, OTHER_BASE, UNLIKE
 from loraover_serve.judge.rules import RuleFinding, is_narrow, quick
 from loraover_serve.judge.search import suspects
-from loraover_serve.judge.vectors.asking import VectorAnswers
+from loraover_serve.judge.vectors.asking import LABEL_CHARACTERS, VectorAnswers
 from loraover_serve.judge.vectors.reading import LIKE, AnswerReader, find_setting, is_clear
 from loraover_serve.judge.vectors.reference import SIZE, Vector, VectorReference, VectorSetting
 
@@ -75,16 +77,13 @@ def judge_vectors(
 
     Returns:
         The fields of a result in verify.json, but for those that say who was judged and how long it took.
-
-    Raises:
-        EngineError: Answers with changing numbers of components.
     """
     read = AnswerReader(reference, answers)
     headers = [told for one in answers.rounds for _, told in one.values()]
     known = {"compared": "vectors", "servers": servers_seen(headers)}
-    if read.is_unreadable:
-        found = _of_another_size(read)
-        return known | _told(found) | {"vectors": read.findings(None)}
+    unread = _of_other_names(reference, answers) or _of_another_size(read) or _of_sure_classes(read)
+    if unread is not None:
+        return known | _told(unread) | {"vectors": read.findings(None)}
     case = Case(read.evidence(reference.right), served_format, option)
     if is_quick:
         return known | _told(quick(case)) | {"vectors": read.findings(case)}
@@ -109,12 +108,38 @@ def _told(found: RuleFinding) -> dict[str, Any]:
     return {"verdict": found.verdict, "reason": found.reason, "fault": found.fault, "replicas": split}
 
 
-def _of_another_size(read: AnswerReader) -> RuleFinding:
+def _of_other_names(reference: VectorReference, answers: VectorAnswers) -> RuleFinding | None:
+    """Say that the classes have other names than the recorded ones."""
+    named = next((said.names for _, _, said in answers.every() if said.names), None)
+    if named is None:
+        return None
+    mine = ", ".join(reference.labels)
+    reason = f"{LABELS}: the server names the classes {', '.join(named):.200}, and the reference {mine:.200}"
+    return RuleFinding("differs", reason, LABELS)
+
+
+def _of_sure_classes(read: AnswerReader) -> RuleFinding | None:
+    """Say that probabilities do not tell the logits."""
+    if not read.hides_logits:
+        return None
+    reason = "the server answers with probabilities, and probabilities of 0 or 1 hide the logits"
+    return RuleFinding("inconclusive", f"{reason}; let it answer with logits, or record texts of less certain classes")
+
+
+def _of_another_size(read: AnswerReader) -> RuleFinding | None:
     """Say that answers have another number of components, and if it is smaller, whether they are the first ones."""
+    if not read.wrong_sizes:
+        return None
     reference, size, right = read.reference, read.size or 0, read.reference.numbers
+    if reference.task == "token_classify":
+        return RuleFinding("differs", _of_other_tokens(read), DIMENSION)
+    if not size:
+        found = " or ".join(map(str, sorted({wrong for wrong, _ in read.wrong_sizes})))
+        some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have {found:.60} numbers, and {right} are right"
+        return RuleFinding("differs", f"{DIMENSION}: {some}; another server, or another model, gives them", DIMENSION)
     what = "a vector" if reference.task == "embed" else "an answer"
-    if reference.task != "embed" or not 0 < size < right:
-        reason = f"{DIMENSION}: {what} has {size} numbers, expected {right or 'as many as recorded'}"
+    if reference.task != "embed" or size > right:
+        reason = f"{DIMENSION}: {what} has {size} numbers, expected {right}"
         return RuleFinding("differs", f"{reason}; the server has another model, or another head", DIMENSION)
     short = VectorSetting(DIMENSION, f"the first {size} of {right} numbers", reference.right.rows, dimensions=size)
     case = Case(read.evidence(short))
@@ -122,6 +147,14 @@ def _of_another_size(read: AnswerReader) -> RuleFinding:
     if case.number_format is None:
         return RuleFinding("differs", f"{reason}; they are not the first {size} of the right vector", DIMENSION)
     return RuleFinding("differs", f"{reason}; they are its first ones, where {_strength(case)}", DIMENSION)
+
+
+def _of_other_tokens(read: AnswerReader) -> str:
+    """How many tokens answers have, and how many are right."""
+    (size, right), classes = read.wrong_sizes[0], len(read.reference.labels)
+    some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have classes of other tokens than recorded"
+    tokens = f"{size / classes:.4g} tokens, where {right // classes} are right"
+    return f"{DIMENSION}: {some}, such as {tokens}; the server cuts inputs, or leaves special tokens out"
 
 
 def _strength(case: Case) -> str:
@@ -168,7 +201,7 @@ def labels_are_others(whole: VectorCase) -> RuleFinding | None:
     labels = whole.reference.labels
     for place, said in whole.answers.adapter.items():
         mine = labels[max(range(len(labels)), key=said.numbers.__getitem__)] if labels else None
-        if said.label is not None and mine is not None and said.label != mine:
+        if said.label is not None and mine is not None and said.label != printable(mine)[:LABEL_CHARACTERS]:
             text = whole.reference.questions[place].text
             reason = (
                 f"{LABELS}: the likeliest class of {text!r:.60} is {mine}, and the server calls it {said.label!r:.60}"
