@@ -216,7 +216,7 @@ def test_the_number_of_tokens_that_it_takes_decides() -> None:
 
 
 SENTENCES = {
-    "other lengths": {"b": [-1.0]},
+    "different lengths": {"b": [-1.0]},
     "no tokens": {name: [] for name in ("e", "a", "b", "prompt_ids", "rows", "positions")},
     "NaN, infinite or above 0": {"e": [-1.0, math.nan, -1.0, -1.0]},
     "expected logprobs in nats": {"a": [-1.0, 2.0, -1.0, -1.0]},

@@ -133,7 +133,7 @@ def test_a_system_prompt_of_the_servers_own_is_another_template(tells: str, told
     assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
     alone = "answers to prompts that no template touches are as trained: judge them alone with --without-template"
     assert alone in found["reason"]
-    assert "so with 3 of 5 chats" in found["reason"], "two have a system prompt"
+    assert "this is so in 3 of 5 chats" in found["reason"], "two have a system prompt"
     if "number" in tells:
         assert "the server reads 49 tokens of a chat (user), and the adapter's template gives 33" in found["reason"]
     else:
@@ -284,7 +284,7 @@ def test_numbers_are_believed_no_further_than_they_reach(told: dict[str, Any]) -
         reference, lambda body: other(body) if {"messages", "max_tokens"} <= body.keys() else tokenized(body)
     )
     assert (contradicted["verdict"], contradicted["fault"]) == ("as trained", None)
-    assert "the server counts 49 tokens of a chat where another route gives 33" in contradicted["template"]
+    assert "the server counts 49 tokens of a chat, and another route of it returns 33" in contradicted["template"]
 
 
 def test_a_date_is_skipped_whatever_its_length() -> None:
