@@ -107,9 +107,9 @@ class Reference(Models):
         for each in (self, *self.bases):
             each.finest = min(known, key=NUMBER_FORMATS.index, default=None)
 
-    def like(self, other: Reference) -> Reference:
-        """The same reference on the weights of another one, if it holds them."""
-        return next((each for each in self.bases if each.weights_sha256 == other.weights_sha256), self)
+    def on_weights(self, sha256: str | None) -> Reference:
+        """The same reference on weights of the base model, if it holds them."""
+        return next((each for each in self.bases if each.weights_sha256 == sha256), self)
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:

@@ -75,7 +75,8 @@ class Search:
     """
 
     def __init__(self, asker: Asker) -> None:
-        self._mine = mine = asker.models
+        mine = asker.models
+        self._weights = mine.weights_sha256 if isinstance(mine, Reference) else None
         places = [place for place in asker.places if mine.places[place][1] == 0][:SCREENED]
         rows = asker.rounds(ADAPTER, places)[0].rows
         self._answers = {tuple(mine.read(place)): rows[place] for place in places if place in rows}
@@ -90,7 +91,7 @@ class Search:
             other: The adapter.
             reference: Its reference.
         """
-        far = self._distance(reference.like(self._mine) if isinstance(self._mine, Reference) else reference)
+        far = self._distance(reference.on_weights(self._weights))
         if far is None:
             self._unknown.append(other)
         elif far < self._right:
