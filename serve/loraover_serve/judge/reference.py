@@ -37,7 +37,7 @@ MOST_BASES = 16
 """Largest number of weights of one base model that a reference holds."""
 
 OF_ALL_BASES = ("schema_version", "adapter", "base_model", "bases", "vocabulary")
-"""What the bases of a reference have in common."""
+"""Parts that the bases of a reference have in common."""
 
 FACTORS = (1 / 16, 1 / 8)
 """Factors that are tried beside the recorded ones: between those and none, answers are interpolated."""
