@@ -97,7 +97,7 @@ WATCHING = (
     ),
     Mutant(
         "crossed-the-nearest-needs-no-check",
-        "if _answers_as(request, _asker(request, endpoint, mine.name, read())):",
+        "if _answers_as(find_asker(read(), endpoint, mine.name, options), options):",
         "if True:",
         Selection("test_verify_faults.py", "no_other"),
     ),

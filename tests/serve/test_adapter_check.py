@@ -19,7 +19,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.command import check, main
+from loraover_serve.judge.command import CheckOptions, check, main
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.verify.recorder import write_checker
@@ -38,7 +38,7 @@ NAMES = ("base", "shop")
 def checked(reply: Any, reference: Reference, models: Any = NAMES, **more: Any) -> dict[str, Any]:
     """The checker's result on a server that answers like this."""
     with openai_server(reply, models) as server:
-        return check(Asker.of(reference, Endpoint(server.url), "shop"), **more)
+        return check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(**more))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_server_is_judged_in_its_own_protocol(
     form = "texts" if protocol == "texts" else "ids"
     with openai_server(translated(protocol, Served(asked.base, {"base": None, "shop": adapter}, form))) as server:
         named, spoken = "0" if protocol == "llama-server" else "shop", None if protocol == "texts" else protocol
-        found = check(Asker.of(reference, Endpoint(server.url), named, "base", spoken), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), named, "base", spoken), CheckOptions(repeats=1))
     expected = ("as trained", None) if is_right else ("differs", FAULTS["rsLoRA ignored"].fault)
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
 
@@ -160,7 +160,7 @@ def test_a_server_that_lists_one_logprob_is_asked_for_one(
     adapter = asked.adapter if fault is None else plant(FAULTS[fault], asked.adapter, tmp_path / "wrong")
     served = Served(asked.base, {"base": None, "shop": adapter})
     with openai_server(lambda body: 400 if body["logprobs"] > 1 else served(body), NAMES) as server:
-        found = check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(repeats=1))
         spoken = {(type(body["prompt"]), body["logprobs"]) for body in server.bodies[5:]}
     assert spoken == {(list, 1)}, "not the texts and the True of another dialect"
     expected = ("as trained", None) if fault is None else ("differs", FAULTS[fault].fault)

@@ -24,7 +24,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.caches import ask_warm
-from loraover_serve.judge.command import check
+from loraover_serve.judge.command import CheckOptions, check
 from loraover_serve.judge.limits import OTHER
 from loraover_serve.judge.names import LEAKS, STALE_OF_ADAPTER, STALE_OF_EARLIER, TEMPLATE
 from loraover_serve.judge.reference import Reference
@@ -236,7 +236,7 @@ def test_rows_of_the_base_model_are_its_own(moving: Moving) -> None:
     moving.load(name, moving.put(moving.case.adapter, name))
     for _ in range(TRIES):
         asker = Asker.of(moving.case.reference, Endpoint(moving.server.url), name, str(moving.case.base), "openai")
-        found = check(asker, "fp32", without_template=True)
+        found = check(asker, CheckOptions("fp32", without_template=True))
         if found["verdict"] == "differs":
             break
     print(f"\n{moving.column}: {found['verdict']}: {found['reason']}")
@@ -319,7 +319,7 @@ def test_another_system_prompt_is_named(of_two: Moving) -> None:
     content = json.loads(gzip.decompress(case.recorded.read_bytes()))
     reference = Reference(content | pack_chats(told, content["vocabulary"]))
     asker = Asker.of(reference, Endpoint(of_two.server.url), name, str(case.base), "openai")
-    found = check(asker, "fp32", without_mixed=True)
+    found = check(asker, CheckOptions("fp32", without_mixed=True))
     print(f"\n{of_two.column}: {found['verdict']}: {found['reason']}")
     said = found["verdict"], found["fault"]
     motion.record(motion.SYSTEM, of_two.column, shown(said))

@@ -18,7 +18,7 @@ import pytest
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.command import check
+from loraover_serve.judge.command import CheckOptions, check
 from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
 from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
@@ -55,7 +55,7 @@ def fleet(reference: Reference, bad: Callable[[dict[str, Any]], int | bytes], si
 def checked(reply: Any, reference: Reference) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
     """The result on a server that answers like this, and the adapter's questions in the order of the requests."""
     with openai_server(reply, NAMES) as server:
-        found = check(Asker.of(reference, Endpoint(server.url), "shop"), without_mixed=True)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(without_mixed=True))
         bodies = [body for body in server.bodies if body.get("model") == "shop" and body["max_tokens"] == 1]
     return found, [tuple(body["prompt"]) for body in bodies]
 
@@ -173,7 +173,7 @@ def test_a_cache_that_cannot_be_passed_by_is_no_pass(name: str, recorded: Path, 
         found, _ = checked(cache, reference)
         assert (found["verdict"], found["fault"]) == ("inconclusive", CACHED), (turn, found["reason"])
     with openai_server(cache, NAMES) as server:
-        quick = check(Asker.of(reference, Endpoint(server.url), "shop"), is_quick=True)
+        quick = check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(quick=True))
     assert quick["verdict"] == ("inconclusive" if HITS[name] else "as trained"), quick["reason"]
 
 

@@ -18,7 +18,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError
 from loraover_serve import verify_adapter
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.command import check, main
+from loraover_serve.judge.command import CheckOptions, check, main
 from loraover_serve.judge.names import TEMPLATE
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.templates import Conversation, most_requests
@@ -69,7 +69,7 @@ def of(told: dict[str, Any], template: str) -> Reference:
 
 def checked(reference: Reference, reply: Callable[[dict[str, Any]], int | bytes], **more: Any) -> dict[str, Any]:
     with openai_server(reply, NAMES) as server:
-        return check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1, **more)
+        return check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(repeats=1, **more))
 
 
 def right(reference: Reference, state: str = RIGHT) -> FromReference:
@@ -107,7 +107,7 @@ def test_a_template_need_not_take_every_conversation(told: dict[str, Any]) -> No
 def test_the_right_template_changes_no_verdict(tells: str, told: dict[str, Any]) -> None:
     reference = of(told, OWN)
     with openai_server(Chatting(right(reference), with_template(OWN), tells), NAMES) as server:
-        found = check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(repeats=1))
         sent = [body for body in server.bodies if "prompt" not in body]
     assert (found["verdict"], found["fault"]) == ("as trained", None), found["reason"]
     assert len(sent) <= most_requests(reference.conversations)
@@ -167,7 +167,7 @@ def test_a_mistake_of_a_template_is_said(tells: str, mistake: str, told: dict[st
     reference, (template, words) = of(told, OWN), MISTAKES[mistake]
     server_of = Chatting(right(reference), with_template(template), tells)
     with openai_server(server_of, NAMES) as server:
-        found = check(Asker.of(reference, Endpoint(server.url), "shop"), repeats=1)
+        found = check(Asker.of(reference, Endpoint(server.url), "shop"), CheckOptions(repeats=1))
         texts = [body for body in server.bodies if "tokens" in body]
     assert len(texts) <= 1, "one text is asked for, whatever the number of chats that differ"
     if tells == "number" and not mistake.startswith("without"):

@@ -17,7 +17,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, DataError, LoraOverError
 from loraover_export import fold_checkpoint
 from loraover_serve import record_adapter
-from loraover_serve.judge.command import check_vectors
+from loraover_serve.judge.command import CheckOptions, check_vectors
 from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 
@@ -63,7 +63,7 @@ def test_pooling_length_and_prompt_are_those_of_the_models_files(made: tuple[Pat
     service = Service(base, adapter, TASK)
     with vector_server(service, Serve(pooling="mean", prefix="query: ")) as server:
         asker = VectorAsker.of(reference, Endpoint(server.url), SHOP, BASE)
-        assert check_vectors(asker, repeats=1)["fault"] == "a prefix added to the input"
+        assert check_vectors(asker, CheckOptions(repeats=1))["fault"] == "a prefix added to the input"
     reference = recorded(adapter, base, prefix="query: ")
     service = Service(base, adapter, TASK)
     right = Serve(pooling="mean", prefix="query: ")
@@ -76,7 +76,7 @@ def test_pooling_length_and_prompt_are_those_of_the_models_files(made: tuple[Pat
     for fault, serve in expected.items():
         with vector_server(service, serve) as server:
             asker = VectorAsker.of(reference, Endpoint(server.url), SHOP, BASE)
-            found = check_vectors(asker, repeats=1)
+            found = check_vectors(asker, CheckOptions(repeats=1))
         assert found["fault"] == fault, found["reason"]
 
 

@@ -18,7 +18,7 @@ import pytest
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, EngineError
 from loraover_serve import record_adapter, verify_adapter, watch_adapters
-from loraover_serve.judge.command import check_vectors
+from loraover_serve.judge.command import CheckOptions, check_vectors
 from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
@@ -58,7 +58,7 @@ class Recorded:
         """The result of a check of a server."""
         with vector_server(self.service, serve, protocol) as server:
             asker = VectorAsker.of(self.reference, Endpoint(server.url, repeats=False), SHOP, BASE)
-            return check_vectors(asker, **({"repeats": 1} | more))
+            return check_vectors(asker, CheckOptions(**({"repeats": 1} | more)))
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,8 @@ def test_unknown_inputs_are_not_as_trained(embedder: Recorded) -> None:
 
 
 def test_a_quick_check_tells_whether_the_adapter_is_applied(embedder: Recorded) -> None:
-    assert embedder.checked(is_quick=True)["verdict"] == "as trained"
-    found = embedder.checked(Serve(arms={BASE: BASE, SHOP: BASE}), is_quick=True)
+    assert embedder.checked(quick=True)["verdict"] == "as trained"
+    found = embedder.checked(Serve(arms={BASE: BASE, SHOP: BASE}), quick=True)
     assert (found["verdict"], found["fault"]) == ("differs", "served as base")
 
 

@@ -23,7 +23,7 @@ from loraover.common.errors import CheckpointError, ConfigError
 from loraover.models.load import resolve_model
 from loraover_serve import verify_adapter
 from loraover_serve.engines.torch import TorchEngine
-from loraover_serve.judge.bases import SCREENED
+from loraover_serve.judge.asker import SCREENED
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import ANOTHER, STALE
 from loraover_serve.judge.reference import Reference, read_reference

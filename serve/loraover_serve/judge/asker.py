@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from statistics import fmean
 
 from loraover.client.at_once import COMPANION_TOKENS, at_once, in_company
 from loraover.client.dialects import Dialect, Prompt
@@ -19,6 +21,8 @@ from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.templates import read_template
 
 QUICK = 8  # requests
+SCREENED = 16
+"""Number of questions that are asked once, to find out on which weights or with which adapter a server answers."""
 
 
 class Asker:
@@ -235,3 +239,42 @@ def in_form(models: Models, place: int, dialect: Dialect) -> Prompt | None:
 def rows_along(place: int, expected: Sequence[int], found: Generated) -> dict[int, Row]:
     """Rows of an answer from a place on, up to the first token that is not the expected one."""
     return {place + step: row for step, row in enumerate(found.along(expected)) if row}
+
+
+def on_served_weights(asker: Asker) -> Asker:
+    """Ask a server's base model, and return an asker whose reference has the weights that its answers fit best.
+
+    Nothing is asked of a server if its reference has one base alone. If none of the bases fits, the nearest is judged,
+    and found to be another one.
+
+    Raises:
+        EngineError: A server that refuses, or whose answers cannot be read.
+    """
+    known = asker.models
+    if not isinstance(known, Reference) or not known.bases:
+        return asker
+    arm = ADAPTER if asker.is_one_model else BASE
+    answers = screened(asker, arm)
+    nearest = min((known, *known.bases), key=lambda each: screened_distance(each, arm, answers))
+    return Asker(nearest, asker.speaker, asker.names, asker.find_other)
+
+
+def screened(asker: Asker, arm: str) -> dict[tuple[int, ...], Row]:
+    """The next tokens that a server's model gives at the first SCREENED questions, by the tokens that it reads."""
+    models = asker.models
+    places = [place for place in asker.places if models.places[place][1] == 0][:SCREENED]
+    return {tuple(models.read(place)): row for place, row in asker.rounds(arm, places)[0].rows.items()}
+
+
+def screened_distance(models: Models, arm: str, answers: Mapping[tuple[int, ...], Row], least: int = 1) -> float:
+    """RMS distance of answers from those of a right model, in nats; infinite if fewer than `least` have its questions.
+
+    Args:
+        answers: A server's answers, as `screened` gives them.
+    """
+    model, squares = models.adapter if arm == ADAPTER else models.base, []
+    for place, (_, step) in enumerate(models.places):
+        row = answers.get(tuple(models.read(place))) if step == 0 else None
+        if row is not None:
+            squares.append(fmean(off * off for off in model.off(place, row)))
+    return math.sqrt(fmean(squares)) if len(squares) >= least else math.inf

@@ -54,8 +54,8 @@ from loraover_serve.judge.results import GreedyAgreement, LogprobDistance, Off
 
 
 def flag(field: str) -> str:
-    """An option as a command line has it."""
-    return f"--{field.replace('_', '-')}"
+    """An option as a command line has it, without the unit of its field."""
+    return f"--{field.removesuffix('_s').replace('_', '-')}"
 
 
 class Case:

@@ -14,8 +14,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from threading import TIMEOUT_MAX
 from typing import Any
@@ -23,8 +23,7 @@ from typing import Any
 from loraover.client.dialects import DIALECTS
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, LoraOverError, UnscoredError
-from loraover_serve.judge.asker import QUICK, Asker
-from loraover_serve.judge.bases import on_served_weights
+from loraover_serve.judge.asker import QUICK, Asker, on_served_weights
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.case import flag
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
@@ -39,29 +38,106 @@ from loraover_serve.judge.vectors.verdict import judge_vectors
 from loraover_serve.judge.warm_probe import long_questions
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """Options of a check of a server, which its user gives by name on a command line.
+
+    Args:
+        served_format: Coarsest number format in which the server may hold the base model.
+        base_name: Name of the base model there; None asks the server.
+        protocol: Protocol that the server speaks; None tries all.
+        repeats: Number of times that each question is asked of the adapter.
+        quick: Whether to ask only for a few answers of the adapter.
+        without_mixed: Whether no requests for both models are sent together.
+        without_template: Whether no chats are sent that show the server's chat template.
+        caches: Whether long questions are asked first, without and with the server's cache.
+        reload: Shell command that loads the adapter anew, after the server has read them; None if there is none.
+        churn_s: Seconds for which questions are asked last, while adapters come and go; None asks none.
+        run: Shell command that changes adapters meanwhile; None if there is none.
+        option: Name of an option as its user writes it.
+    """
+
+    served_format: str = "bf16"
+    base_name: str | None = None
+    protocol: str | None = None
+    repeats: int = REPEATS
+    quick: bool = False
+    without_mixed: bool = False
+    without_template: bool = False
+    caches: bool = False
+    reload: str | None = None
+    churn_s: float | None = None
+    run: str | None = None
+    option: Callable[[str], str] = flag
+
+    @classmethod
+    def of(cls, given: object, **more: Any) -> CheckOptions:
+        """Options that are attributes of an object by the same names, but for those in `more`."""
+        return cls(**{each.name: getattr(given, each.name) for each in fields(cls) if each.name not in more}, **more)
+
+
+DEFAULT = CheckOptions()
+
+
+def check_reference(
+    reference: Reference | VectorReference, endpoint: Endpoint, name: str | None, options: CheckOptions
+) -> dict[str, Any]:
+    """Ask a server everything about the adapter of a reference, and judge its answers.
+
+    Args:
+        name: Name of the adapter there; None means that of the reference.
+
+    Returns:
+        The fields of an engine's result in verify.json, but for the engine.
+
+    Raises:
+        ConfigError: An option that does not fit the reference, or models that the server does not list.
+        EngineError: A server that refuses, or whose answers cannot be read, or a command that failed.
+    """
+    if isinstance(reference, VectorReference):
+        for field in OF_TEXT:
+            if getattr(options, field):
+                raise ConfigError(
+                    f"{options.option(field)} is for generated text, and this reference has vectors; leave it out."
+                )
+        return check_vectors(VectorAsker.of(reference, endpoint, name, options.base_name, options.option), options)
+
+    def command(field: str) -> UserCommand | None:
+        words = getattr(options, field)
+        return None if words is None else UserCommand(words, options.option(field), endpoint.hidden)
+
+    asker = find_asker(reference, endpoint, name, options)
+    assert isinstance(asker.models, Reference)
+    reference, reload, long, churn = asker.models, command("reload"), None, None
+    if options.caches or reload is not None:
+        long = long_questions(reference, options.option, "caches" if reload is None else "reload")
+    if options.churn_s is not None:
+        churn = ChurnRequest(reference.caches or reference, options.churn_s, command("run"))
+    return check(asker, options, long=long, reload=reload, churn=churn)
+
+
+OF_TEXT = ("caches", "reload", "protocol", "without_template", "churn_s")
+"""Options of a check that there are only for generated text."""
+
+
+def find_asker(reference: Reference, endpoint: Endpoint, name: str | None, options: CheckOptions) -> Asker:
+    """Speak to a server about an adapter, with the reference on the weights that it has; a quick check finds none."""
+    asker = Asker.of(reference, endpoint, name, options.base_name, options.protocol, options.option)
+    return asker if options.quick else on_served_weights(asker)
+
+
 def check(
     asker: Asker,
-    served_format: str = "bf16",
-    option: Callable[[str], str] = flag,
+    options: CheckOptions = DEFAULT,
     *,
-    repeats: int = REPEATS,
-    is_quick: bool = False,
-    without_mixed: bool = False,
-    without_template: bool = False,
     long: Reference | None = None,
     reload: UserCommand | None = None,
     churn: ChurnRequest | None = None,
 ) -> dict[str, Any]:
-    """Ask a server everything, and judge its answers.
+    """Ask a server for the logprobs of next tokens, and judge its answers.
 
     Args:
         asker: The server, with the reference.
-        served_format: Coarsest number format in which the server may hold the base model.
-        option: Name of an option as its user writes it.
-        repeats: Number of times that each question is asked of the adapter.
-        is_quick: Whether to ask only for a few answers of the adapter.
-        without_mixed: Whether no requests for both models are sent together.
-        without_template: Whether no chats are sent that show the server's chat template.
         long: Long questions, which are asked first, without and with the server's cache; None asks none.
         reload: Command that loads the adapter anew, after the server has read them; None if there is none.
         churn: Questions that are asked last, while adapters come and go; None asks none.
@@ -75,12 +151,22 @@ def check(
     start, caches = time.monotonic(), None
     if long is not None:
         caches = ask_warm(Asker(long, asker.speaker, asker.names, asker.find_other), reload)
-    more = {"without_mixed": without_mixed, "without_template": without_template}
-    answers = asker.quick_answers() if is_quick else asker.answers(repeats, **more)
-    found = judge(Evidence(asker.models, answers), served_format, option, is_quick=is_quick)
+    more = {"without_mixed": options.without_mixed, "without_template": options.without_template}
+    answers = asker.quick_answers() if options.quick else asker.answers(options.repeats, **more)
+    evidence = Evidence(asker.models, answers)
+    found = judge(evidence, options.served_format, options.option, is_quick=options.quick)
     found = found if caches is None else beside(found, "caches", caches)
     if churn is not None:
-        found = beside(found, "churn", ask_in_churn(asker, churn, with_base=not without_mixed))
+        found = beside(found, "churn", ask_in_churn(asker, churn, with_base=not options.without_mixed))
+    return found | {"seconds": time.monotonic() - start}
+
+
+def check_vectors(asker: VectorAsker, options: CheckOptions = DEFAULT) -> dict[str, Any]:
+    """Ask a server for vectors, classes or scores, and judge its answers; see `check`."""
+    start = time.monotonic()
+    more = {"without_mixed": options.without_mixed}
+    answers = asker.quick_answers() if options.quick else asker.answers(options.repeats, **more)
+    found = judge_vectors(asker.reference, answers, options.served_format, options.option, is_quick=options.quick)
     return found | {"seconds": time.monotonic() - start}
 
 
@@ -96,6 +182,26 @@ def unanswered(error: LoraOverError) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a server from a command line, and return the exit code."""
+    given = read_command_line(arguments)
+    try:
+        endpoint = Endpoint(
+            given.url,
+            given.key_variable,
+            timeout_s=given.timeout,
+            more=given.header,
+            ca_file=given.ca_file,
+            ends=time.monotonic() + given.check_timeout,
+        )
+        options = CheckOptions.of(given, repeats=max(1, given.repeats), option=flag)
+        found = check_reference(read_any_reference(given.reference), endpoint, given.served_name, options)
+    except LoraOverError as error:
+        found = unanswered(error)
+    print(json.dumps(found, indent=1, default=asdict) if given.json else f"{found['verdict']}: {found['reason']}")
+    return EXIT_CODES[found["verdict"]]
+
+
+def read_command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command by name; unusable ones end it with exit code 2."""
     parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
     parser.add_argument("reference", type=Path, help="file that loraover record wrote")
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
@@ -115,118 +221,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
     parser.add_argument("--reload", metavar="COMMAND", help="shell command that loads the adapter; implies --caches")
     parser.add_argument(
-        "--churn", type=_seconds, metavar="SECONDS", help="finally, ask all models while adapters change"
+        "--churn",
+        dest="churn_s",
+        type=_seconds,
+        metavar="SECONDS",
+        help="finally, ask all models while adapters change",
     )
     parser.add_argument("--run", metavar="COMMAND", help="shell command that changes adapters during --churn")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")
     parser.add_argument("--without-template", action="store_true", help="do not compare the server's chat template")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    asked = parser.parse_args(arguments)
-    if asked.run is not None and asked.churn is None:
+    given = parser.parse_args(arguments)
+    if given.run is not None and given.churn_s is None:
         parser.error("--run needs --churn, which is missing")
-    try:
-        endpoint = Endpoint(
-            asked.url,
-            asked.key_variable,
-            timeout_s=asked.timeout,
-            more=asked.header,
-            ca_file=asked.ca_file,
-            ends=time.monotonic() + asked.check_timeout,
-        )
-        reference = read_any_reference(asked.reference)
-        if isinstance(reference, VectorReference):
-            return _shown(_check_vectors(asked, reference, endpoint), asked.json)
-        asker = Asker.of(reference, endpoint, asked.served_name, asked.base_name, asked.protocol)
-        if not asked.quick:
-            asker = on_served_weights(asker)
-            assert isinstance(asker.models, Reference)
-            reference = asker.models
-        needs = "caches" if asked.reload is None else "reload"
-        long = long_questions(reference, field=needs) if asked.caches or asked.reload is not None else None
-        run = None if asked.run is None else UserCommand(asked.run, flag("run"), endpoint.hidden)
-        churn = None if asked.churn is None else ChurnRequest(reference.caches or reference, asked.churn, run)
-        found = check(
-            asker,
-            asked.served_format,
-            repeats=max(1, asked.repeats),
-            is_quick=asked.quick,
-            without_mixed=asked.without_mixed,
-            without_template=asked.without_template,
-            long=long,
-            churn=churn,
-            reload=None if asked.reload is None else UserCommand(asked.reload, flag("reload"), endpoint.hidden),
-        )
-    except LoraOverError as error:
-        found = unanswered(error)
-    return _shown(found, asked.json)
-
-
-def _check_vectors(asked: argparse.Namespace, reference: VectorReference, endpoint: Endpoint) -> dict[str, Any]:
-    check_of_vectors({name: bool(getattr(asked, name)) for name in (*OF_TEXT, "churn")})
-    asker = VectorAsker.of(reference, endpoint, asked.served_name, asked.base_name)
-    return check_vectors(
-        asker,
-        asked.served_format,
-        repeats=max(1, asked.repeats),
-        is_quick=asked.quick,
-        without_mixed=asked.without_mixed,
-    )
-
-
-OF_TEXT = ("caches", "reload", "protocol", "without_template")
-"""Fields of a check that there are only for generated text, beside that of changes of adapters."""
-
-
-def check_of_vectors(wanted: Mapping[str, bool], option: Callable[[str], str] = flag) -> None:
-    """Refuse what there is only for generated text, before a server is asked for vectors.
-
-    Args:
-        wanted: Whether the user gives an option, by the name of its field.
-        option: Name of an option as its user writes it.
-
-    Raises:
-        ConfigError: Such an option is given.
-    """
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise ConfigError(f"{option(name)} is for generated text, and this reference has vectors; leave it out.")
-
-
-def check_vectors(
-    asker: VectorAsker,
-    served_format: str = "bf16",
-    option: Callable[[str], str] = flag,
-    *,
-    repeats: int = REPEATS,
-    is_quick: bool = False,
-    without_mixed: bool = False,
-) -> dict[str, Any]:
-    """Ask a server for vectors, classes or scores, and judge its answers.
-
-    Args:
-        asker: The server, with the reference.
-        served_format: Coarsest number format in which the server may hold the base model.
-        option: Name of an option as its user writes it.
-        repeats: Number of times that each text is asked of the adapter.
-        is_quick: Whether to ask only for a few answers of the adapter.
-        without_mixed: Whether no requests for both models are sent together.
-
-    Returns:
-        The fields of an engine's result in verify.json, but for the engine.
-
-    Raises:
-        EngineError: A server that refuses, or whose answers cannot be read.
-    """
-    start = time.monotonic()
-    answers = asker.quick_answers() if is_quick else asker.answers(repeats, without_mixed=without_mixed)
-    found = judge_vectors(asker.reference, answers, served_format, option, is_quick=is_quick)
-    return found | {"seconds": time.monotonic() - start}
-
-
-def _shown(found: dict[str, Any], as_json: bool) -> int:
-    """Print a result, and return the exit code."""
-    print(json.dumps(found, indent=1, default=asdict) if as_json else f"{found['verdict']}: {found['reason']}")
-    return EXIT_CODES[found["verdict"]]
+    return given
 
 
 def _seconds(text: str) -> float:

@@ -11,27 +11,22 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, ConfigError, DataError, EngineError, LoraOverError
-from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.bases import SCREENED, on_served_weights
+from loraover_serve.judge.asker import Asker, screened, screened_distance
 from loraover_serve.judge.caches import ask_warm, beside
 from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
-from loraover_serve.judge.command import OF_TEXT, check, check_of_vectors, check_vectors, unanswered
+from loraover_serve.judge.command import CheckOptions, check, check_reference, find_asker, unanswered
 from loraover_serve.judge.limits import ADAPTER, BASE
-from loraover_serve.judge.models import Models, Row
 from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPLIED, STALE_CACHES, TEMPLATE
 from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.results import Caches, Churn
 from loraover_serve.judge.user_command import UserCommand
-from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
-from loraover_serve.judge.warm_probe import long_questions
 from loraover_serve.verify.request import VerifyRequest
 
 MOST_BESIDE = 64
@@ -77,10 +72,8 @@ class Search:
     def __init__(self, asker: Asker) -> None:
         mine = asker.models
         self._weights = mine.weights_sha256 if isinstance(mine, Reference) else None
-        places = [place for place in asker.places if mine.places[place][1] == 0][:SCREENED]
-        rows = asker.rounds(ADAPTER, places)[0].rows
-        self._answers = {tuple(mine.read(place)): rows[place] for place in places if place in rows}
-        self._right = self._distance(mine) or math.inf
+        self._answers = screened(asker, ADAPTER)
+        self._right = screened_distance(mine, ADAPTER, self._answers, SHARED) or math.inf
         self._nearer: list[tuple[float, Named]] = []
         self._unknown: list[Named] = []
 
@@ -91,8 +84,8 @@ class Search:
             other: The adapter.
             reference: Its reference.
         """
-        far = self._distance(reference.on_weights(self._weights))
-        if far is None:
+        far = screened_distance(reference.on_weights(self._weights), ADAPTER, self._answers, SHARED)
+        if math.isinf(far):
             self._unknown.append(other)
         elif far < self._right:
             self._nearer.append((far, other))
@@ -101,15 +94,6 @@ class Search:
         """Adapters with which the server may answer: the nearest first, and then those with other questions."""
         known = sorted(self._nearer, key=lambda pair: pair[0])
         return [other for _, other in known[:NEAREST]] + self._unknown
-
-    def _distance(self, reference: Models) -> float | None:
-        """RMS distance of the answers from an adapter's, in nats; None if it has too few of the questions."""
-        squares = []
-        for place, (_, step) in enumerate(reference.places):
-            row: Row | None = self._answers.get(tuple(reference.read(place))) if step == 0 else None
-            if row is not None:
-                squares.append(fmean(off * off for off in reference.adapter.off(place, row)))
-        return math.sqrt(fmean(squares)) if len(squares) >= SHARED else None
 
 
 def ask_server(
@@ -160,35 +144,14 @@ def _ask_about(request: VerifyRequest, name: str, reference: Reference | VectorR
     request.report.line(f"asking {request.endpoint} for {name}")
     start, endpoint = time.monotonic(), endpoint_of(request)
     try:
-        if isinstance(reference, VectorReference):
-            return {"engine": name} | _vectors(request, endpoint, name, reference) | {"requests": endpoint.sent}
-        asker = _asker(request, endpoint, name, reference)
-        assert isinstance(asker.models, Reference)
-        reference, needs = asker.models, "caches" if request.reload is None else "reload"
-        is_long = request.caches or request.reload is not None
-        more: dict[str, Any] = {"is_quick": request.quick, "without_template": request.without_template}
-        more["long"] = long_questions(reference, request.named, needs) if is_long else None
-        if request.reload is not None:
-            more["reload"] = UserCommand(request.reload, request.named("reload"), endpoint.hidden)
-        if request.churn_s is not None:
-            run = None if request.run is None else UserCommand(request.run, request.named("run"), endpoint.hidden)
-            more["churn"] = ChurnRequest(reference.caches or reference, request.churn_s, run)
-        return {"engine": name} | _asked(request, asker, **more) | {"requests": endpoint.sent}
+        found = check_reference(reference, endpoint, name, _options(request))
+        return {"engine": name} | found | {"requests": endpoint.sent}
     except (ConfigError, EngineError) as error:
         return _failed(name, error, time.monotonic() - start, endpoint.sent)
 
 
-def _vectors(request: VerifyRequest, endpoint: Endpoint, name: str, reference: VectorReference) -> dict[str, Any]:
-    check_of_vectors({name: bool(getattr(request, name)) for name in (*OF_TEXT, "churn_s")}, request.named)
-    asker = VectorAsker.of(reference, endpoint, name, request.base_name, request.named)
-    return check_vectors(
-        asker,
-        request.declared_format,
-        request.named,
-        repeats=request.repeats,
-        is_quick=request.quick,
-        without_mixed=request.without_mixed,
-    )
+def _options(request: VerifyRequest) -> CheckOptions:
+    return CheckOptions.of(request, served_format=request.declared_format, option=request.named)
 
 
 def ask_without_reference(request: VerifyRequest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -258,11 +221,6 @@ def endpoint_of(request: VerifyRequest) -> Endpoint:
     )
 
 
-def _asker(request: VerifyRequest, endpoint: Endpoint, name: str, reference: Reference) -> Asker:
-    asker = Asker.of(reference, endpoint, name, request.base_name, request.protocol, request.named)
-    return asker if request.quick else on_served_weights(asker)
-
-
 def reference_files(places: Sequence[Path]) -> list[Path]:
     """Files of references: those that are named, and those below folders."""
     found = []
@@ -286,11 +244,6 @@ def _failed(name: str, error: LoraOverError, seconds: float = 0.0, requests: int
     return {"engine": name} | unanswered(error) | {"seconds": seconds, "requests": requests}
 
 
-def _asked(request: VerifyRequest, asker: Asker, **more: Any) -> dict[str, Any]:
-    asked = {"repeats": request.repeats, "without_mixed": request.without_mixed, **more}
-    return check(asker, request.declared_format, request.named, **asked)
-
-
 def name_crossed(
     request: VerifyRequest, adapters: Sequence[Named], found: Sequence[dict[str, Any]], most: int | None = None
 ) -> None:
@@ -301,12 +254,12 @@ def name_crossed(
         found: Results of the checked ones, whose fault, reason and number of requests are changed.
         most: Largest number of adapters by whose references the server is checked; None means all that may be it.
     """
-    searches: list[tuple[Named, dict[str, Any], Search]] = []
+    options, searches = _options(request), list[tuple[Named, dict[str, Any], Search]]()
     for mine, result in zip(adapters, found, strict=False):
         is_named = result["fault"] in OF_THE_SERVER or result.get("compared") == "vectors"
         if result["verdict"] == "differs" and not is_named and adapters[1:]:
             with _again(request, result) as endpoint:
-                searches.append((mine, result, Search(_asker(request, endpoint, mine.name, mine.read()))))
+                searches.append((mine, result, Search(find_asker(mine.read(), endpoint, mine.name, options))))
     for other in adapters if searches else ():
         with suppress(CheckpointError):  # what is no reference names nothing
             reference = other.read()
@@ -315,7 +268,7 @@ def name_crossed(
     for mine, result, search in searches:
         with _again(request, result) as endpoint:
             for name, read in search.nearest()[:most]:
-                if _answers_as(request, _asker(request, endpoint, mine.name, read())):
+                if _answers_as(find_asker(read(), endpoint, mine.name, options), options):
                     result["fault"] = ANOTHER
                     result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
                     break
@@ -330,10 +283,10 @@ def _again(request: VerifyRequest, result: dict[str, Any]) -> Iterator[Endpoint]
     result["requests"] += endpoint.sent
 
 
-def _answers_as(request: VerifyRequest, asker: Asker) -> bool:
+def _answers_as(asker: Asker, options: CheckOptions) -> bool:
     """Whether a server answers as a reference has it, which this lets go; a few requests exclude most."""
-    steps = (True,) if request.quick else (True, False)
-    found = (_asked(request, asker, is_quick=is_quick, without_template=True) for is_quick in steps)
+    steps = (True,) if options.quick else (True, False)
+    found = (check(asker, replace(options, quick=quick, without_template=True)) for quick in steps)
     return all(each["verdict"] == "as trained" for each in found)
 
 

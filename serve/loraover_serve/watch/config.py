@@ -13,7 +13,7 @@ from loraover.common.errors import ConfigError
 from loraover.common.strict_json import StrictModel, describe
 from loraover.common.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from loraover_serve.judge import warm_probe
-from loraover_serve.judge.bases import SCREENED
+from loraover_serve.judge.asker import SCREENED
 from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.templates import most_requests
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
