@@ -141,6 +141,16 @@ def takes_images(source: ModelSource) -> bool:
     return seeing is not None and classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, seeing) == seeing
 
 
+def _loading_class(source: ModelSource, kind: str, named: str | None) -> str:
+    """Class of transformers that loads a model for a task: the named one, or the task's; another if it reads images."""
+    if kind not in AUTO_CLASSES:
+        raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
+    with suppress(ConfigError):  # of a configuration that transformers itself then refuses
+        if named is None and kind == "CAUSAL_LM" and takes_images(source):
+            return "AutoModelForImageTextToText"
+    return named or AUTO_CLASSES[kind]
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -174,18 +184,12 @@ def load_model(
     from loraover.models.streaming import in_files, read_when_used
 
     place, kind = choose_device(device), task_type or "CAUSAL_LM"
-    if kind not in AUTO_CLASSES:
-        raise ConfigError(f"task_type is {kind!r}, expected one of {', '.join(AUTO_CLASSES)}.")
+    name = _loading_class(source, kind, auto_class)
     placed: dict[str, Any] = {} if place.type == "cpu" else {"device_map": {"": place}}
     if source.is_spread:
         placed = {"device_map": "auto"}
     if source.is_streamed:
         placed, folder = in_files()
-    name = AUTO_CLASSES[kind]
-    with suppress(ConfigError):  # of a configuration that transformers itself then refuses
-        if kind == "CAUSAL_LM" and takes_images(source):
-            name = "AutoModelForImageTextToText"
-    name = auto_class or name
     try:
         model = getattr(transformers, name).from_pretrained(
             source.location,

@@ -48,7 +48,7 @@ from loraover_serve.judge.templates import Conversations, read_template
 from loraover_serve.judge.warm_probe import Asked, WarmProbe
 from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import long_prompts, packed_long, record_long
-from loraover_serve.verify.recorder import KEPT, QUESTIONS_FILE, pack_question, texts_of
+from loraover_serve.verify.recorder import QUESTIONS_FILE
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.vllm.server import VllmServerConfig
 
@@ -76,7 +76,7 @@ def make_references(source: ModelSource, folder: Path) -> Iterator[dict[str, Any
     for index in range(BEGINNINGS):
         asked = long_prompts(request, source, tokenizer, lines[index * LINES :] + lines[: index * LINES])
         recorded = record_long(request, adapter, plain, earlier, asked)
-        packed = packed_long(recorded, partial(pack_question, tokenizer), partial(texts_of, tokenizer), KEPT)
+        packed = packed_long(recorded, tokenizer)
         yield {
             "schema_version": 1,
             "adapter": ADAPTER,

@@ -14,7 +14,7 @@ from itertools import count
 import numpy as np
 from rich.table import Table
 
-from loraover_serve.verify.recorder import NUMBERS
+from loraover_serve.verify.power import NUMBERS
 from loraover_serve.verify.request import RecordRequest
 
 from benchmarks.shown import table_of

@@ -31,7 +31,8 @@ from loraover_serve.judge.models import Model
 from loraover_serve.judge.reference import STEPS_PER_E, UNIT, read_reference
 from loraover_serve.judge.search import LEFT
 from loraover_serve.verify import by_pytorch, recorder
-from loraover_serve.verify.recorder import KEPT, Rounding, choose_number, texts_of
+from loraover_serve.verify.pack import KEPT, texts_of
+from loraover_serve.verify.power import Rounding, choose_number
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case

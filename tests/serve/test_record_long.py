@@ -16,7 +16,7 @@ from loraover.common.errors import ConfigError
 from loraover_serve.judge.models import Model
 from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
 from loraover_serve.judge.reference import UNIT, Reference, read_reference
-from loraover_serve.verify import recorder
+from loraover_serve.verify import long as long_recorder
 from loraover_serve.verify.long import PREFIX, TAILS, long_seconds
 
 from support.lines import Lines
@@ -92,7 +92,7 @@ def test_long_questions_are_recorded_by_default_where_they_take_seconds(
     has_long, told = recorded(base, adapter)
     assert not has_long
     assert "leaving out long questions: long: the long questions have " in told
-    monkeypatch.setattr(recorder, "MOST_S", 0.0)
+    monkeypatch.setattr(long_recorder, "MOST_S", 0.0)
     has_long, told = recorded(long_case.base, long_case.adapter)
     assert not has_long
     assert "leaving out long questions, since they would take " in told

@@ -152,9 +152,8 @@ QUESTIONS = [Question((*BEGINNING, *more), answer) for more in ((3, 8), (3, 6, 6
 
 def without_a_tree(model: Any) -> Expected:
     with torch.inference_mode():
-        found = enumerate(model_logits(model, [question.tokens for question in QUESTIONS]))
-        rows = [last_rows(index, QUESTIONS[index].answered, logits) for index, logits in found]
-    return Expected({place: row for mine in rows for place, row in mine.items()})
+        found = model_logits(model, [question.tokens for question in QUESTIONS])
+        return Expected.of([question.answered for question in QUESTIONS], found)
 
 
 @pytest.mark.parametrize("at_once", [12, 64], ids=["several trees", "one tree"])

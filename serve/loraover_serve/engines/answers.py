@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,13 @@ class Expected:
 
     def __init__(self, rows: Mapping[tuple[int, int], Floats]) -> None:
         self._rows = rows
+
+    @classmethod
+    def of(cls, positions: Sequence[range], found: Iterable[Any], *, in_file: bool = False) -> Expected:
+        """Logprobs after the last positions of each question, from its logits; see `last_rows`."""
+        asked = enumerate(zip(positions, found, strict=True))
+        rows = (last_rows(index, at, logits, in_file=in_file) for index, (at, logits) in asked)
+        return cls({place: row for mine in rows for place, row in mine.items()})
 
     def __contains__(self, place: tuple[int, int]) -> bool:
         """Whether the model was run at a place."""

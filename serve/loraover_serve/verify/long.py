@@ -7,7 +7,7 @@ alone. Weights that change under a name then continue a prompt that other weight
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -21,14 +21,15 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource, load_config
 from loraover.reference import reference_model
-from loraover_serve.engines.answers import Expected, last_rows
+from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
-from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_variant
-from loraover_serve.verify.pytorch import likeliest, up_to_end
+from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_question, pack_variant, texts_of
+from loraover_serve.verify.pytorch import answered, end_tokens, likeliest
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.variants import Variants
 
 PREFIX = 4 * 128 + 8
 """Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
@@ -63,6 +64,19 @@ def check_earlier(request: RecordRequest, adapter: AdapterDir, earlier: AdapterD
             f"{request.named('earlier')}: {earlier.path} has the weights of {adapter.path}, expected those of an "
             "earlier version, such as a checkpoint before the last."
         )
+
+
+def wanted_long(request: RecordRequest, base: ModelSource, tokenizer: Any, lines: Lines) -> Any:
+    """Long questions, as `long_prompts` returns them; None if they are left out."""
+    if request.long is False:
+        return None
+    try:
+        return long_prompts(request, base, tokenizer, lines)
+    except ConfigError as error:
+        if request.long:
+            raise
+        request.report.line(f"leaving out long questions: {error}")
+        return None
 
 
 def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, lines: Lines) -> tuple[Any, Lines, int]:
@@ -110,6 +124,39 @@ def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[S
     return took_s * (readers * shared + sum(tails) * (new_tokens + runs)) / (read * (1 + others))
 
 
+def record_caches(
+    request: RecordRequest,
+    adapter: AdapterDir,
+    base: Variants,
+    earlier: AdapterDir | None,
+    asked: Any,
+    tokenizer: Any,
+    seconds: float,
+) -> dict[str, Any]:
+    """The section `caches` by its name; empty if long questions that nobody asked for would take too long."""
+    say, named = request.report.line, request.named("long")
+    if request.long is None and (base.source.is_streamed or seconds > MOST_S):
+        why = (
+            "the base model is read from its files each time"
+            if base.source.is_streamed
+            else f"they would take {seconds:.0f} s"
+        )
+        say(f"leaving out long questions, since {why}; {named} records them")
+        return {}
+    say(
+        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: "
+        f"{seconds:.0f} s at most"
+    )
+    try:
+        recorded = record_long(request, adapter, base.model, earlier, asked)
+    except ConfigError as error:
+        if request.long:
+            raise
+        say(f"leaving out long questions: {error}")
+        return {}
+    return {"caches": packed_long(recorded, tokenizer)}
+
+
 def record_long(
     request: RecordRequest, adapter: AdapterDir, plain: Any, earlier: AdapterDir | None, asked: Any
 ) -> tuple[list[Question], Expected, Expected, list[StaleModel]]:
@@ -121,8 +168,6 @@ def record_long(
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
     """
     prompts, messages, shared = asked
-    ends = getattr(plain.config.get_text_config(), "eos_token_id", None)
-    ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
     with ExitStack() as until:
         models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
         if earlier is not None:
@@ -132,19 +177,13 @@ def record_long(
         for _ in range(request.new_tokens):
             for tail, logits in zip(tails, _continued(models[ADAPTER], caches[ADAPTER], tails, 1), strict=True):
                 tail.append(int(logits[-1].argmax()))
-        questions = []
-        for index, (prompt, tail) in enumerate(zip(prompts, tails, strict=True)):
-            answer = tuple(tail[len(prompt) - shared :])
-            message = messages[index] if messages else None
-            questions.append(Question(prompt, up_to_end(answer, ends), message))
+        answers = (tuple(tail[len(prompt) - shared :]) for prompt, tail in zip(prompts, tails, strict=True))
+        questions = [*answered(prompts, messages, answers, end_tokens(plain.config))]
 
         def run(arm: str, of: str) -> Expected:
-            rows: dict[tuple[int, int], Any] = {}
             read = [question.tokens[shared:] for question in questions]
-            found = _continued(models[arm], caches[of], read, max(len(question.answered) for question in questions))
-            for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
-                rows |= last_rows(index, question.answered, logits)
-            return Expected(rows)
+            at = [question.answered for question in questions]
+            return Expected.of(at, _continued(models[arm], caches[of], read, max(map(len, at))))
 
         def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
             return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
@@ -166,19 +205,17 @@ def record_long(
 
 def packed_long(
     recorded: tuple[list[Question], Expected, Expected, list[StaleModel]],
-    pack_question: Callable[[Question], dict[str, Any]],
-    pack_texts: Callable[[list[int]], dict[str, str]],
-    kept: int,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """The section `caches` of a reference; see docs/formats.md."""
     questions, base, adapter, found = recorded
     at = [(index, position) for index, question in enumerate(questions) for position in question.answered]
     faulty = dict(enumerate({i for s in found for i in likeliest(s.model.at(*each), KEPT_OF_FAULTS)} for each in at))
-    places, right = choose_places(questions, (base, adapter), faulty, kept), {BASE: base, ADAPTER: adapter}
+    places, right = choose_places(questions, (base, adapter), faulty), {BASE: base, ADAPTER: adapter}
     return {
-        "questions": [pack_question(question) for question in questions],
-        "positions": pack_places(places, base, adapter, kept),
-        "texts": pack_texts([i for place in places for i in place.ids.tolist()]),
+        "questions": [pack_question(tokenizer, question) for question in questions],
+        "positions": pack_places(places, base, adapter),
+        "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
         "variants": [
             {"of": each.of, "fault": each.fault, "detail": each.detail, "factor": None}
             | pack_variant(places, each.model, right[each.of], len(questions))

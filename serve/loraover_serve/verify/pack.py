@@ -1,4 +1,4 @@
-"""Logprobs of models as a reference holds them: those of the likeliest tokens; of a fault, only the changes."""
+"""Questions and logprobs of models as a reference holds them: of the likeliest tokens; of a fault, only changes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.engines.answers import Expected, in_a_file
+from loraover_serve.engines.endpoint import ids_by_text, text_of
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
@@ -21,6 +22,7 @@ from loraover_serve.verify.base_variants import CACHE_ROUNDINGS
 from loraover_serve.verify.faults import FAULTS, FaultyAdapter, misplaced, rescaled
 from loraover_serve.verify.pytorch import TorchModels, likeliest
 
+KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 KEPT_OF_FAULTS = 8
 NAMED = 8  # questions on which a fault is recorded
 NAMED_LAYERS = FEW_OF_BASE  # and one of the many that concern a single layer
@@ -50,28 +52,28 @@ class RecordedPlace:
 
 
 def choose_places(
-    questions: Sequence[Question], models: Sequence[Expected], faulty: Mapping[int, set[int]], kept: int
+    questions: Sequence[Question], models: Sequence[Expected], faulty: Mapping[int, set[int]]
 ) -> list[RecordedPlace]:
     """The places of all questions, with the likeliest tokens of each model."""
     found: list[RecordedPlace] = []
     for index, question in enumerate(questions):
         for position in question.answered:
             rows = [model.at(index, position) for model in models]
-            ids = {i for row in rows for i in likeliest(row, kept)} | faulty.get(len(found), set())
+            ids = {i for row in rows for i in likeliest(row, KEPT)} | faulty.get(len(found), set())
             found.append(
                 RecordedPlace(index, position, np.array(sorted(ids, key=lambda i: -rows[0][i]), dtype=np.int64))
             )
     return found
 
 
-def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expected, kept: int) -> list[dict[str, Any]]:
+def pack_places(places: Sequence[RecordedPlace], base: Expected, adapter: Expected) -> list[dict[str, Any]]:
     """The positions of a reference; see docs/formats.md."""
     found = []
     for place in places:
         logprobs = {arm: place.of(model) for arm, model in ((BASE, base), (ADAPTER, adapter))}
         values = {arm: np.maximum(np.rint(-each / UNIT), 0).astype(np.int64) for arm, each in logprobs.items()}
         # no other token exceeds the last of the likeliest ones
-        floors = {arm: int(np.sort(each)[min(kept, len(each)) - 1]) for arm, each in values.items()}
+        floors = {arm: int(np.sort(each)[min(KEPT, len(each)) - 1]) for arm, each in values.items()}
         ids = {"ids": place.ids.tolist()}
         found.append(ids | {arm: each.tolist() for arm, each in values.items()} | {"floors": floors})
     return found
@@ -159,3 +161,19 @@ def faulty_tops(models: TorchModels, faults: Sequence[RecordedFault]) -> dict[in
 
 def _places(models: TorchModels) -> Iterator[tuple[int, int]]:
     return ((q, position) for q, each in enumerate(models.questions[:NAMED]) for position in each.answered)
+
+
+def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
+    """The texts by which a server may name these tokens, by their ids: those that no other token of all has.
+
+    Halves of characters all decode to U+FFFD, and many decoders strip the space before a word.
+    """
+    known = ids_by_text(tokenizer)
+    decoded = {i: str(tokenizer.decode([i])) for i in ids}
+    return {str(i): text for i, text in decoded.items() if known.get(text) == i}
+
+
+def pack_question(tokenizer: Any, mine: Question) -> dict[str, Any]:
+    """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
+    texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
+    return {"prompt": list(mine.prompt), "answer": list(mine.answer), "texts": texts, "message": mine.message}

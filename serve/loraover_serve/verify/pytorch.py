@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -278,30 +278,17 @@ def make_models(
         CheckpointError: An adapter of another model, or one that PEFT refuses.
         EngineError: A model that PyTorch fails to run.
     """
-    report.line(f"loading the base model from {base.origin}")
-    model, name, ends = load_model(base, dtype=dtype, device=device), reference_name(adapter), _end_tokens(base)
-    if weights is not None:
-        if base.is_streamed:
-            raise ConfigError(
-                f"{weights.where}: the base model has to be in memory to take these weights, and it is read from its "
-                f"files; allow more memory with {as_written('max_memory_gib')}, or take a machine with more of it."
-            )
-        report.line(f"putting the weights of {weights.where} into it ({weights.format})")
-        weights.put_into(model)
+    model, name = _load_base(base, weights, dtype, device, report), reference_name(adapter)
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
         engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
         answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, new_tokens) for prompt in prompts])
-        chats: Sequence[str | None] = messages or [None] * len(prompts)
-        questions = tuple(
-            Question(prompt, up_to_end(answer.token_ids, ends), message)
-            for prompt, answer, message in zip(prompts, answers, chats, strict=True)
-        )
+        ends = end_tokens(load_config(base))
+        questions = tuple(answered(prompts, messages, (answer.token_ids for answer in answers), ends))
+        tokens, windows = [question.tokens for question in questions], [question.window for question in questions]
 
         def run(arm: str, within: Within = nullcontext) -> Expected:
-            found = enumerate(engine.logits(arm, [question.tokens for question in questions], within=within))
-            rows = (last_rows(i, questions[i].window, logits, in_file=base.is_streamed) for i, logits in found)
-            return Expected({place: row for mine in rows for place, row in mine.items()})
+            return Expected.of(windows, engine.logits(arm, tokens, within=within), in_file=base.is_streamed)
 
         start = time.monotonic()
         plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
@@ -317,25 +304,41 @@ def make_models(
     if weights is not None:
         kind = weights.number_format
         found = replace(found, weights=weights.in_words, coarseness=kind, finest=kind)
-    kept = [(place, [*found.kept(place)]) for place in range(len(found.places))]
-    bias = found.strength_of(found.model(rounded[BASE]), found.model(rounded[ADAPTER]), kept)
-    return replace(found, sensitivity=_sensitivity(found, rounded), bf16_strength=bias or 1.0)
+    return _with_rounding(found, rounded)
 
 
-def _end_tokens(base: ModelSource) -> frozenset[int]:
-    """Ids of the tokens that end an answer, by the model's configuration."""
-    ends = getattr(load_config(base).get_text_config(), "eos_token_id", None)
+def _load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, device: str, report: Reporter) -> Any:
+    """Load the base model, with the weights of a server in the place of its own if there are any."""
+    report.line(f"loading the base model from {base.origin}")
+    model = load_model(base, dtype=dtype, device=device)
+    if weights is not None:
+        if base.is_streamed:
+            raise ConfigError(
+                f"{weights.where}: the base model has to be in memory to take these weights, and it is read from its "
+                f"files; allow more memory with {as_written('max_memory_gib')}, or take a machine with more of it."
+            )
+        report.line(f"putting the weights of {weights.where} into it ({weights.format})")
+        weights.put_into(model)
+    return model
+
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """Ids of the tokens that end an answer, by a model's configuration."""
+    ends = getattr(config.get_text_config(), "eos_token_id", None)
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def _sensitivity(models: TorchModels, rounded: Mapping[str, Expected]) -> float:
-    """Ratio by which rounding moves the adapted model's logprobs more than the base model's, at least 1."""
+def _with_rounding(models: TorchModels, rounded: Mapping[str, Expected]) -> TorchModels:
+    """The models, with the strength of the adapter and the sensitivity that their rounded logprobs show."""
+    kept = [(place, [*models.kept(place)]) for place in range(len(models.places))]
+    bias = models.strength_of(models.model(rounded[BASE]), models.model(rounded[ADAPTER]), kept)
     places = [models.position(place) for place in range(len(models.places))]
     moved = {}
     for arm, exact in models.expected.items():
         squares = [float(np.mean(np.square(exact.at(*place) - rounded[arm].at(*place)))) for place in places]
         moved[arm] = math.sqrt(np.mean(squares))
-    return max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
+    sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
+    return replace(models, sensitivity=sensitivity, bf16_strength=bias or 1.0)
 
 
 @torch.inference_mode()
@@ -364,7 +367,20 @@ def agrees_in_trees(model: Any, questions: Sequence[Question], expected: Expecte
     return bool(np.mean(errors) <= TREE_ERROR**2 * np.mean(moves))
 
 
-def up_to_end(tokens: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
-    """The tokens up to the first end of the text, and that end; later ones were not trained, and nobody reads them."""
-    last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: last + 1]
+def answered(
+    prompts: Sequence[tuple[int, ...]],
+    messages: Sequence[str],
+    answers: Iterable[tuple[int, ...]],
+    ends: frozenset[int],
+) -> Iterator[Question]:
+    """Questions with answers up to the first end of the text, and that end; later tokens were not trained.
+
+    Args:
+        prompts: Token ids of the prompts.
+        messages: Message of each prompt's chat; empty if prompts are no chats.
+        answers: Tokens that follow each prompt.
+        ends: Ids of the tokens that end a text.
+    """
+    for index, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
+        last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        yield Question(prompt, tokens[: last + 1], messages[index] if messages else None)

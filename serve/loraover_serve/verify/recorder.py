@@ -5,21 +5,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import secrets
 import shutil
 import tempfile
 import time
 import zipapp
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 import loraover
@@ -31,50 +28,45 @@ from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
+from loraover.common.reporter import Reporter
 from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_device
 from loraover.models.fast_linear import fast_linear
 from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
-from loraover_serve.comparison.rounding import FORMATS, NumberFormat, as_served
+from loraover_serve.comparison.rounding import FORMATS, as_served
 from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_served_weights
-from loraover_serve.engines.endpoint import as_chats, ids_by_text, text_of
-from loraover_serve.judge.case import allowed_strength, strength_along
-from loraover_serve.judge.estimates import Interval, t_quantile
-from loraover_serve.judge.evidence import projected
-from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
-from loraover_serve.judge.models import Question
+from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
 from loraover_serve.judge.reference import OF_ALL_BASES
-from loraover_serve.judge.results import LogprobDistance, Off
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.chats import pack_chats
-from loraover_serve.verify.long import MOST_S, check_earlier, long_prompts, long_seconds, packed_long, record_long
+from loraover_serve.verify.long import check_earlier, long_seconds, record_caches, wanted_long
 from loraover_serve.verify.pack import (
     NAMED,
     RecordedFault,
+    RecordedPlace,
     choose_places,
     faulty_tops,
     main_faults,
     many_faults,
     pack_places,
+    pack_question,
     planned_passes,
+    texts_of,
 )
-from loraover_serve.verify.pytorch import TorchModels, fit_reference, likeliest, make_models
+from loraover_serve.verify.power import MEASURED, choose_number, effect_of, measure_rounding
+from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
 from loraover_serve.verify.request import RecordRequest
-from loraover_serve.verify.variants import Variants
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
 
 PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
-TOP = 20  # logprobs that most servers give
-KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
-NUMBERS = (24, 32, 48)  # questions, of which the smallest number that decides is taken; else all
-MEASURED = 16  # questions on which rounding is measured
 ROUNDED_PASSES = 2  # of a model take about as long as one in which each weight is rounded
 JUDGE = Path(__file__).parents[1] / "judge"
 MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
@@ -109,23 +101,34 @@ class RecordReport(StrictModel):
         description="Whether a server whose noise is twice that would be called as trained, and an adapter 20 % off not"
     )
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: Path, size_bytes: int, seconds: float) -> RecordReport:
+        """Summarise the contents of a reference."""
+        chats = content.get("chats", {"conversations": ()})["conversations"]
+        caches = content.get("caches", {"variants": ()})["variants"]
+        every = [content, *content.get("bases", ())]
+        halves = [each["power"]["half"] for each in every]
+        return cls(
+            path=path,
+            size_bytes=size_bytes,
+            questions=len(content["questions"]),
+            positions=len(content.get("positions", content["questions"])),
+            variants=len(content["variants"]) + len(content.get("settings", ())),
+            vectors=content.get("words"),
+            stale=[each["fault"] for each in caches if each["fault"] not in OF_EARLIER_WEIGHTS],
+            chats=len(chats),
+            has_date=any(each["date"] for each in chats),
+            seconds=seconds,
+            effect=content["effect"],
+            bases=[f"{each['format']} ({each['sha256']:.12})" for one in every if (each := one.get("weights"))],
+            half=None if None in halves else max(halves),
+            decides=all(each["power"]["decides"] for each in every),
+        )
+
     @property
     def exit_code(self) -> int:
         """0: a recording that fails raises an error."""
         return 0
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Effect of a number format on PyTorch's answers.
-
-    Args:
-        distance: RMS distance of the base model's logprobs, in nats.
-        strength: Strength of the adapter, with its interval over MEASURED prompts.
-    """
-
-    distance: float
-    strength: Interval
 
 
 @verb(RecordRequest)
@@ -158,9 +161,14 @@ def record_adapter(request: RecordRequest) -> RecordReport:
         check_plain(earlier, "a reference")
         check_earlier(request, adapter, earlier)
     with fast_linear():
-        content = (
-            _record_vectors(request, adapter, base) if is_vectors else record_bases(request, adapter, base, earlier)
-        )
+        if is_vectors:
+            content = record_vectors(
+                request, adapter, base, digests(adapter, base, load_tokenizer(base), is_chat=False)
+            )
+            origin = "the built-in texts" if request.prompts is None else f"the prompts of {request.prompts.name}"
+            content |= {"made": made(request, origin, str(choose_device(request.device)))}
+        else:
+            content = record_bases(request, adapter, base, earlier)
         sealed = None if request.sealed is None else sealed_reference(request, adapter, base)
     if request.sealed is not None and sealed is not None:
         content["digests"][SEALED] = hashlib.sha256(sealed).hexdigest()
@@ -169,35 +177,7 @@ def record_adapter(request: RecordRequest) -> RecordReport:
     publish_file(request.destination, lambda draft: draft.write_bytes(raw), replace=request.force)
     if request.checker is not None:
         publish_file(request.checker, write_checker, replace=request.force)
-    chats = content.get("chats", {"conversations": ()})["conversations"]
-    every = [content, *content.get("bases", ())]
-    halves = [each["power"]["half"] for each in every]
-    return RecordReport(
-        path=request.destination,
-        size_bytes=len(raw),
-        questions=len(content["questions"]),
-        positions=len(content.get("positions", content["questions"])),
-        variants=len(content["variants"]) + len(content.get("settings", ())),
-        vectors=content["words"] if is_vectors else None,
-        stale=[
-            each["fault"]
-            for each in content.get("caches", {"variants": ()})["variants"]
-            if each["fault"] not in OF_EARLIER_WEIGHTS
-        ],
-        chats=len(chats),
-        has_date=any(each["date"] for each in chats),
-        seconds=time.monotonic() - start,
-        effect=content["effect"],
-        bases=[f"{each['format']} ({each['sha256']:.12})" for one in every if (each := one.get("weights"))],
-        half=None if None in halves else max(halves),
-        decides=all(each["power"]["decides"] for each in every),
-    )
-
-
-def _record_vectors(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> dict[str, Any]:
-    found = record_vectors(request, adapter, base, digests(adapter, base, load_tokenizer(base), is_chat=False))
-    origin = "the built-in texts" if request.prompts is None else f"the prompts of {request.prompts.name}"
-    return found | {"made": made(request, origin, str(choose_device(request.device)))}
+    return RecordReport.of(content, request.destination, len(raw), time.monotonic() - start)
 
 
 def sealed_reference(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> bytes:
@@ -245,7 +225,7 @@ def record(
     """Contents of the reference on one base; see docs/formats.md."""
     device, say, dtype = str(choose_device(request.device)), request.report.line, request.compute_dtype
     tokenizer = tokenizer_of(adapter.path, load_tokenizer(base))
-    long = _long_questions(request, base, tokenizer)
+    long = wanted_long(request, base, tokenizer, QUESTIONS_FILE.read_text(encoding="utf-8").splitlines())
     found = read_questions(base, request.prompts, request.new_tokens)
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
@@ -264,19 +244,10 @@ def record(
     power = choose_number(len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts))
     models = replace(models, questions=models.questions[: power["questions"]])
     say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
-    faults, changes = list[RecordedFault](), list[dict[str, Any]]()
-    with request.report.task("faults", len(costs)) as done:
-        for fault in main_faults(models):
-            faults.append(fault)
-            done(len(faults))
-        right = models.expected[BASE], models.expected[ADAPTER]
-        places = choose_places(models.questions, right, faulty_tops(models, faults), KEPT)
-        for fault in chain(faults, many_faults(models)):
-            changes.append(fault.packed(places, models))
-            done(max(len(faults), len(changes)))
+    places, variants = record_faults(models, len(costs), request.report)
     caches: dict[str, Any] = {}
     if long is not None:
-        caches = _with_long(request, adapter, models.variants, earlier, long, tokenizer, long_s)
+        caches = record_caches(request, adapter, models.variants, earlier, long, tokenizer, long_s)
     return (
         {
             "schema_version": PLAIN_VERSION if weights is None else SCHEMA_VERSION,
@@ -285,16 +256,16 @@ def record(
             "digests": digests(adapter, base, tokenizer, is_chat=bool(messages)),
             "vocabulary": models.vocabulary,
             "sensitivity": models.sensitivity,
-            "effect": _effect(models),
+            "effect": effect_of(models),
             "formats": {
                 name: {"distance": one.distance, "strength": one.strength.value} for name, one in formats.items()
             },
             "ends": sorted(models.ends),
             "power": power,
             "questions": [pack_question(tokenizer, question) for question in models.questions],
-            "positions": pack_places(places, *right, KEPT),
+            "positions": pack_places(places, models.expected[BASE], models.expected[ADAPTER]),
             "texts": texts_of(tokenizer, [i for place in places for i in place.ids.tolist()]),
-            "variants": changes,
+            "variants": variants,
             "made": made(request, found.source, device),
         }
         | caches
@@ -303,129 +274,31 @@ def record(
     )
 
 
-def _long_questions(request: RecordRequest, base: ModelSource, tokenizer: Any) -> Any:
-    """Long questions, as `long_prompts` returns them; None if they are left out."""
-    if request.long is False:
-        return None
-    try:
-        return long_prompts(request, base, tokenizer, QUESTIONS_FILE.read_text(encoding="utf-8").splitlines())
-    except ConfigError as error:
-        if request.long:
-            raise
-        request.report.line(f"leaving out long questions: {error}")
-        return None
+def record_faults(
+    models: TorchModels, number: int, report: Reporter
+) -> tuple[list[RecordedPlace], list[dict[str, Any]]]:
+    """The places of all questions, and the known faults there as the file of a reference has them.
 
-
-def _with_long(
-    request: RecordRequest,
-    adapter: AdapterDir,
-    base: Variants,
-    earlier: AdapterDir | None,
-    asked: Any,
-    tokenizer: Any,
-    seconds: float,
-) -> dict[str, Any]:
-    """The section `caches` by its name; empty if long questions that nobody asked for would take too long."""
-    say, named = request.report.line, request.named("long")
-    if request.long is None and (base.source.is_streamed or seconds > MOST_S):
-        why = (
-            "the base model is read from its files each time"
-            if base.source.is_streamed
-            else f"they would take {seconds:.0f} s"
-        )
-        say(f"leaving out long questions, since {why}; {named} records them")
-        return {}
-    say(
-        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: "
-        f"{seconds:.0f} s at most"
-    )
-    try:
-        recorded = record_long(request, adapter, base.model, earlier, asked)
-    except ConfigError as error:
-        if request.long:
-            raise
-        say(f"leaving out long questions: {error}")
-        return {}
-    return {"caches": packed_long(recorded, partial(pack_question, tokenizer), partial(texts_of, tokenizer), KEPT)}
+    Args:
+        number: Number of the faults.
+    """
+    faults, packed_faults = list[RecordedFault](), list[dict[str, Any]]()
+    with report.task("faults", number) as done:
+        for fault in main_faults(models):
+            faults.append(fault)
+            done(len(faults))
+        right = models.expected[BASE], models.expected[ADAPTER]
+        places = choose_places(models.questions, right, faulty_tops(models, faults))
+        for fault in chain(faults, many_faults(models)):
+            packed_faults.append(fault.packed(places, models))
+            done(max(len(faults), len(packed_faults)))
+    return places, packed_faults
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:
     """Questions of a file, or the built-in ones."""
     limit = getattr(load_config(base).get_text_config(), "max_position_embeddings", None) or LONGEST
     return read_prompts(base, file or QUESTIONS_FILE, longest=max(1, min(LONGEST, int(limit) - new_tokens)))
-
-
-def measure_rounding(models: TorchModels, format_: NumberFormat) -> Rounding:
-    """Run both models in a number format, and compare what a server would answer."""
-    base = models.variants.rounded(format_, prompts=MEASURED)
-    adapter = models.variants.rounded(format_, models.subject.deltas, prompts=MEASURED)
-    changes, off = [], []
-    for index, question in enumerate(models.questions[:MEASURED]):
-        for position in question.answered:
-            one, two, right, with_adapter = (
-                model.at(index, position) for model in (base, adapter, models.expected[BASE], models.expected[ADAPTER])
-            )
-            shown = [i for i in likeliest(one, TOP) if i in {*likeliest(two, TOP)}]
-            if shown:
-                change, direction = (mine[shown].astype(np.float64) for mine in (two - one, with_adapter - right))
-                changes.append(projected(index, change.tolist(), direction.tolist()))
-            error = (one - right)[likeliest(one, TOP)].astype(np.float64)
-            off.append(Off(index, float(np.mean(np.square(error))), float(np.abs(error).max())))
-    return Rounding(LogprobDistance.of(off).rms, strength_along(changes))
-
-
-def choose_number(number: int, bias: float, bf16: Rounding, *, chosen: bool) -> dict[str, Any]:
-    """The number of questions that decides on a server in bfloat16, and what it shows.
-
-    The error of the strength shrinks with the root of the number of questions. A server's noise counts as bfloat16's up
-    to COARSER times that of PyTorch: with so much of it, a right adapter has to pass, and one 20 % off may not.
-    """
-    low, high = allowed_strength("bf16", bias)
-    known = min(MEASURED, number)
-
-    def half(questions: int) -> float:
-        ratio = questions / known
-        narrower = t_quantile(max(questions - 1, 1)) / t_quantile(max(known - 1, 1))
-        return bf16.strength.half * narrower / math.sqrt(ratio)
-
-    def decides(questions: int) -> bool:
-        return COARSER * half(questions) + (high - low) / 2 < SEEN
-
-    if not chosen:
-        number = next((n for n in NUMBERS if n < number and decides(n)), number)
-    found = half(number)
-    return {
-        "questions": number,
-        "half": found if math.isfinite(found) else None,
-        "decides": decides(number),
-    }
-
-
-def _effect(models: TorchModels) -> float:
-    """RMS change of logprobs by the adapter, of the likeliest tokens of the adapted model."""
-    squares = []
-    for index, question in enumerate(models.questions):
-        for position in question.answered:
-            two, one = (models.expected[arm].at(index, position) for arm in (ADAPTER, BASE))
-            ids = likeliest(two, TOP)
-            squares.append(float(np.mean(np.square(two[ids] - one[ids]))))
-    return math.sqrt(sum(squares) / len(squares))
-
-
-def texts_of(tokenizer: Any, ids: Sequence[int]) -> dict[str, str]:
-    """The texts by which a server may name these tokens, by their ids: those that no other token of all has.
-
-    Halves of characters all decode to U+FFFD, and many decoders strip the space before a word.
-    """
-    known = ids_by_text(tokenizer)
-    decoded = {i: str(tokenizer.decode([i])) for i in ids}
-    return {str(i): text for i, text in decoded.items() if known.get(text) == i}
-
-
-def pack_question(tokenizer: Any, mine: Question) -> dict[str, Any]:
-    """A question in the forms that servers take: token ids, the text of these tokens, and the message of a chat."""
-    texts = [text_of(tokenizer, mine.tokens[: position + 1]) for position in mine.answered]
-    return {"prompt": list(mine.prompt), "answer": list(mine.answer), "texts": texts, "message": mine.message}
 
 
 def digests(adapter: AdapterDir, base: ModelSource, tokenizer: Any, *, is_chat: bool) -> dict[str, str | None]:

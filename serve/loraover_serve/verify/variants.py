@@ -16,7 +16,7 @@ from loraover.checkpoint.base_modules import load_others, put_parameters, target
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
-from loraover_serve.engines.answers import Expected, last_rows
+from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.torch import model_logits, tree_logits
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import WINDOW
@@ -120,8 +120,7 @@ class Variants:
         """
         adapter = source or self._adapter
         with (
-            adding(self.model, deltas, adapter),
-            self._others(adapter if with_others else None),
+            adding(self.model, deltas, adapter, with_others=with_others),
             self._right.before(layer, ("adapter", prompts)),
         ):
             return self._run(prompts)
@@ -154,18 +153,6 @@ class Variants:
         with self._right.before(layer, ("base", prompts)), changed() as before:
             return self._run(prompts, before, in_tree=in_tree)
 
-    @contextmanager
-    def _others(self, adapter: AdapterDir | None) -> Iterator[None]:
-        if adapter is None:
-            yield
-            return
-        with adapter.open() as exact:
-            saved = load_others(self.model, exact)
-        try:
-            yield
-        finally:
-            put_parameters(self.model, saved)
-
     @torch.inference_mode()
     def _run(self, prompts: int | None = None, before: Sequence[int] = (), *, in_tree: bool | None = None) -> Expected:
         sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
@@ -175,14 +162,16 @@ class Variants:
             found = tree_logits(self.model, sequences, lasts)
         else:
             found = model_logits(self.model, sequences, last=max(lasts))
-        asked = enumerate(zip(positions, found, strict=True))
-        rows = (last_rows(index, at, logits, in_file=self.source.is_streamed) for index, (at, logits) in asked)
-        return Expected({place: row for mine in rows for place, row in mine.items()})
+        return Expected.of(positions, found, in_file=self.source.is_streamed)
 
 
 @contextmanager
-def adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[None]:
-    """Add deltas to the outputs of a model's modules during a block."""
+def adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir, *, with_others: bool) -> Iterator[None]:
+    """Add deltas to the outputs of a model's modules during a block, and put in an adapter's other trained parameters.
+
+    Args:
+        with_others: Whether these parameters (`modules_to_save`) replace the base model's.
+    """
 
     def add(delta: LowRankChange, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         a, b = delta.a.to(output), delta.b.to(output)
@@ -191,10 +180,13 @@ def adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> Iterator[No
             return output + scale * (nn.functional.embedding(args[0], a.mT) @ b.mT)
         return output + (args[0] @ a.mT) @ b.mT
 
-    with ExitStack() as hooks:
+    with ExitStack() as undo:
         for module, delta in deltas.items():
             target = target_module(model, adapter, module)
-            hooks.enter_context(target.register_forward_hook(partial(add, delta)))
+            undo.enter_context(target.register_forward_hook(partial(add, delta)))
+        if with_others:
+            with adapter.open() as exact:
+                undo.callback(put_parameters, model, load_others(model, exact))
         yield
 
 

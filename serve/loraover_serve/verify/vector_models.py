@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraover.checkpoint.base_modules import load_others, put_parameters
 from loraover.checkpoint.peft_adapter import AdapterDir, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.request import as_written
@@ -239,17 +238,8 @@ class VectorRunner:
     def scaled(self, factor: float, *, with_others: bool = True) -> Iterator[Any]:
         """The model with a factor on every delta_W, and with the adapter's fully trained parameters or without them."""
         deltas = {path: delta.times(factor) for path, delta in self._deltas.items()}
-        with adding(self.model, deltas, self._adapter), self._others() if with_others else nullcontext():
+        with adding(self.model, deltas, self._adapter, with_others=with_others):
             yield self.model
-
-    @contextmanager
-    def _others(self) -> Iterator[None]:
-        with self._adapter.open() as exact:
-            saved = load_others(self.model, exact)
-        try:
-            yield
-        finally:
-            put_parameters(self.model, saved)
 
     @contextmanager
     def rounded(self, format_: NumberFormat, *, adapted: bool) -> Iterator[Any]:

@@ -19,9 +19,9 @@ from loraover.common.errors import ConfigError, DataError
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover_serve.comparison.rounding import FORMATS, as_served
-from loraover_serve.judge.case import allowed_strength, strength_along
+from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import Change, projected
-from loraover_serve.judge.limits import ADAPTER, BASE, COARSER, SEEN
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Row
 from loraover_serve.judge.names import (
     ADDED_PREFIX,
@@ -35,6 +35,7 @@ from loraover_serve.judge.names import (
     multiplied,
 )
 from loraover_serve.judge.vectors.reference import KIND, LEVELS, SIZE, VectorReference, VectorTask
+from loraover_serve.verify.power import power_of
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import NO_LIMIT, Reading, Rows, VectorRunner, read_reading
 
@@ -127,7 +128,7 @@ def record_vectors(
 def find_vector_task(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> VectorTask:
     """Task of an adapter: a classifier with one label scores pairs, unless told otherwise."""
     named = adapter.config.task_type
-    is_one = named == "SEQ_CLS" and _labels(adapter, base) == 1
+    is_one = named == "SEQ_CLS" and (saved_labels(adapter.shapes) or load_config(base).num_labels) == 1
     if request.pairs and not is_one:
         raise ConfigError(f"{request.named('pairs')}: {request.adapter} does not have one label; leave it out.")
     for name in ("pooling", "normalised"):
@@ -140,10 +141,6 @@ def find_vector_task(request: RecordRequest, adapter: AdapterDir, base: ModelSou
     if named == "SEQ_CLS":
         return "score" if is_one and request.pairs is not False else "classify"
     return "embed"
-
-
-def _labels(adapter: AdapterDir, base: ModelSource) -> int:
-    return saved_labels(adapter.shapes) or int(load_config(base).num_labels)
 
 
 def read_texts(request: RecordRequest, *, is_pair: bool) -> Texts:
@@ -322,12 +319,7 @@ def _measure(recording: VectorRecording, reference: VectorReference, dtype: str)
         if name == "bf16":
             ratio = max(1.0, off[ADAPTER] / off[BASE]) if off[BASE] > 0 else 1.0
             half = strength.half * math.sqrt(len(rows[BASE]) / len(recording.texts))
-    low, high = allowed_strength("bf16", formats["bf16"]["strength"])
-    power = {
-        "questions": len(recording.texts),
-        "half": half if math.isfinite(half) else None,
-        "decides": COARSER * half + (high - low) / 2 < SEEN,
-    }
+    power = power_of(len(recording.texts), half, formats["bf16"]["strength"])
     effect = _far(right[ADAPTER], right[BASE]) / SIZE
     return {"formats": formats, "sensitivity": ratio, "effect": effect, "power": power}
 
