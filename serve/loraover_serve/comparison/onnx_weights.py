@@ -52,7 +52,8 @@ class OnnxGraph:
         self._quantised: dict[str, Any] = {}
         for node in graph.node:
             if node.op_type == "MatMulNBits":
-                self._quantised[_path_of(node.name)] = node
+                module = node.name.strip("/").rpartition("/MatMul")[0]  # "model/layers.0/mlp/up_proj/MatMul_Q4"
+                self._quantised[module.replace("/", ".").replace(".attn.", ".self_attn.")] = node
         self._gathered = any(node.op_type == "GatherBlockQuantized" for node in graph.node)
         places = {each.value for t in graph.initializer for each in t.external_data if each.key == "location"}
         self.files = [path, *(self._beside(name) for name in sorted(places))]
@@ -83,8 +84,8 @@ class OnnxGraph:
             rows: Number of rows of each parameter of the model, by which a matrix of several projections is divided.
         """
         found = self._own(name)
-        if found is None and name == "model.embed_tokens.weight" and self._is_shared:
-            return self._own("lm_head.weight")
+        if found is None and name == "model.embed_tokens.weight" and (self._gathered or name not in self._floats):
+            return self._own("lm_head.weight")  # whose rows the embedding looks up
         packed = _PACKED.fullmatch(name)
         if found is not None or packed is None:
             return found
@@ -96,11 +97,6 @@ class OnnxGraph:
             raise ConfigError(f"{self.path}: {packed['owner']}.qkv_proj has {len(every)} rows, expected {sum(sizes)}.")
         at = "qkv".index(packed["part"])
         return every[sum(sizes[:at]) : sum(sizes[: at + 1])]
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether the embedding looks rows up in the head's matrix."""
-        return self._gathered or "model.embed_tokens.weight" not in self._floats
 
     def _own(self, name: str) -> Floats | None:
         module = name.removesuffix(".weight")
@@ -159,12 +155,6 @@ def _unpacked(packed: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     found: NDArray[np.uint8] = (packed.astype(np.uint8)[..., None] >> shifts) & (2**bits - 1)
     return found.reshape(*packed.shape[:-1], -1)
-
-
-def _path_of(node: str) -> str:
-    """Path of the module of a node such as "/model/layers.0/attn/q_proj/MatMul_Q4"."""
-    path = node.strip("/").rpartition("/MatMul")[0].replace("/", ".")
-    return path.replace(".attn.", ".self_attn.")
 
 
 def _named(initializer: str) -> str:

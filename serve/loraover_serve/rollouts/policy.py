@@ -122,11 +122,7 @@ class Policy:
                 for one in module._parameters.values()
             )
         ]
-        if engine.merged:
-            self._check_merging()
-
-    def _check_merging(self) -> None:
-        for path, layer in self.layers.items():
+        for path, layer in self.layers.items() if engine.merged else ():
             weight = getattr(layer.get_base_layer(), "weight", None)
             if weight is None or not weight.is_floating_point() or any(layer.use_dora.values()):
                 raise ConfigError(f"VerifyRollouts cannot repeat how {path} is merged: it is quantised, or has DoRA.")

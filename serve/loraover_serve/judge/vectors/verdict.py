@@ -22,7 +22,7 @@ from loraover.common.errors import printable
 from loraover_serve.judge.case import Case, flag, share_along, strength_along
 from loraover_serve.judge.estimates import share_found
 from loraover_serve.judge.evidence import by_prompt
-from loraover_serve.judge.fleet import Split, coverage, servers_in_words, servers_seen, some_are_base, some_disagree
+from loraover_serve.judge.fleet import coverage, servers_in_words, servers_seen, some_are_base, some_disagree
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -132,7 +132,11 @@ def _of_another_size(read: AnswerReader) -> RuleFinding | None:
         return None
     reference, size, right = read.reference, read.size or 0, read.reference.numbers
     if reference.task == "token_classify":
-        return RuleFinding("differs", _of_other_tokens(read), DIMENSION)
+        (wrong, right), classes = read.wrong_sizes[0], len(reference.labels)
+        some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have classes of other tokens than recorded"
+        tokens = f"{wrong / classes:.4g} tokens, where {right // classes} are right"
+        reason = f"{DIMENSION}: {some}, such as {tokens}; the server cuts inputs, or leaves special tokens out"
+        return RuleFinding("differs", reason, DIMENSION)
     if not size:
         found = " or ".join(map(str, sorted({wrong for wrong, _ in read.wrong_sizes})))
         some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have {found:.60} numbers, and {right} are right"
@@ -147,14 +151,6 @@ def _of_another_size(read: AnswerReader) -> RuleFinding | None:
     if case.number_format is None:
         return RuleFinding("differs", f"{reason}; they are not the first {size} of the right vector", DIMENSION)
     return RuleFinding("differs", f"{reason}; they are its first ones, where {_strength(case)}", DIMENSION)
-
-
-def _of_other_tokens(read: AnswerReader) -> str:
-    """How many tokens answers have, and how many are right."""
-    (size, right), classes = read.wrong_sizes[0], len(read.reference.labels)
-    some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have classes of other tokens than recorded"
-    tokens = f"{size / classes:.4g} tokens, where {right // classes} are right"
-    return f"{DIMENSION}: {some}, such as {tokens}; the server cuts inputs, or leaves special tokens out"
 
 
 def _strength(case: Case) -> str:
@@ -230,13 +226,10 @@ def base_is_wrong(whole: VectorCase) -> RuleFinding | None:
 
 def some_are_others(whole: VectorCase) -> RuleFinding | None:
     """Some of the adapter's answers are the base model's, or those to one text disagree."""
-    split = some_are_base(whole.case) or _disagreeing(whole.case)
+    split = some_are_base(whole.case)
+    if split is None and (other := some_disagree(whole.case)) is not None:
+        split = other._replace(words="are not those to the same text at other times")
     return None if split is None else RuleFinding("differs", split.reason, split.fault, split=split)
-
-
-def _disagreeing(case: Case) -> Split | None:
-    split = some_disagree(case)
-    return None if split is None else split._replace(words="are not those to the same text at other times")
 
 
 def adapter_is_wrong(whole: VectorCase) -> RuleFinding | None:
