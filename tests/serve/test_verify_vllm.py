@@ -42,6 +42,7 @@ def test_a_server_that_is_started_answers_as_trained(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "vllm.log").is_file()
 
 
+@pytest.mark.matrix
 def test_the_template_of_a_server_is_compared(tmp_path: Path) -> None:
     """The server prints its own date, and reads tools with fields that nobody sent."""
     base = save_base(tmp_path / "base", max_position_embeddings=1024)

@@ -17,7 +17,7 @@ from support.agreement import NEW_TOKENS, Agreement, agreement
 from support.compatibility import record
 from support.serving import Served
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 SURE = 5  # standard errors
 FEW = 8  # prompts, where a difference is large
@@ -54,7 +54,7 @@ def assert_no_further_apart(found: Agreement, noise: Agreement) -> None:
     assert max(found.gaps, default=0.0) <= 2 * max(noise.largest, *noise.gaps, 0.0), f"{found}; base model: {noise}"
 
 
-@pytest.mark.parametrize("name", [pytest.param("vanilla", marks=pytest.mark.matrix), "folded"])
+@pytest.mark.parametrize("name", ["vanilla", "folded"])
 def test_peft_agrees_with_the_served_adapter(name: str, served: Served, noise: Agreement) -> None:
     completions = generate(served, name)
     found = compare(peft(served, served.sources[name]), served, completions)

@@ -80,6 +80,7 @@ def one_process(folder: Path) -> dict[str, Path]:
     return {name: folder / f"one-{name}" for name in ALONE}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RUNS)
 def test_every_engine_trains_and_measures_as_one_process_does(
     name: str, folder: Path, saw: list[dict[str, Any]], one_process: dict[str, Path]
@@ -97,6 +98,7 @@ def test_every_engine_trains_and_measures_as_one_process_does(
         assert read_checkpoint(folder / name / "adapter").meta.world_size == 2
 
 
+@pytest.mark.matrix
 def test_rows_that_a_trainer_takes_twice_are_counted(folder: Path, saw: list[dict[str, Any]]) -> None:
     assert [found["dpo"]["code"] for found in saw] == [0, 0], saw[0]["dpo"]["error"]
     said = "takes its first 4 examples again, since 20 examples do not divide into micro-batches"
@@ -104,11 +106,13 @@ def test_rows_that_a_trainer_takes_twice_are_counted(folder: Path, saw: list[dic
     assert "examples again" not in saw[0]["ddp-ragged"]["out"]
 
 
+@pytest.mark.matrix
 def test_zero_3_cuts_the_weights_while_they_are_loaded(saw: list[dict[str, Any]]) -> None:
     for found in saw:
         assert [name for name in RUNS if found[name]["is_cut"] == [True]] == ["zero3", "zero3-loraplus"]
 
 
+@pytest.mark.matrix
 def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[dict[str, Any]]) -> None:
     assert saw[1]["ddp"]["out"] == saw[1]["ddp"]["error"] == ""
     assert saw[0]["ddp"]["out"].count("step     1/4") == 1
@@ -117,6 +121,7 @@ def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[d
     assert (folder / "ddp" / "adapter" / "loraover.json").is_file()
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("name", "named"),
     [
@@ -138,12 +143,14 @@ def test_a_refusal_ends_both_processes_with_one_message(
     assert not (folder / name).exists()
 
 
+@pytest.mark.matrix
 def test_the_same_command_again_is_done_at_once(folder: Path, saw: list[dict[str, Any]]) -> None:
     assert [found["again"]["code"] for found in saw] == [0, 0]
     assert "the run is finished already" in saw[0]["again"]["out"]
     assert "training steps" not in saw[0]["again"]["out"]
 
 
+@pytest.mark.matrix
 def test_two_processes_go_on_for_one_and_one_for_two(
     folder: Path, saw: list[dict[str, Any]], one_process: dict[str, Path]
 ) -> None:
@@ -156,6 +163,7 @@ def test_two_processes_go_on_for_one_and_one_for_two(
     assert read_run(left).processes == 1
 
 
+@pytest.mark.matrix
 def test_what_an_engine_cannot_measure_without_a_step_is_said(folder: Path, saw: list[dict[str, Any]]) -> None:
     """The loss of a run that was killed after its last step, and that of preferences before the first one."""
     assert [found[name]["code"] for found in saw for name in ("unfinished", "dpo")] == [0] * 4, saw[0]
@@ -168,6 +176,7 @@ def test_what_an_engine_cannot_measure_without_a_step_is_said(folder: Path, saw:
     assert read_run(folder / "dpo").after is not None
 
 
+@pytest.mark.matrix
 def test_a_process_that_hangs_ends_the_run_with_a_message(folder: Path, saw: list[dict[str, Any]]) -> None:
     hung = saw[0]["hung"]
     assert (hung["code"], "hung" in saw[1]) == (2, False)

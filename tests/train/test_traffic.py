@@ -56,6 +56,7 @@ def counts(zero_folder: Path) -> list[dict[str, Any]]:
     return [torch.load(zero_folder / f"traffic-{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_send_and_hold_what_is_predicted(case: Case, counts: list[dict[str, Any]]) -> None:
     for found in counts:
@@ -97,6 +98,7 @@ def one_process() -> dict[str, dict[str, Any]]:
     return {config: alone(config) for config in CONFIGS}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", RUNS)
 def test_every_stage_trains_as_one_process_does(
     name: str, saw: list[dict[str, Any]], one_process: dict[str, dict[str, Any]]
@@ -111,6 +113,7 @@ def test_every_stage_trains_as_one_process_does(
     assert equal(first["cores"], second["cores"])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_trainer_logs_what_one_process_does_and_resumes(
     stage: int, saw: list[dict[str, Any]], tmp_path: Path
@@ -124,6 +127,7 @@ def test_the_trainer_logs_what_one_process_does_and_resumes(
         assert equal(resumed["cores"], whole["cores"])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.usefixtures("saw")
 def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, zero_folder: Path) -> None:
@@ -133,6 +137,7 @@ def test_what_is_saved_is_a_plain_adapter_with_its_cores(stage: int, zero_folder
         assert len(file.keys) == 28
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("case", "named"),
     [
