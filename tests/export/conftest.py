@@ -14,6 +14,7 @@ from loraover_export.formats.onnx.kinds import decoder
 
 from support.make_checkpoint import Made, make_checkpoint, tree
 from support.onnx_export import OTHER, ForkedBuilder, OnnxMade, export, tiny_base, tiny_lora
+from support.onnx_export import quick_builder as quick_builder
 from support.refusals import Refused, only_error
 
 

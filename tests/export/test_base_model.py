@@ -23,17 +23,16 @@ from loraover.reporting.reporter import ConsoleReporter
 from loraover_export import FoldCertificate, OnnxReport, VllmReport, export_onnx, export_vllm, fold_checkpoint
 from loraover_export.cli import cli
 from loraover_export.formats.onnx.inputs import read_inputs
-from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.requests import OnnxRequest
 
 from support.hub_cache import HubCache
 from support.lines import Lines
 from support.make_checkpoint import SERVABLE, Made, edit_json, make_checkpoint, reseal, tree
-from support.onnx_export import ForkedBuilder, llama_checkpoint
+from support.onnx_export import llama_checkpoint
 from support.refusals import Refused
 from support.stand_ins import RECORD, adapter_config, as_stand_in, with_other_logits
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("quick_builder")]
 
 
 @pytest.fixture
@@ -190,12 +189,6 @@ def test_a_recorded_command_gives_the_same_again(
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A checkpoint that all three functions take; tests read it only."""
     return llama_checkpoint(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture(autouse=True)
-def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder of decoder graphs runs in a fork, which spares it its imports."""
-    monkeypatch.setattr(decoder, "BuilderProcess", ForkedBuilder)
 
 
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[str, ...], type]] = {

@@ -21,6 +21,8 @@ from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint
 from support.plain_adapter import make_adapter
 from support.recorded import write_reference
 
+pytestmark = pytest.mark.usefixtures("quick_builder")
+
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:

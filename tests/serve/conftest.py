@@ -10,7 +10,6 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve.engines.mlx import MlxEngine
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.parity import equivalence
@@ -18,7 +17,7 @@ from loraover_serve.parity import equivalence
 from support.engine_forms import Running
 from support.long_questions import LongCase, make_long_case
 from support.make_checkpoint import SERVABLE, Made, make_checkpoint
-from support.onnx_export import ForkedBuilder
+from support.onnx_export import quick_builder as quick_builder
 from support.planted_faults import save_sharp_base
 from support.recorded import asked_alike, record
 from support.serving import Served, serving
@@ -118,9 +117,3 @@ def here(monkeypatch: pytest.MonkeyPatch) -> type[MlxEngine]:
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer resamples, which are enough for rates over thousands of bootstraps."""
     monkeypatch.setattr(equivalence, "RESAMPLES", 999)
-
-
-@pytest.fixture
-def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The builder of decoder graphs runs in a fork, which spares each graph 6 s of imports."""
-    monkeypatch.setattr(decoder, "BuilderProcess", ForkedBuilder)

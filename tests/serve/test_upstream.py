@@ -12,7 +12,7 @@ from support.long_questions import LongCase
 from support.real_servers import llama_server
 from support.vllm_command import vllm_command
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 UPSTREAM = Path(__file__).parents[2] / "docs" / "upstream"
 EQUALITY = UPSTREAM / "vllm-lora-request-equality.py"

@@ -28,7 +28,8 @@ def asked(url: str, case: LongCase, name: str, base: str | None = None, protocol
     return ask_warm(Asker(case.caches, asker.speaker, asker.names, asker.find_other))
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_that_is_rewritten_is_named_and_a_new_path_passes(
     dtype: str, long_case: LongCase, tmp_path: Path
 ) -> None:
