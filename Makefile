@@ -97,19 +97,21 @@ $(RUN)/demo/adapter_config.json:
 check: lint
 	$(PYTEST) --hypothesis-profile quick -m "not process and not engine and not statistical and not matrix"
 
-# Every test but those marked matrix, which test-engines runs. The environments are made side by side, and lint needs one.
+# Every test but those of the lab and those marked matrix, which test-lab and test-engines run. The environments are made side
+# by side, and lint needs one.
 test:
 	$(MAKE) --jobs 4 installed lint
-	$(PYTEST)
+	$(PYTEST) --ignore tests/lab
 
-# The tests of studies, benchmarks and the methods of other papers alone.
+# The tests of studies, benchmarks and the methods of other papers.
 test-lab: installed
 	$(PYTEST) tests/lab
 
-installed: $(VENV)/.installed $(VENV)/quantisers .venv-trackers/.installed vllm debian-packages
+installed: $(VENV)/.installed $(VENV)/quantisers vllm debian-packages
 
-# Every engine that can run here, each in an environment of its own; ONNX Runtime and PyTorch are in $(VENV).
-engines: installed mlx openvino llama-server prometheus
+# Every engine that can run here, each in an environment of its own, and trackers of runs; ONNX Runtime and PyTorch are in
+# $(VENV).
+engines: installed mlx openvino llama-server prometheus .venv-trackers/.installed
 
 # Every engine, with every kind of adapter and on every model family, and docs/compatibility.md from what was run: one vLLM
 # server a family, most of a minute each. At the end, the table of the engines of training in two processes.

@@ -18,6 +18,7 @@ def text_of(cell: dict[str, object]) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.matrix
 @pytest.mark.process
 def test_every_cell_runs_and_llama_cpp_answers_as_trained(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")

@@ -57,7 +57,7 @@ def test_a_kept_case_does_not_fail_again(case: Case, bases: Path) -> None:
     assert found.outcome != "fault", found.found
 
 
-SECONDS = 15.0
+SECONDS = 5.0
 """Time in which as many cases are run as there is room for, and at least three that agree."""
 
 

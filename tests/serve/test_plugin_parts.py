@@ -187,6 +187,7 @@ asyncio.run(load())
 """
 
 
+@pytest.mark.matrix
 @pytest.mark.engine
 def test_the_parts_of_the_installed_release_do_what_the_plug_in_expects(tmp_path: Path) -> None:
     """A known release is mended, and an unknown one is left alone, with a warning of what it lacks."""

@@ -19,7 +19,7 @@ from support.parallel_run import equal
 from support.parallel_trainer import STEPS, run
 from support.processes import TESTS, TORCHRUN, launched
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.matrix]
 
 
 @pytest.fixture(scope="module")

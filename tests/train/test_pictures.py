@@ -225,6 +225,7 @@ def test_a_model_is_trained_on_what_it_sees(colours: Path, tmp_path: Path) -> No
     assert abs(by_trl(unseen) - by_trl(rows)) > 1e-3
 
 
+@pytest.mark.matrix
 @pytest.mark.process
 def test_two_processes_learn_from_images_as_one_does(colours: Path, tmp_path: Path) -> None:
     shared = {"data.train_examples": 8, "training.per_device_train_batch_size": 4, "training.max_steps": 3}

@@ -67,10 +67,11 @@ def around(folder: Path) -> tuple[str, dict[str, str]]:
     """Return the Python that has trackers, and the variables for it."""
     python = os.environ.get("LORAOVER_TRACKERS", "")
     if not Path(python).is_file():
-        pytest.skip("LORAOVER_TRACKERS names no Python that has wandb, mlflow and trackio; `make test` installs it")
+        pytest.skip("LORAOVER_TRACKERS names no Python that has wandb, mlflow and trackio; `make engines` installs it")
     return python, os.environ | {name: value.format(folder) for name, value in ENVIRONMENT.items()}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("mode", "code"), [("offline", 0), ("online", 1)])
 def test_wandb_is_asked_for_a_login_where_it_uploads(mode: str, code: int, tmp_path: Path) -> None:
     python, variables = around(tmp_path)
@@ -81,6 +82,7 @@ def test_wandb_is_asked_for_a_login_where_it_uploads(mode: str, code: int, tmp_p
     assert ("wandb has no key of yours. Log in with wandb's own command" in ran.stderr) is (code == 1)
 
 
+@pytest.mark.matrix
 def test_trackers_keep_losses_the_certificate_and_the_reference(recipe: Path, tmp_path: Path) -> None:
     python, variables = around(tmp_path)
     changes = ("evaluation.examples=0", "training.report_to=[wandb, mlflow, trackio]")

@@ -78,6 +78,7 @@ def test_messages_that_go_round_in_a_ring() -> None:
     assert PREDICTED["sent"](found, 4) == 0.75 * (1600 + 400 + 80)
 
 
+@pytest.mark.matrix
 def test_the_page_has_the_table_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     PREDICTED["main"]()
     assert capsys.readouterr().out in (DOCS / "scale.md").read_text()
