@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Sequence
 
 import pytest
@@ -40,9 +39,7 @@ def test_a_fault_on_some_prompts_is_found(name: str, share: int, reference: Refe
     if name == "absent":
         assert found["fault"] == INTERMITTENT
     elif share == FIFTH:
-        assert re.match(
-            f"the answers to {FIFTH} of {PROMPTS} prompts are more than 5 times as far off as", found["reason"]
-        )
+        assert found["reason"].startswith(f"the answers to {FIFTH} of {PROMPTS} prompts are wrong, and the others are")
 
 
 @pytest.mark.parametrize("odd", [0, 1, FEW_AS_BASE])

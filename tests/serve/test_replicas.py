@@ -19,7 +19,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import CheckOptions, check
-from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_reached
+from loraover_serve.judge.estimates import answers_that_show, in_percent, requests_that_reach
 from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
@@ -65,16 +65,15 @@ def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference
     replicas = found["replicas"]
     assert (found["verdict"], found["fault"]) == ("differs", INTERMITTENT), found["reason"]
     assert replicas.told_apart == {"x-served-by": [f"pod-{BAD}"]}
-    assert f"told apart by x-served-by: pod-{BAD}; " in found["reason"]
+    assert f"are the base model's (from servers with x-served-by: pod-{BAD}, such as request" in found["reason"]
     assert len(replicas.requests) == replicas.bad
     for told in replicas.requests:
         assert told["x-served-by"] == f"pod-{BAD}"
         assert "via" not in told, "all answers have it"
         assert re.fullmatch("[0-9a-f]+", told["x-request-id"])
-        assert told["x-request-id"] in found["reason"]
     share = replicas.bad / replicas.answers
-    reached, shown = requests_that_reach(share), answers_that_show(share)
-    assert f"{reached} requests reach such a share with 99% probability, and {shown} show it" in found["reason"]
+    assert replicas.requests[0]["x-request-id"] in found["reason"]
+    assert found["reason"].endswith(f"; to meet one again, ask about {requests_that_reach(share)} times")
     assert {asked.count(prompt) for prompt in asked} == {REPEATS}
     places = len(reference.places)
     assert len({*asked[:places]}) < 0.9 * places, "the order is random, and not one round after the other"
@@ -111,7 +110,7 @@ def test_few_answers_without_logprobs_are_counted(reference: Reference) -> None:
     found, asked = checked(reply, reference)
     answers = len(asked) + len(reference.questions)
     assert found["verdict"] == "as trained", found["reason"]
-    assert found["reason"].endswith(f"; 2 of {answers} answers of shop ({2 / answers:.0%}) have no logprobs")
+    assert f"2 of {answers} answers of shop have no logprobs" in found["not_checked"]
 
 
 def test_a_server_that_hides_the_logprobs_of_the_adapter_alone_is_undecided(reference: Reference) -> None:
@@ -192,20 +191,22 @@ def test_servers_that_repeat_ids_of_other_questions_are_no_cache(name: str, refe
 def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     found, _ = checked(fleet(reference, right(reference)), reference)
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
-    answers = REPEATS * len(reference.places)
-    share = f"{1 - 0.01 ** (1 / answers):.2g}"
-    assert f"{answers} answers reach each server that gives {share} of" in found["reason"]
-    assert f"without the adapter that gives {found['visible_share']:.2g} of them or more" in found["reason"]
+    share = in_percent(found["visible_share"])
+    unseen = f"a server without the adapter that gives less than {share} of the answers; --repeats asks more often"
     pods = [f"pod-{index}" for index in range(10)]
-    assert f"; 10 servers have answered (x-served-by: {', '.join(pods)});" in found["reason"]
+    others = f"servers other than those that answered (x-served-by: {', '.join(pods)})"
+    assert [each for each in found["not_checked"] if "server" in each] == [unseen, others]
     assert found["servers"] == {"x-served-by": pods}
 
 
 @pytest.mark.parametrize(
     ("headers", "words"),
     [
-        ({"X-Backend-Server": "10.0.0.7"}, "1 server has answered (x-backend-server: 10.0.0.7)"),
-        ({"Server": "uvicorn", "X-Envoy-Upstream-Service-Time": "7"}, "how many servers have answered is not known, "),
+        ({"X-Backend-Server": "10.0.0.7"}, "servers other than those that answered (x-backend-server: 10.0.0.7)"),
+        (
+            {"Server": "uvicorn", "X-Envoy-Upstream-Service-Time": "7"},
+            "how many servers have answered: no header of the answers names them",
+        ),
     ],
 )
 def test_a_balancer_that_sends_one_client_to_one_server_is_told(
@@ -220,7 +221,7 @@ def test_a_balancer_that_sends_one_client_to_one_server_is_told(
 
     found, _ = checked(reply, reference)
     assert found["verdict"] == "as trained"
-    assert words in found["reason"]
+    assert words in found["not_checked"]
 
 
 def drawn(reference: Reference, draw: random.Random, noise: float) -> Answers:
@@ -307,6 +308,5 @@ def test_so_many_requests_reach_a_share_and_show_it(share: float) -> None:
     requests = requests_that_reach(share)
     assert requests == math.ceil(math.log(0.01) / math.log(1 - share))
     assert (1 - share) ** requests <= 0.01 < (1 - share) ** (requests - 1)
-    assert share_reached(requests) <= share < share_reached(requests - 1)
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "check-a-server.md").read_text()
     assert f"\n| {100 * share:g} % | {requests} | {answers_that_show(share)} |\n" in page

@@ -356,7 +356,8 @@ def test_the_command_the_checker_and_the_watch_take_the_reference(embedder: Reco
     assert "100 % of the adapter is applied" in report.engines[0].plainly
     assert (tmp_path / "out" / "verify.html").is_file()
     assert (alone.returncode, alone.stderr) == (0, ""), alone.stdout
-    assert alone.stdout.startswith("as trained: the adapter has the strength 1")
+    assert alone.stdout.startswith("as trained: 100 % of the adapter is applied (")
+    assert "\nnot checked:\n- " in alone.stdout
     assert [check.verdict for check in watched.checks] == ["as trained"]
 
 

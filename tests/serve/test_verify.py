@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import FORMATS
@@ -18,7 +20,6 @@ from loraover_serve.engines import vllm
 from loraover_serve.engines.base import LogitEngine, Setting
 from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.case import allowed_distance, sure_errors
-from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import ADAPTER, FLOOR, SURE
 from loraover_serve.judge.models import Answers, Greedy
 from loraover_serve.judge.names import ENDS_EARLY
@@ -27,11 +28,12 @@ from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.faults import permuted
 from loraover_serve.verify.pytorch import KEPT
 from loraover_serve.verify.report import EngineResult
-from loraover_serve.verify.show import to_page, verdict_of
+from loraover_serve.verify.request import VerifyRequest
+from loraover_serve.verify.show import show_report, to_page, verdict_of
 
 from support.make_checkpoint import Made
 from support.plain_adapter import tiny_decoder
-from support.reports import LEFT_OUT, SCALED, engine_result, three_engines, verification
+from support.reports import SCALED, WHOLE, engine_result, three_engines, verification
 from support.verified import FAULTS, Case, Planted, judged, make_case, plant, save_adapter, save_base
 
 
@@ -219,41 +221,15 @@ def test_a_recording_computes_no_logits_before_the_answers() -> None:
     assert [len(each) for each in found] == [4, 4]
 
 
-ALL = "100 % of the adapter is applied (99.9 to 100.1 %)"
-THIRD = Interval(value=0.333, low=0.331, high=0.335)
-LOST = engine_result("vllm", "differs", "a; b", off=0.14, fault="wrong scaling", suspects=[SCALED], strength=THIRD)
+LOST = engine_result("vllm", "differs", "a: b; c", fault="wrong scaling", suspects=[SCALED], not_checked=["d; e"])
 
 
 @pytest.mark.parametrize(
     ("result", "tone", "expected"),
     [
-        (engine_result("onnx", "as trained"), "good", f"onnx: as trained. {ALL}."),
-        (
-            engine_result("onnx", "as trained", strength=None),
-            "good",
-            "onnx: as trained. Answers are off by 0.0002 nats, where noise explains 0.0003.",
-        ),
-        (
-            engine_result("vllm", "as trained", mixed_failure="the server answered 500"),
-            "good",
-            f"vllm: as trained. {ALL}. Mixed batches were not compared.",
-        ),
-        (
-            LOST,
-            "bad",
-            "vllm: differs. 33.3 % of the adapter is applied (33.1 to 33.5 %). Likely fault: wrong scaling.",
-        ),
-        (
-            engine_result("vllm", "differs", off=0.14, suspects=[LEFT_OUT]),
-            "bad",
-            f"vllm: differs. {ALL}, and answers are off by 0.14 nats, where noise explains 0.0003. No known fault "
-            "explains it.",
-        ),
-        (
-            engine_result("torch", "inconclusive", "the adapter moves logprobs by 1e-05 nats (a; b); c"),
-            "open",
-            "torch: inconclusive. The adapter moves logprobs by 1e-05 nats (a; b).",
-        ),
+        (engine_result("onnx", "as trained", WHOLE), "good", f"onnx: as trained. {WHOLE}."),
+        (LOST, "bad", "vllm: differs. A: b. C."),
+        (engine_result("torch", "inconclusive", "a (b; c); d"), "open", "torch: inconclusive. A (b; c). D."),
         (
             EngineResult(engine="vllm", verdict="failed", reason="the server ended with code 1.", seconds=2),
             "bad",
@@ -276,5 +252,8 @@ def test_several_engines_begin_with_the_worst() -> None:
     ]
 
 
-def test_the_reason_stands_below_whatever_the_number_of_engines() -> None:
-    assert "<strong>vllm: differs.</strong> A. B." in to_page(verification(LOST)).html
+def test_the_page_and_the_terminal_list_what_was_not_checked() -> None:
+    report, shown = verification(LOST), io.StringIO()
+    assert "<h2>Not checked: vllm</h2>\n<ul>\n<li>d; e</li>\n</ul>" in to_page(report).html
+    show_report(report, VerifyRequest(Path("shop"), engines=["torch"]), Console(file=shown, width=200))
+    assert "\nvllm: differs. A: b. C.\n  not checked:\n  - d; e\n" in shown.getvalue()

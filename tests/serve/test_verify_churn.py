@@ -234,8 +234,8 @@ def test_a_command_that_loads_nothing_is_inconclusive(long_case: LongCase, tmp_p
         asked: dict[str, Any] = {"endpoint": url, "served_name": ["shop"], "quick": True, "churn_s": 3.0}
         (found,) = verify_adapter(references=[long_case.recorded], run="true", **asked).engines
     assert found.verdict == "inconclusive", found.reason
-    assert "the command ended after" in found.reason
     assert "nothing showed that an adapter was loaded" in found.reason
+    assert [each for each in found.not_checked if "the command ended after" in each]
 
 
 def test_a_command_ends_with_what_it_started(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def verify(*words: str | Path) -> int:
 def test_a_verification_is_shown_and_written(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify(adapter, "--engine", "torch", "-o", tmp_path / "out") == 0
     shown = capsys.readouterr()
-    assert re.search(r"\ntorch: as trained\. 100 % of the adapter is applied .*\n  the adapter has the", shown.out)
+    assert re.search(r"\ntorch: as trained\. 100 % of the adapter is applied \(.*\), and nothing else", shown.out)
     table = shown.out.partition("torch: ")[0].splitlines()
     assert all(len(line) <= 80 for line in table if not line.startswith("loading the base model from folder "))
     assert shown.out.rstrip().endswith(f"wrote {tmp_path / 'out'}")
@@ -59,7 +59,9 @@ def test_the_worst_of_several_engines_counts(base: Path, adapter: Path, tmp_path
         assert verify(adapter, *words, "-o", tmp_path / "out") == 1
     shown = capsys.readouterr().out
     assert "torch: as trained" in shown
-    assert re.search(r"\nendpoint: differs\. .* of the adapter is applied .* Likely fault: served as base\.", shown)
+    assert re.search(
+        r"\nendpoint: differs\. Served as base: .* % of the adapter is applied \(.*\), where .* is right\.", shown
+    )
     report = VerifyReport.model_validate_json((tmp_path / "out" / "verify.json").read_text())
     assert [(r.verdict, r.fault) for r in report.engines] == [("as trained", None), ("differs", "served as base")]
     assert "Suspected faults: endpoint" in (tmp_path / "out" / "verify.html").read_text()

@@ -110,7 +110,7 @@ def test_what_is_right_without_mixed_batches_is_judged_alone(case: Case, tmp_pat
         asked = setting(case, server.url, tmp_path, without_mixed=True)
         found = verify_engine("endpoint", asked, case.models)
     assert (found.verdict, found.mixed) == ("as trained", None)
-    assert found.reason.endswith("; mixed batches were not compared: the option without_mixed leaves them out")
+    assert "requests for both models at the same time: the option without_mixed leaves them out" in found.not_checked
 
 
 def test_each_request_asks_for_one_token_after_given_tokens(case: Case) -> None:
@@ -143,11 +143,11 @@ def test_a_server_that_fails_in_mixed_batches_is_judged_by_the_rest(
     served = right(case)
     found = ask(lambda body: 500 if len(body["prompt"]) == 1 else served(body))
     assert (found.verdict, found.mixed) == ("inconclusive", None), "it was asked for"
-    assert found.reason.startswith("the adapter has the strength 1 [")
-    assert "; without_mixed judges these answers alone; mixed batches were" in found.reason
+    assert found.reason.startswith("100 % of the adapter is applied (")
+    assert found.reason.endswith("; without_mixed judges the other answers alone")
     assert found.mixed_failure is not None
     assert "the server answered 500" in found.mixed_failure
-    assert found.reason.endswith(f"; mixed batches were not compared: {found.mixed_failure}")
+    assert f"requests for both models at the same time: {found.mixed_failure}" in found.not_checked
 
 
 def test_fields_that_a_server_refuses_are_left_out(case: Case, ask: Callable[..., EngineResult]) -> None:

@@ -316,7 +316,7 @@ def test_a_replaced_adapter_is_caught_and_cured(
     ((stock,), (cured,)) = found["stock"].engines, found["cured"].engines
     assert (stock.verdict, stock.fault) == ("differs", STALE_OF_EARLIER), stock.reason
     assert (cured.verdict, cured.fault) == ("as trained", None), cured.reason
-    assert "on kept keys and values are off by" in capsys.readouterr().out
+    assert "Stale cache of an earlier version: answers of the adapter" in capsys.readouterr().out
     assert all((tmp_path / "verified" / kind / "verify.html").is_file() for kind in ("stock", "plug-in"))
     assert len(started) > 2
     assert not [process for process in started if runs(process)], "nothing is left afterwards"

@@ -39,8 +39,8 @@ from loraover_serve.judge.warm_probe import MOST_SLOTS, Asked, Reloaded, WarmPro
 
 NO_SLOTS: dict[str, Any] = {
     "verdict": "inconclusive",
-    "reason": "caches of keys and values: llama-server does not tell its number of slots, or has too many, so prompts "
-    f"that come back from its host's memory were not asked; let /props be read, and start it with at most {MOST_SLOTS}",
+    "reason": "prompts that llama-server's host memory kept were not asked for, since it does not tell its number of "
+    f"slots, or has too many; let /props be read, and start it with at most {MOST_SLOTS}",
 }
 
 HALF_WAY = 0.5
@@ -56,14 +56,21 @@ def beside(found: Mapping[str, Any], name: str, part: FurtherCheck) -> dict[str,
         part: Answers on kept keys and values, or in churn.
 
     Returns:
-        The fields with the part, and with the worse verdict of the two. If both are "differs", the fault of the cache
-        is named, since it may have caused the other one.
+        The fields with the part, with the worse verdict of the two, its sentence first, and with all that neither
+        checked. If both are "differs", the fault of the cache is named, since it may have caused the other one.
     """
     both = [*EXIT_CODES].index(part.verdict), [*EXIT_CODES].index(found["verdict"])
     is_first = both[0] < both[1] or (both == (0, 0) and name == "caches")
     first, second = (part.reason, found["reason"]) if is_first else (found["reason"], part.reason)
     verdict = {"verdict": part.verdict, "fault": part.fault} if is_first else {}
-    return {**found, **verdict, "reason": f"{first}; {second}", name: part}
+    not_checked = [*found["not_checked"], *part.not_checked]
+    return {
+        **found,
+        **verdict,
+        "reason": "; ".join(filter(None, (first, second))),
+        "not_checked": not_checked,
+        name: part,
+    }
 
 
 def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
@@ -112,7 +119,7 @@ def _sensitivity(models: Models, cold: Mapping[str, Asked], on_own: Mapping[str,
 
 
 def _unclear(why: str) -> Caches:
-    return Caches("inconclusive", f"caches of keys and values were not compared: {why}", None)
+    return Caches("inconclusive", f"the server's KV cache was not checked: {why}", None)
 
 
 def judge_warm(
@@ -143,18 +150,12 @@ def judge_warm(
         after = _after(reloaded)
     for answers, fault, detail in found:
         if fault is not None:
-            reason = (
-                f"{fault}: {detail}: answers of {_named(answers.arm)} {answers.after} are off by "
-                f"{answers.apart.rms:.2g} nats from its answers without the cache, where noise is {case.noise.rms:.2g}"
-            )
+            reason = f"{fault}: answers of {_named(answers.arm)} {answers.after} are wrong, since {detail}"
             return replace(shown, reason=reason + after, fault=fault)
     why = _undecided(case, cold, (noise, *warm), hits, reloaded, shown)
     if why is not None:
-        return replace(shown, verdict="inconclusive", reason=f"caches of keys and values: {why}")
-    reason = (
-        f"{hits} tokens came from the cache, and answers on them are off by at most {shown.farthest:.2g} nats from "
-        f"those without it, where noise is {case.noise.rms:.2g}{after}"
-    )
+        return replace(shown, verdict="inconclusive", reason=f"the server's KV cache: {why}")
+    reason = f"answers from the server's KV cache, of which {hits} tokens were used, are those without it{after}"
     return replace(shown, verdict="as trained", reason=reason)
 
 
@@ -192,14 +193,13 @@ def _undecided(
         )
     if reloaded is not None and shown.reload is not None and not case.is_changed(reloaded.before):
         return (
-            f"the adapter gives the same answers before and after the command (off by {shown.reload.apart.rms:.2g} "
-            f"nats, where noise is {case.noise.rms:.2g}), so no stale answer could be seen; serve its earlier version "
-            f"before the command{_after(reloaded)}"
+            "the adapter gives the same answers before and after the command, so no stale answer could be seen; serve "
+            f"its earlier version before the command{_after(reloaded)}"
         )
     if unclear := sorted({fault for answers in shown.warm for fault in case.unclear(answers)}):
         return (
-            f"a {', a '.join(unclear)} cannot be excluded, since noise of {case.noise.rms:.2g} nats hides its "
-            "effect; check a server with a finer number format"
+            f"a {', a '.join(unclear)} would not be seen, since the server's noise hides it; check a server with a "
+            "finer number format"
         )
     return None
 
@@ -242,11 +242,12 @@ class _WarmCase:
             _, fault, detail = min(explained)
             found = strengths[fault]
             if abs(found.value - 1) <= ROUNDED_WAY + found.half:
-                return answers, fault, f"{detail} (strength {found})"
-            return answers, STALE_OF_OTHERS, f"the nearest known fault is a {fault}, with the strength {found}"
+                return answers, fault, detail
+            return answers, STALE_OF_OTHERS, f"they continue other weights, much like a {fault}"
         far = () if asked.rows is self._noise_rows else self._far(off)
         if len(far) >= FEW_AS_BASE:
-            return answers, STALE_OF_OTHERS, f"no known fault explains {len(far)} of {len(by_prompt(off))} answers"
+            far_off = f"{len(far)} of {len(by_prompt(off))} differ from those without the cache"
+            return answers, STALE_OF_OTHERS, f"{far_off}, and no known fault explains it"
         return answers, None, ""
 
     @staticmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from threading import Event, Thread
@@ -27,11 +27,11 @@ from loraover.client.endpoint import (
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.estimates import share_found
+from loraover_serve.judge.estimates import in_percent, share_found
 from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
 from loraover_serve.judge.models import Models
 from loraover_serve.judge.names import SERVER_ENDED
-from loraover_serve.judge.owners import ChurnCase, Said
+from loraover_serve.judge.owners import Attributed, ChurnCase, Said
 from loraover_serve.judge.results import Churn
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.warm_probe import Asked, WarmProbe
@@ -104,7 +104,7 @@ def ask_in_churn(asker: Asker, asked: ChurnRequest, *, with_base: bool = True) -
         names = {arm: name for arm, name in asker.names.items() if with_base or arm != BASE}
         meanwhile = _asked(probe, names, asked)
     except EngineError as error:
-        return replace(begun, reason=f"answers in churn were not compared: {error}")
+        return replace(begun, reason=f"answers while adapters come and go were not checked: {error}")
     return judge_churn(begun, asker.models, names, cold, noise, meanwhile)
 
 
@@ -199,39 +199,73 @@ def judge_churn(
     case = ChurnCase(models, names, cold, noise, meanwhile.said)
     found = [case.attributed(arm, meanwhile.absent.get(arm, 0)) for arm in names]
     shown = replace(begun, noise=case.noise, failed=len(meanwhile.failures), models=[each.shown for each in found])
-    told = "; ".join(each.shown.words for each in found)
-    if meanwhile.failures:
-        told += f"; {len(meanwhile.failures)} requests failed, such as: {meanwhile.failures[0]}"
-    if meanwhile.command_s is not None:
-        told += f"; the command ended after {meanwhile.command_s:.2g} of {begun.seconds:.2g} s"
     is_moved = meanwhile.is_moved or any(meanwhile.absent.values()) or case.has_loaded(found)
-    if not is_moved:
-        told += "; nothing showed that an adapter was loaded meanwhile"
-    asked, failed = len(meanwhile.said) + sum(meanwhile.absent.values()), len(meanwhile.failures)
+    shown = replace(shown, not_checked=[*_unseen_in_churn(found, meanwhile, begun.seconds, is_moved=is_moved)])
     if meanwhile.ended is not None:
-        reason = f"{SERVER_ENDED}: {meanwhile.ended}; {told}"
+        reason = f"{SERVER_ENDED}: {meanwhile.ended}"
         return replace(shown, verdict="differs", reason=reason, fault=SERVER_ENDED)
-    worst, cached = max(found, key=lambda each: each.questions), sum(case.is_cached)
+    worst = max(found, key=lambda each: each.questions)
     if worst.questions >= FEW_AS_BASE:
-        return replace(shown, verdict="differs", reason=f"{worst.fault}: {told}", fault=worst.fault)
-    unseen = [f"{each.shown.model}: {', '.join(each.unseen)}" for each in found if each.unseen]
-    if worst.questions:
-        told = f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance: ask for longer; {told}"
-    elif meanwhile.command:
-        told = f"{meanwhile.command}; {told}"
-    elif cached and cached / len(meanwhile.said) >= share_found(len(meanwhile.said)):
-        told = f"{cached} of {len(meanwhile.said)} answers come from a cache of responses, and show nothing; {told}"
-    elif failed and failed / (asked + failed) >= share_found(asked + failed):
-        told = f"{failed} of {asked + failed} requests failed, and show nothing; {told}"
-    elif meanwhile.is_silent:
-        told = f"the server answers nothing at the end, and refuses no connection; {told}"
-    elif begun.command is not None and not is_moved:
-        told = f"let the command load other versions or folders, so that it can be seen; {told}"
-    elif unseen:
-        told = (
-            f"too few answers would show these, where noise is {case.noise.rms:.2g} nats: {'; '.join(unseen)}; ask for "
-            f"longer, or check a server with a finer number format; {told}"
+        return replace(shown, verdict="differs", reason=_wrong_in_churn(worst), fault=worst.fault)
+    why = _undecided_in_churn(begun, case, found, meanwhile, is_moved=is_moved)
+    if why is not None:
+        return replace(shown, reason=f"while adapters came and went: {why}")
+    answers = sum(each.shown.answers for each in found)
+    reason = f"while adapters came and went, all {answers} answers of {len(found)} models were right"
+    return replace(shown, verdict="as trained", reason=reason)
+
+
+def _wrong_in_churn(worst: Attributed) -> str:
+    """The wrong answers of a model, in a sentence."""
+    shown = worst.shown
+    owners = ", ".join(f"{number} {words}" for words, number in shown.owners.items())
+    return (
+        f"{worst.fault}: while adapters came and went, {shown.wrong} of {shown.answers} answers of {shown.model} were "
+        f"wrong ({owners})"
+    )
+
+
+def _undecided_in_churn(
+    begun: Churn, case: ChurnCase, found: Sequence[Attributed], meanwhile: Meanwhile, *, is_moved: bool
+) -> str | None:
+    """Reason why the answers do not prove the server right; None if they do."""
+    said, failed = len(meanwhile.said), len(meanwhile.failures)
+    asked, cached = said + sum(meanwhile.absent.values()) + failed, sum(case.is_cached)
+    if any(each.questions for each in found):
+        return f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance; ask for longer"
+    if meanwhile.command:
+        return meanwhile.command
+    if cached and cached / said >= share_found(said):
+        return f"{cached} of {said} answers come from a cache of responses, and show nothing"
+    if failed and failed / asked >= share_found(asked):
+        return f"{failed} of {asked} requests failed, and show nothing"
+    if meanwhile.is_silent:
+        return "the server answers nothing at the end, and refuses no connection"
+    if begun.command is not None and not is_moved:
+        return (
+            "nothing showed that an adapter was loaded; let the command load other versions or folders, so that it can "
+            "be seen"
         )
-    else:
-        return replace(shown, verdict="as trained", reason=f"in churn, {told}")
-    return replace(shown, reason=f"answers in churn: {told}")
+    if any(each.unseen for each in found):
+        return (
+            "some wrong answers would not have been seen; ask for longer, or check a server with a finer number format"
+        )
+    return None
+
+
+def _unseen_in_churn(
+    found: Sequence[Attributed], meanwhile: Meanwhile, seconds: float, *, is_moved: bool
+) -> Iterator[str]:
+    """Yield what the answers do not show, in words."""
+    for each in found:
+        least = max((share for share in each.shown.visible.values() if share < 1), default=None)
+        if least is not None:
+            yield f"wrong answers of {each.shown.model}, if they are less than {in_percent(least)} of its answers"
+        if each.unseen:
+            yield f"answers of {each.shown.model} that are {', or '.join(each.unseen)}: too few would show it"
+    if meanwhile.failures:
+        yield f"{len(meanwhile.failures)} requests that failed, such as: {meanwhile.failures[0]}"
+    if meanwhile.command_s is not None:
+        yield (f"the time after the command: the command ended after {meanwhile.command_s:.2g} of {seconds:.2g} s")
+    if not is_moved:
+        yield "changes of adapters: nothing showed that an adapter was loaded meanwhile"

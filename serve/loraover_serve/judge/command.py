@@ -30,6 +30,7 @@ from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.results import listed
 from loraover_serve.judge.rules import judge
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.vectors.asking import VectorAsker
@@ -177,7 +178,7 @@ def unanswered(error: LoraOverError) -> dict[str, Any]:
         error: The error that ended it.
     """
     verdict = "inconclusive" if isinstance(error, UnscoredError) else "failed"
-    return {"verdict": verdict, "reason": str(error), "fault": None}
+    return {"verdict": verdict, "reason": str(error), "fault": None, "not_checked": []}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = check_reference(read_any_reference(given.reference), endpoint, given.served_name, options)
     except LoraOverError as error:
         found = unanswered(error)
-    print(json.dumps(found, indent=1, default=asdict) if given.json else f"{found['verdict']}: {found['reason']}")
+    lines = [f"{found['verdict']}: {found['reason']}", *listed(found["not_checked"])]
+    print(json.dumps(found, indent=1, default=asdict) if given.json else "\n".join(lines))
     return EXIT_CODES[found["verdict"]]
 
 

@@ -74,8 +74,13 @@ class Interval:
     @property
     def plainly(self) -> str:
         """A strength in plain words."""
-        value, low, high = (f"{100 * each:.1f}".removesuffix(".0") for each in (self.value, self.low, self.high))
-        return f"{value} % of the adapter is applied ({low} to {high} %)"
+        ends = f" ({in_percent(self.low, self.high)})" if math.isfinite(self.half) else ""
+        return f"{in_percent(self.value)} of the adapter is applied{ends}"
+
+
+def in_percent(*shares: float) -> str:
+    """A share, or the ends of an interval of shares, in percent."""
+    return " to ".join(f"{round(100 * each, 1) + 0.0:.1f}".removesuffix(".0") for each in shares) + " %"
 
 
 class Fit(NamedTuple):
@@ -255,11 +260,6 @@ def share_interval(found: int, answers: int) -> Interval:
 def requests_that_reach(share: float) -> int:
     """Number of requests that reach a share of the servers at least once in 99 of 100 cases."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1
-
-
-def share_reached(requests: int) -> float:
-    """Smallest share of the servers that a number of requests reaches at least once in 99 of 100 cases."""
-    return -math.expm1(math.log1p(-CONFIDENCE) / requests)
 
 
 def answers_that_show(share: float) -> int:

@@ -17,16 +17,16 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraover_serve.judge.case import Case
-from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_found, share_reached
+from loraover_serve.judge.estimates import in_percent, requests_that_reach, share_found
 from loraover_serve.judge.evidence import Change
-from loraover_serve.judge.limits import CERTAIN, CONFIDENCE, FEW_AS_BASE, FLOOR
+from loraover_serve.judge.limits import CERTAIN, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, SILENT
 from loraover_serve.judge.results import Replicas
 
 if TYPE_CHECKING:
     from loraover.client.speaker import Response
 
-SHOWN = 16  # requests that are named
+SHOWN = 16  # servers that are named
 REQUEST_IDS = ("x-request-id", "request-id", "id")
 OF_SERVERS = {"served", "server", "backend", "upstream", "pod", "node", "host", "replica", "instance", "worker"}
 OF_TIMES = {"time", "latency", "duration", "ms", "status", "version", "count"}
@@ -63,7 +63,7 @@ class Split(NamedTuple):
     def counted(self) -> str:
         """How many answers are wrong, in words."""
         answers = len(self.bad) + len(self.good)
-        return f"{len(self.bad)} of {answers} answers of {self.model} ({self.share:.0%}) {self.words}"
+        return f"{len(self.bad)} of {answers} answers of {self.model} {self.words}"
 
     @property
     def is_found(self) -> bool:
@@ -72,17 +72,17 @@ class Split(NamedTuple):
 
     @property
     def reason(self) -> str:
-        """Number of wrong answers and their requests, in words, for the person who looks for the server."""
-        share, apart = self.share, self.told_apart
-        named = [f"{name}: {' or '.join(value or '(absent)' for value in values)}" for name, values in apart.items()]
-        ids = [next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad]
-        shown = [each for each in dict.fromkeys(ids) if each][:SHOWN]
-        return (
-            self.counted
-            + (f"; their servers are told apart by {', '.join(named)}" if named else "")
-            + f"; {requests_that_reach(share)} requests reach such a share with {CONFIDENCE:.0%} probability, and "
-            f"{answers_that_show(share)} show it" + (f"; requests {', '.join(shown)}" if shown else "")
-        )
+        """Number of wrong answers and the servers that give them, in words; `shown` has all requests."""
+        where = [
+            f"from servers with {name}: {' or '.join(value or '(absent)' for value in values[:SHOWN])}"
+            for name, values in self.told_apart.items()
+            if name not in REQUEST_IDS
+        ]
+        ids = (next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad)
+        where += [f"such as request {each}" for each in ids if each][:1]
+        times = requests_that_reach(self.share)
+        again = f"; to meet one again, ask about {times} times" if times > 1 else ""
+        return self.counted + (f" ({', '.join(where)})" if where else "") + again
 
     def shown(self) -> Replicas:
         """The wrong answers, as verify.json has them."""
@@ -131,15 +131,14 @@ def some_disagree(case: Case) -> Split | None:
         return None
     agreeing = [each.change for each in case.repeats if (each.apart or 0.0) <= limit]
     good = [each for each in agreeing if each.size > (2 * limit) ** 2 * each.tokens] or agreeing
-    words = f"are off by more than {limit:.2g} nats from other answers to the same question"
-    return Split(DISAGREE, words, sources(bad), sources(good))
+    return Split(DISAGREE, "differ from other answers to the same question", sources(bad), sources(good))
 
 
 def some_say_nothing(responses: Sequence[Response]) -> Iterator[Split]:
     """Yield responses that cannot be judged, for each model that has any."""
     kinds = {
         SILENT: ("have no logprobs", [not each.is_scored for each in responses]),
-        CACHED: ("are older than the question: they come from a cache of responses", from_cache(responses)),
+        CACHED: ("come from a cache of responses", from_cache(responses)),
     }
     for fault, (words, those) in kinds.items():
         for model in dict.fromkeys(each.model for each in compress(responses, those)):
@@ -176,16 +175,22 @@ def is_hit(name: str, value: str) -> bool:
     return bool(re.search(r"\bhit\b|^stale$", value.lower()))
 
 
-def coverage(case: Case) -> str:
-    """Smallest shares of one server that the answers would have shown, in words; empty if questions were asked once."""
+def unseen_servers(case: Case) -> Iterator[str]:
+    """Yield the servers behind the address that the answers would not show, in words; none if asked only once.
+
+    A balancer may send one client to one server, however often it asks.
+    """
     if not case.repeats:
-        return ""
+        return
     shown = share_found(sum(map(len, case.as_base)))
-    return (
-        f"; with {CONFIDENCE:.0%} probability, {len(case.repeats)} answers reach each server that gives "
-        f"{share_reached(len(case.repeats)):.2g} of the answers or more, and show each server without the adapter that "
-        f"gives {shown:.2g} of them or more"
-    )
+    share = f" that gives less than {in_percent(shown)} of the answers" if shown < 1 else " beside right ones"
+    yield f"a server without the adapter{share}; {case.option('repeats')} asks more often"
+    told = [each.told for each in case.evidence.answers.responses]
+    for name, values in servers_seen(told).items():
+        more = ", ..." if len(values) > SHOWN else ""
+        yield f"servers other than those that answered ({name}: {', '.join(values[:SHOWN])}{more})"
+        return
+    yield "how many servers have answered: no header of the answers names them"
 
 
 def servers_seen(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
@@ -203,20 +208,6 @@ def is_server(name: str) -> bool:
     """Whether a header of this name says which server has answered; the header `Server` only names software."""
     words = set(re.split("[-_]", name))
     return name != "server" and bool(words & OF_SERVERS) and not words & OF_TIMES
-
-
-def servers_in_words(case: Case) -> str:
-    """Number of servers that have answered, in words; empty if questions were asked once.
-
-    A balancer may send one client to one server, however often it asks.
-    """
-    if not case.repeats:
-        return ""
-    for name, values in servers_seen([each.told for each in case.evidence.answers.responses]).items():
-        more = ", ..." if len(values) > SHOWN else ""
-        number = "1 server has" if len(values) == 1 else f"{len(values)} servers have"
-        return f"; {number} answered ({name}: {', '.join(values[:SHOWN])}{more})"
-    return "; how many servers have answered is not known, since no header names them"
 
 
 def disagreement_limit(case: Case, usual: float) -> float:

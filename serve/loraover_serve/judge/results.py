@@ -168,11 +168,13 @@ class FurtherCheck:
     verdict: Verdict
     """Verdict on these answers"""
     reason: str
-    """Reason for the verdict, in words"""
+    """Reason for the verdict, in a sentence"""
     fault: str | None
     """The likely fault; None if there is none"""
     noise: LogprobDistance | None = field(default=None, kw_only=True)
     """Noise: distance of the base model's answers on its own keys and values from those without a cache"""
+    not_checked: list[str] = field(default_factory=list, kw_only=True)
+    """Things that these answers do not show, in words"""
 
 
 @dataclass(frozen=True)
@@ -215,21 +217,6 @@ class ChurnAnswers:
     latency_s: tuple[float, float] | None
     """Median and 99th percentile of the seconds that an answer took; None without an answer"""
 
-    @property
-    def words(self) -> str:
-        """The answers in words."""
-        if self.latency_s is None:
-            return f"{self.model}: no answer, and {self.absent} refusals"
-        least = max(self.visible.values(), default=1.0)
-        return (
-            f"{self.model}: {self.wrong} of {self.answers} answers are wrong ({self.share.low:.2g} to "
-            f"{self.share.high:.2g} of them)"
-            + "".join(f", {number} {words}" for words, number in self.owners.items())
-            + f"; a share of {least:.2g} would have been seen"
-            + f"; latency {self.latency_s[0]:.2g} s, 99 % below {self.latency_s[1]:.2g} s"
-            + (f"; {self.absent} times it was not loaded" if self.absent else "")
-        )
-
 
 @dataclass(frozen=True)
 class Churn(FurtherCheck):
@@ -245,3 +232,13 @@ class Churn(FurtherCheck):
     """Number of requests that failed"""
     models: list[ChurnAnswers] = field(default_factory=list)
     """Answers of each model"""
+
+
+def listed(things: Sequence[str], title: str = "not checked") -> list[str]:
+    """Lines of a list that stands below a verdict; none if the list is empty.
+
+    Args:
+        things: Lines of the list.
+        title: Words above it.
+    """
+    return [f"{title}:", *(f"- {each}" for each in things)] if things else []

@@ -15,28 +15,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from loraover_serve.judge.case import Case, flag, split_base
-from loraover_serve.judge.estimates import Interval, share_found
+from loraover_serve.judge.estimates import Interval, in_percent, share_found
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.fleet import (
     Split,
-    coverage,
-    servers_in_words,
     servers_seen,
     some_are_base,
     some_disagree,
     some_say_nothing,
     sources,
+    unseen_servers,
 )
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
-    CERTAIN,
     ENOUGH_PROMPTS,
-    EXCESS,
     FEW_AS_BASE,
     FEW_PROMPTS,
     FLOOR,
@@ -51,6 +48,7 @@ from loraover_serve.judge.names import (
     BASE_OR_TEMPLATE,
     CHANGED,
     CHANGED_BY_OTHER,
+    COARSE_CACHE,
     DECODED,
     ENDS_EARLY,
     LEAKS,
@@ -72,11 +70,12 @@ class RuleFinding(NamedTuple):
     """Finding of a rule.
 
     Args:
-        reason: The reason, in words.
+        reason: The reason, in a sentence.
         fault: Name of the fault; None if it has none.
         suspects: Faults that were compared, the nearest first.
         split: Answers of which some are wrong; None if no rule found any.
         explains_base: Whether the fault explains the base model's distance from PyTorch.
+        not_checked: Things that this rule did not find out, in words.
     """
 
     verdict: Verdict
@@ -85,6 +84,11 @@ class RuleFinding(NamedTuple):
     suspects: Sequence[Suspect] = ()
     split: Split | None = None
     explains_base: bool = False
+    not_checked: Sequence[str] = ()
+
+    def with_unchecked(self, *things: str) -> RuleFinding:
+        """The finding, with more things that were not found out."""
+        return self._replace(not_checked=[*self.not_checked, *things])
 
 
 def judge(
@@ -105,17 +109,20 @@ def judge(
     if is_quick:
         found = quick(case)
         if evidence.models.weights is not None:  # the first of several bases is in use
-            found = found._replace(reason=f"{found.reason}; which weights the server has was not found out")
+            found = found.with_unchecked("which weights the server has")
         return _told(found, evidence) | {"weights": None}
     found = _named_by_chats(
         next(finding for rule in RULES if (finding := rule(case)) is not None), evidence.answers.chats
     )
     failure = left_out(option) if evidence.answers.without_mixed else evidence.answers.mixed_failure
-    note = "" if failure is None else f"; mixed batches were not compared: {failure}"
-    served = evidence.models.weights
-    note += "" if served is None else f"; compared on the weights of {served}"
+    if failure is not None:
+        found = found.with_unchecked(f"requests for both models at the same time: {failure}")
+    if found.verdict != "differs":
+        found = found.with_unchecked(*_unseen(case))
+    if evidence.models.weights is not None:
+        found = found._replace(reason=f"{found.reason}; compared on the weights of {evidence.models.weights}")
     template = evidence.answers.template
-    found = _with_template(found._replace(reason=found.reason + note), template, option)
+    found = _with_template(found, template, option)
     return _told(found, evidence) | {
         "strength": case.strength if math.isfinite(case.strength.half) and case.effect > 0 else None,
         "allowed_strength": case.allowed,
@@ -139,7 +146,8 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     few = [each.counted for each in some_say_nothing(evidence.answers.responses) if each.fault != found.fault]
     return {
         "verdict": found.verdict,
-        "reason": "; ".join([found.reason, *few]),
+        "reason": found.reason,
+        "not_checked": [*found.not_checked, *few],
         "fault": found.fault,
         "compared": evidence.compared,
         "replicas": None if found.split is None else found.split.shown(),
@@ -148,14 +156,23 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _unseen(case: Case) -> Iterator[str]:
+    """Yield what the answers cannot show, in words."""
+    if case.greedy is None:
+        yield "generated texts: the server does not tell which tokens it generates"
+    if case.is_one_model:
+        yield ONE_MODEL
+    yield from unseen_servers(case)
+
+
 def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> RuleFinding:
     """Finding of a rule, with the chat template as the fault if the server reads most chats as other tokens."""
     others = [each for each in chats or () if not each.is_same]
     if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
         return found
     reason = (
-        f"{TEMPLATE}: the server reads {others[0].read} tokens in a chat where PyTorch reads {others[0].expected} "
-        f"different ones; this is so in {len(others)} of {len(chats or ())} chats ({found.reason})"
+        f"{TEMPLATE}: in {len(others)} of {len(chats or ())} chats the server reads other tokens than PyTorch, such as "
+        f"{others[0].read} in place of {others[0].expected} different ones"
     )
     return found._replace(reason=reason, fault=TEMPLATE)
 
@@ -164,18 +181,26 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
     """Finding of a rule, with the server's chat template in its reason, or as the fault if it has no other."""
     if template is None:
         return found
-    if not template.is_other and (not template.is_unclear or found.verdict != "as trained"):
-        return found._replace(reason=f"{found.reason}; {template.words}")
+    found = found.with_unchecked(*template.unseen)
+    if template.is_unclear and found.verdict != "as trained":
+        return found.with_unchecked(template.words)
+    if not template.is_other and not template.is_unclear:
+        return found
     if found.verdict == "differs":
         return found._replace(reason=f"{found.reason}; besides, {TEMPLATE}: {template.words}")
+    if found.verdict != "as trained":
+        found = found.with_unchecked(f"the adapter: {found.reason}")
     alone = (
         f"answers to prompts that no template touches are {found.verdict}: judge them alone with "
-        f"{option('without_template')}; {found.reason}"
+        f"{option('without_template')}"
     )
     if template.is_unclear:
         return found._replace(verdict="inconclusive", reason=f"{template.words}; {alone}")
     return found._replace(verdict="differs", reason=f"{TEMPLATE}: {template.words}; {alone}", fault=TEMPLATE)
 
+
+ONE_MODEL = "how exactly the server computes: it has one model under both names"
+"""Thing that a server without a base model does not show."""
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)
 """Faults of the base model that can also be prompts that the server changed."""
@@ -186,10 +211,7 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
     found = find_base_fault(case)
     if found is None:
         return None
-    reason = (
-        f"{found.fault}: {found.detail}; that explains {found.share:.0%} of the base model's distance from "
-        f"PyTorch's ({case.noise.rms:.2g} nats)"
-    )
+    reason = f"{found.fault}: {found.detail}, which explains {in_percent(found.share)} of the base model's error"
     return RuleFinding("differs", reason, found.fault, explains_base=True)
 
 
@@ -199,21 +221,18 @@ def base_is_another(case: Case) -> RuleFinding | None:
         return None
     if case.has_other_weights:
         return RuleFinding("inconclusive", _of_other_weights(case))
-    far = f"off by {case.noise.rms:.2g} nats"
-    much = "more than weights rounded to 4 bits would be"
+    far = "further off than weights rounded to 4 bits would be"
     if case.is_one_model:
-        return _nearest(case, f"{far}, {much}")
-    is_chat = case.evidence.answers.chats is not None
-    what = "another base model, or reads chats in another template" if is_chat else "another base model"
-    reason = f"the base model is {far} without an adapter, {much}: the engine serves {what}"
-    return RuleFinding("differs", reason, BASE_OR_TEMPLATE if is_chat else OTHER_BASE)
+        return _nearest(case, f"the answers are {far}")
+    fault = OTHER_BASE if case.evidence.answers.chats is None else BASE_OR_TEMPLATE
+    return RuleFinding("differs", f"{fault}: even without the adapter, the answers are {far}", fault)
 
 
 def _of_other_weights(case: Case) -> str:
     """Reason why a server cannot be judged by a reference on quantised weights that it does not have."""
     return (
-        f"the base model is off by {case.noise.rms:.2g} nats: the server has other weights than the recorded ones "
-        f"({case.evidence.models.weights}); record it on those that it has, with --base-weights"
+        f"the server has other weights than the recorded ones ({case.evidence.models.weights}); record the adapter on "
+        "those that it has, with --base-weights"
     )
 
 
@@ -221,10 +240,7 @@ def base_is_unlike(case: Case) -> RuleFinding | None:
     """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
     if not case.is_nearer():
         return None
-    reason = (
-        f"the adapter's answers are off by {case.found.rms:.2g} nats, those for the base model by "
-        f"{case.noise.rms:.2g}; requests for the base model are answered by something else"
-    )
+    reason = f"{UNLIKE}: the adapter's answers are right, and those to requests for its base model are far off"
     return RuleFinding("differs", reason, UNLIKE)
 
 
@@ -238,13 +254,10 @@ def adapter_is_beyond(case: Case) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
     found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.models.sensitivity
     if case.effect > 0 and (found.low > high or found.high < low):
-        return _nearest(case, f"the adapter has the strength {found}, and {low:.3g} to {high:.3g} is right")
+        return _nearest(case, f"{found.plainly}, where {in_percent(low, high)} is right")
     if case.is_further():
-        reason = (
-            f"off by {case.found.rms:.2g} nats, where the base model is off by {case.noise.rms:.2g}; "
-            f"noise explains {EXCESS * sensitivity:.2g} times as much"
-        )
-        return _nearest(case, reason)
+        times = case.found.rms / (sensitivity * case.noise.rms + FLOOR)
+        return _nearest(case, f"its answers are {times:.2g} times as far from the right ones as noise explains")
     return None
 
 
@@ -253,23 +266,19 @@ def _nearest(case: Case, found: str) -> RuleFinding:
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
-        reason = (
-            f"{found}; no known fault explains it: the nearest, {nearest.fault} ({nearest.detail}), is off by "
-            f"{nearest.rms:.2g} nats"
-        )
+        reason = f"{found}; no known fault explains it"
         if case.is_one_model:
             reason += (
                 "; the server has one model under both names: it may be another base model, or several adapters may be "
                 f"applied at once; llama-server answers for each alone with {case.option('protocol')} llama-server"
             )
         else:
-            reason += "; another adapter may be served; verify can name it if its folder lies beside this one"
+            reason += "; another adapter may be served, which verify can name if its folder lies beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
-    also = f"; within noise it could also be: {'; '.join(others)}" if others else ""
-    left = f"PyTorch with this fault is {nearest.rms:.2g} nats from these answers"
-    reason = f"{nearest.fault}: {nearest.detail}; {found}; {left}{also}"
-    return RuleFinding("differs", reason, nearest.fault, compared)
+    reason = f"{nearest.fault}: {nearest.detail}; {found}"
+    also = [f"other faults that give the same answers within noise: {', '.join(others)}"] if others else []
+    return RuleFinding("differs", reason, nearest.fault, compared, not_checked=also)
 
 
 def some_are_far(case: Case) -> RuleFinding | None:
@@ -278,9 +287,8 @@ def some_are_far(case: Case) -> RuleFinding | None:
     if len(far) < FEW_AS_BASE:
         return None
     reason = (
-        f"the answers to {len(far)} of {case.prompts} prompts are more than {CERTAIN:g} times as far off as the noise "
-        f"of the base model ({case.noise.rms:.2g} nats) explains, and the others are not: some requests do not get "
-        "the adapter as it was trained"
+        f"the answers to {len(far)} of {case.prompts} prompts are wrong, and the others are right: some requests do "
+        "not get the adapter as it was trained"
     )
     return RuleFinding("differs", reason)
 
@@ -293,20 +301,18 @@ def generated_is_wrong(case: Case) -> RuleFinding | None:
     as_base, others = split_base(case.evidence.decoded())
     if len(as_base) >= FEW_AS_BASE:
         clear = len(as_base) + len(others)
-        reason = f"logprobs agree, but {len(as_base)} of {clear} generated tokens have the base model's logprobs"
-        return RuleFinding("differs", reason, DECODED)
+        reason = f"{len(as_base)} of {clear} tokens have the base model's logprobs, though prompts get the adapter"
+        return RuleFinding("differs", f"{DECODED}: {reason}", DECODED)
     if greedy.gap > greedy.allowed:
-        reason = (
-            f"logprobs agree, but a greedy answer has a token that is {greedy.gap:.2g} nats less likely than "
-            f"PyTorch's, where noise explains {greedy.allowed:.2g}: the engine generates other tokens than it scores"
-        )
+        reason = "the engine generates other tokens than its own logprobs make likely"
         if greedy.as_base >= FEW_AS_BASE:
-            return RuleFinding("differs", f"{reason}; in {greedy.as_base} answers they are the base model's", DECODED)
+            whose = f"in {greedy.as_base} answers those of the base model"
+            return RuleFinding("differs", f"{DECODED}: {reason}, {whose}", DECODED)
         return RuleFinding("differs", reason)
     answers = len(case.generated)
     if greedy.early * answers >= min(FEW_AS_BASE, answers):
-        reason = f"logprobs agree, but {greedy.early:.0%} of the answers end before PyTorch's, without an end token"
-        return RuleFinding("differs", reason, ENDS_EARLY)
+        reason = f"{in_percent(greedy.early)} of the generated answers stop before PyTorch's, without an end token"
+        return RuleFinding("differs", f"{ENDS_EARLY}: {reason}", ENDS_EARLY)
     return None
 
 
@@ -316,7 +322,6 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
     vLLM 0.32 on a CPU computes a batch's rows for the base model with the weights of an adapter, if another row asks
     for one, and reports nothing. Batches of two adapters are compared as well, if the server has a second one.
     """
-    limit = math.sqrt(2) * (case.evidence.models.sensitivity * case.noise.rms + FLOOR)  # both have the engine's noise
     subjects = {
         BASE: (LEAKS, "requests for the base model, sent together with requests for the adapter, are"),
         ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
@@ -325,11 +330,9 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
     differences = case.evidence.mixed
     for name, (fault, subject) in subjects.items():
         if name in case.mixed and case.is_apart(differences[name]):
-            found = case.mixed[name]
-            words = f"{found.rms:.2g} nats (at most {found.largest:.2g}) from those sent alone"
             reason = (
-                f"{fault}: {subject} answered {words}, where noise explains {limit:.2g}; requests for one model at a "
-                f"time are answered right: send them so, and judge them alone with {case.option('without_mixed')}"
+                f"{fault}: {subject} answered wrongly; requests for one model at a time are answered right: send them "
+                f"so, and judge them alone with {case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -376,13 +379,20 @@ def strength_is_unclear(case: Case) -> RuleFinding | None:
     """The interval of the strength is wide, or the adapter changes too little to be seen."""
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
         return None
-    reason = (
-        f"the adapter moves logprobs by {case.effect:.2g} nats, and the engine's noise is {case.noise.rms:.2g}; its "
-        f"strength is {case.strength}, and a wrong adapter would pass as well"
-    )
+    reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
         reason += f"; {case.prompts} prompts are few: give {ENOUGH_PROMPTS} or more"
     return RuleFinding("inconclusive", reason)
+
+
+def passes_as_well(case: Case) -> str:
+    """Sentence on an interval of the strength that is wide."""
+    seen, passes = case.strength, "so a wrong adapter would pass as well"
+    if case.effect <= FLOOR:
+        return f"the adapter changes these answers too little to be seen, {passes}"
+    if math.isfinite(seen.half):
+        return f"anything from {in_percent(seen.low, seen.high)} of the adapter may be applied, {passes}"
+    return f"these answers do not show how much of the adapter is applied, {passes}"
 
 
 def is_narrow(found: Interval, allowed: tuple[float, float]) -> bool:
@@ -399,15 +409,15 @@ def format_is_undeclared(case: Case) -> RuleFinding | None:
         if models.coarseness is None or rank(models.coarseness) <= rank(known):
             return None
         reason = (
-            f"the adapter has the strength {case.strength}; the server's base model has the weights of "
-            f"{models.weights}, which are coarser than {known}; if it is to be served in {models.coarseness}, say so "
-            f"with {case.option('served_format')}"
+            f"{case.strength.plainly}, but the server's base model has the weights of {models.weights}, which are "
+            f"coarser than {known}; if it is to be served in {models.coarseness}, say so with "
+            f"{case.option('served_format')}"
         )
         return RuleFinding("inconclusive", reason)
     reason = (
-        f"the adapter has the strength {case.strength}; the base model is off by {case.noise.rms:.2g} nats, as "
-        f"{case.number_format} would be, or another base model; if it is served "
-        f"in {case.number_format}, say so with {case.option('served_format')}"
+        f"{case.strength.plainly}, but the base model answers as if it were rounded to {case.number_format}, or were "
+        f"another model; if it is served in {case.number_format}, say so with {case.option('served_format')} "
+        f"{case.number_format}"
     )
     return RuleFinding("inconclusive", reason)
 
@@ -416,26 +426,22 @@ def mixed_is_missing(case: Case) -> RuleFinding | None:
     """Mixed batches were asked for, and not answered: all else is right."""
     if case.evidence.answers.mixed_failure is None:
         return None
-    reason = f"{as_trained(case).reason}; {case.option('without_mixed')} judges these answers alone"
+    reason = (
+        f"{case.strength.plainly}, but requests for both models at the same time were not answered; "
+        f"{case.option('without_mixed')} judges the other answers alone"
+    )
     return RuleFinding("inconclusive", reason)
 
 
 def as_trained(case: Case) -> RuleFinding:
     """No rule found anything."""
-    coarse = "" if case.number_format == NUMBER_FORMATS[0] else f", as {case.number_format} arithmetic would be"
-    if case.cache_share:
-        coarse = f", of which a KV cache in fp8 explains {case.cache_share:.0%}"
-    hidden = (
-        "; generated answers were not compared, since the engine returns no token ids" if case.greedy is None else ""
-    )
-    if case.is_one_model:
-        hidden += "; the server has one model under both names, so its own noise is not known"
-    reason = (
-        f"the adapter has the strength {case.strength}; off by {case.found.rms:.2g} nats, where it moves "
-        f"logprobs by {case.effect:.2g} and the engine's base model is off by {case.noise.rms:.2g}{coarse}{hidden}"
-        f"{coverage(case)}{servers_in_words(case)}"
-    )
-    return RuleFinding("as trained", reason)
+    return RuleFinding("as trained", all_is_right(case))
+
+
+def all_is_right(case: Case) -> str:
+    """Sentence on a server of which no rule found anything."""
+    coarse = f", with a {COARSE_CACHE}" if case.cache_share else ""
+    return f"{case.strength.plainly}, and nothing else differs{coarse}"
 
 
 RULES: tuple[Callable[[Case], RuleFinding | None], ...] = (
@@ -467,7 +473,11 @@ def quick(case: Case) -> RuleFinding:
     if (silent := some_are_silent(case)) is not None:
         return silent
     clear = len(as_base) + len(others)
-    shown = f"{len(as_base)} of {clear} answers are the base model's"
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
-        return RuleFinding("inconclusive", f"{shown}: too few to tell")
-    return RuleFinding("as trained", f"{shown}; only a full check shows other faults")
+        return RuleFinding(
+            "inconclusive", f"{clear} answers would show whether the adapter is applied: too few to tell"
+        )
+    shown = f"the adapter is applied: {len(as_base)} of {clear} answers are the base model's"
+    return RuleFinding(
+        "as trained", shown, not_checked=["other faults than a missing adapter: a full check shows them"]
+    )

@@ -152,11 +152,13 @@ class TemplateReading(NamedTuple):
         words: What was found, in words.
         is_other: Whether the template differs; if it does not, the words may say what was not compared.
         is_unclear: Whether the template may differ.
+        unseen: Things that were not found out, in words.
     """
 
     words: str
     is_other: bool = False
     is_unclear: bool = False
+    unseen: Sequence[str] = ()
 
 
 class _Told(NamedTuple):
@@ -250,7 +252,8 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     told = _tell(endpoint, model, conversations.found)
     known = [_Compared(*pair) for pair in zip(conversations.found, told, strict=True) if not pair[1].refusal]
     if not known:
-        return TemplateReading(f"the chat template was not compared: {told[0].refusal}")
+        why = told[0].refusal
+        return TemplateReading(f"the chat template was not compared: {why}", unseen=[f"the chat template: {why}"])
     others = [each for each in known if not each.is_same]
     without_tools = [each for each in others if _leaves_tools_out(each, known)]
     faults = [each for each in others if not each.asked.tools] or without_tools
@@ -273,13 +276,18 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
         else "the tokens of the recorded template"
     )
     words += ", but for the date that it prints" if any(each.asked.date for each in known) else ""
+    unseen = ["the tokens of chats: the server returns only their number"] if is_counted else []
     if others:
         difference = others[0].words(endpoint, conversations.pieces)
         words += f"; tools are rendered differently or left out, as some engines do: {difference}"
+        unseen.append(
+            f"whether chats with tools are right: some engines render them differently, and here the {difference}"
+        )
     refusal = next((one.refusal for one in told if one.refusal), None)
     if refusal is not None:
         words += f"; {len(told) - len(known)} of the chats were not compared: {refusal}"
-    return TemplateReading(words)
+        unseen.append(f"{len(told) - len(known)} of the chats: {refusal}")
+    return TemplateReading(words, unseen=unseen)
 
 
 def _leaves_tools_out(each: _Compared, known: Sequence[_Compared]) -> bool:

@@ -97,11 +97,11 @@ class RolloutJudge:
         """Withhold *as trained* if the learned noise is larger than rounding makes it, since a fault may cause it."""
         if self.given_noise is not None or found.verdict != "as trained" or found.noise <= MOST_LEARNED:
             return found
-        doubt = (
-            f"the noise of {found.noise:.2g} nats that was learned is more than rounding to bfloat16 makes, and "
-            "another base model, template or temperature can hide in it: give the noise if you know it"
+        reason = (
+            "the adapter is applied, but the noise that was learned is more than rounding to bfloat16 makes, so "
+            "another base model, template or temperature can hide in it; give the noise if you know it"
         )
-        return replace(found, verdict="applied, scale not known yet", reason=f"{found.reason}; {doubt}")
+        return replace(found, verdict="applied, scale not known yet", reason=reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed loop needs, as plain JSON."""

@@ -24,7 +24,7 @@ class JudgedStep(StrictModel):
     step: int = Field(description="Number of the step")
     verdict: RolloutVerdict | None = Field(description="Verdict; null if nothing can be judged, for the reason given")
     fault: str | None = Field(description="Name of the likeliest fault; null if there is none, or none explains it")
-    reason: str = Field(description="Reason in words, with what is not excluded yet")
+    reason: str = Field(description="Reason, in a sentence")
     strength: Interval | None = Field(description="Strength of the adapter in the engine's logprobs")
     allowed: tuple[float, float] | None = Field(description="Strengths that a right engine can have")
     effect: float = Field(description="RMS change of the sampled tokens' logprobs by the adapter, in nats")

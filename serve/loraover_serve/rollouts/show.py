@@ -15,9 +15,10 @@ from loraover.reporting.palette import terminal_color, tone_of
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, short
 from loraover.reporting.table import Column, Table
-from loraover_serve.judge.results import Suspect
+from loraover_serve.judge.results import Suspect, listed
 from loraover_serve.rollouts.report import JudgedStep, RolloutReport, Span
 from loraover_serve.rollouts.request import RolloutFileRequest
+from loraover_serve.rollouts.verdict import NOT_EXCLUDED
 
 TEMPLATE = "rollouts.html.j2"
 SHOWN = 20
@@ -39,6 +40,8 @@ def show_report(report: RolloutReport, request: RolloutFileRequest, console: Con
     console.print(spans_table(spans[-SHOWN:]))
     print_line(console, f"{report.word}: {sentence_of(report)}", terminal_color(report.word))
     print_line(console, f"  {report.decisive.reason}")
+    for line in listed(report.decisive.not_excluded, NOT_EXCLUDED):
+        print_line(console, f"  {line}")
     if request.output is not None:
         print_line(console, f"wrote {request.output}")
 
@@ -111,6 +114,7 @@ def to_page(report: RolloutReport) -> Page:
         drawn=drawn,
         left_out=len(report.steps) - len(steps),
         decisive=decisive,
+        not_excluded=NOT_EXCLUDED,
         last=report.steps[-1],
         table=spans_table(report.spans),
         suspects=_suspects_table(decisive.suspects),

@@ -378,7 +378,7 @@ class VerifyRollouts(TrainerCallback):
         is_bad = "differs" in (finding.verdict, None if before is None else before.verdict)
         if self.trainer.accelerator.is_main_process:
             level = logging.WARNING if is_bad else logging.INFO
-            logger.log(level, "step %d: rollouts: %s: %s", step, finding.verdict or "no verdict", finding.reason)
+            logger.log(level, "step %d: rollouts: %s: %s", step, finding.verdict or "no verdict", finding.in_a_line)
 
     def remedy(self, finding: Finding) -> str:
         """Return what to do about a fault."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, Unpack
 
 from loraover.common.errors import printable
-from loraover_serve.judge.estimates import Interval, share_found
-from loraover_serve.judge.limits import CERTAIN, EXACT, EXACT_STRENGTH, EXPLAINED, FEW_AS_BASE
+from loraover_serve.judge.estimates import Interval, in_percent, share_found
+from loraover_serve.judge.limits import EXACT, EXACT_STRENGTH, EXPLAINED, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE, multiplied
 from loraover_serve.judge.results import Suspect
 from loraover_serve.judge.rules import is_narrow
@@ -21,6 +21,9 @@ from loraover_serve.rollouts.case import HALF_WAY, RELIABLE, RolloutCase
 from loraover_serve.rollouts.tokens import STALE_BY, Logprobs, SampledTokens, TokenFacts, read_tokens
 
 RolloutVerdict = Literal["as trained", "applied, scale not known yet", "differs", "too early", "not comparable"]
+
+NOT_EXCLUDED = "not excluded yet"
+"""Title of the list of models and factors that an engine could have."""
 
 MIXED = "some answers are those of: {}"
 """Name of a fault that a part of the rows has."""
@@ -44,7 +47,7 @@ class Finding:
     verdict: RolloutVerdict | None
     """The verdict; None if nothing can be judged, for the reason given"""
     reason: str
-    """The reason in words, with what is not excluded yet"""
+    """The reason, in a sentence; `not_excluded` belongs below it"""
     fault: str | None = None
     """Name of the likeliest fault; None if there is none, or if no known one explains what was found"""
     suspects: Sequence[Suspect] = ()
@@ -75,6 +78,11 @@ class Finding:
     """Share of the rows that have the fault; None if not just some rows have it"""
     visible_share: float = 1.0
     """Smallest share of rows without the adapter that would be seen in 99 of 100 cases"""
+
+    @property
+    def in_a_line(self) -> str:
+        """The reason, and what is not excluded yet."""
+        return self.reason + (f"; {NOT_EXCLUDED}: {', '.join(self.not_excluded)}" if self.not_excluded else "")
 
 
 def judge_rollouts(
@@ -144,10 +152,8 @@ def judge_tokens(tokens: SampledTokens, noise: float | None) -> Finding:
     left = [each.name for each in case.compared if not each.is_excluded] + factors + case.untold()
     if found.verdict == "differs":
         left = [*found.not_excluded]
-    also = f"; not excluded yet: {', '.join(left)}" if left and found.verdict is not None else ""
     return replace(
         found,
-        reason=found.reason + also,
         strength=case.along if math.isfinite(case.along.half) and case.effect else None,
         allowed=case.allowed if case.effect else None,
         effect=case.effect,
@@ -176,8 +182,8 @@ def _some_rows_are_others(case: RolloutCase) -> Finding | None:
     fault = INTERMITTENT if name == NOT_APPLIED else MIXED.format(name)
     shown = ", ".join(printable(str(row)) for row in bad[:FEW_AS_BASE]) + (", ..." if len(bad) > FEW_AS_BASE else "")
     reason = (
-        f"{fault}: {len(bad)} rows ({shown}) of {len(bad) + len(good)} at which it is seen have the logprobs of the "
-        f"model *{name}*, and the others those of the right adapter: a part of the batch, or of the replicas"
+        f"{fault}: {len(bad)} of {len(bad) + len(good)} rows ({shown}) have the logprobs of the model *{name}*, and "
+        "the others are right"
     )
     return Finding("differs", reason, fault, share=len(bad) / (len(bad) + len(good)))
 
@@ -187,13 +193,11 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
     nearer = any(each.is_nearer for each in case.compared)
     if not (nearer or case.is_beyond() or case.is_further()):
         return None
-    what = (
-        f"the adapter has the strength {case.along} in what the engine samples, and {case.allowed[0]:.3g} to "
-        f"{case.allowed[1]:.3g} is right; the engine is off by {case.distance:.2g} nats, where the adapter changes "
-        f"{case.effect:.2g}"
-    )
+    what = _applied(case)
     if not (nearer or case.is_beyond()):
-        what += f", more than {CERTAIN:g} times the noise of {case.noise:.2g} where the adapter was zero"
+        what = (
+            f"the engine's logprobs are {case.distance / (case.noise or FLOOR):.2g} times as far off as noise explains"
+        )
     compared = sorted(case.compared, key=lambda each: (not each.explains, each.rms))
     stale = STALE_BY.format("")
     found = [
@@ -208,8 +212,7 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
             is_first = case.fit_from(_model_of(case, found[0].detail), case.fitted).interval.low > HALF_WAY
         found.insert(0 if is_first else 1, fitted)
     if not found or not found[0].explains:
-        also = f": the nearest, {found[0].detail}, is {found[0].rms:.2g} nats away" if found else ""
-        return Finding("differs", f"{what}; no known fault explains it{also}", None, found)
+        return Finding("differs", f"{what}; no known fault explains it", None, found)
     near, model = found[0], _model_of(case, found[0].detail)
     others = [
         each.detail
@@ -222,8 +225,8 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         others += [f"{name} (not computed)" for name in case.factors]
     if near.fault == NOT_APPLIED:
         others += case.twins
-    named = near.fault if near.detail == near.fault else f"{near.fault}: {near.detail}"
-    return Finding("differs", f"{named}; {what}", near.fault, found, not_excluded=others)
+    named = f"{near.fault}: " if near.detail == near.fault else f"{near.fault}: {near.detail}; "
+    return Finding("differs", named + what, near.fault, found, not_excluded=others)
 
 
 def _fitted(case: RolloutCase) -> Suspect:
@@ -246,11 +249,7 @@ def _there_is_no_adapter(case: RolloutCase) -> Finding | None:
     """Rule for an adapter that changes nothing yet: a and b are equal."""
     if case.effect:
         return None
-    reason = (
-        f"the adapter changes nothing yet (B = 0), so that its strength cannot be seen; the engine is off by "
-        f"{case.distance:.2g} nats, which is its noise if its base model, template and temperature are right"
-    )
-    return Finding(None, reason)
+    return Finding(None, "the adapter changes nothing yet (B = 0), so it cannot be seen whether the engine has it")
 
 
 def _it_is_too_early(case: RolloutCase) -> Finding | None:
@@ -258,33 +257,34 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
     base = next(each for each in case.compared if each.name == NOT_APPLIED)
     if base.is_excluded:
         return None
-    reason = f"the adapter changes the sampled tokens by {case.effect:.2g} nats, and noise is {case.noise:.2g}"
     share = base.reliable
     if share <= 0:
-        least = math.sqrt(2) * case.noise
-        return Finding("too early", f"{reason}: tokens can show it from {least:.2g} nats on", needed=None)
+        reason = (
+            "the adapter changes the sampled tokens less than noise does; later steps will show whether it is applied"
+        )
+        return Finding("too early", reason, needed=None)
     if not math.isfinite(case.along.half):
-        return Finding("too early", f"{reason}: with so few prompts, its error is not known", needed=None)
-    needed = math.ceil(len(case.tokens.engine) * max(1.0, (2 * case.along.half / share) ** 2))
-    reason += f": about {needed} tokens like these {len(case.tokens.engine)} would show whether it is applied"
+        reason = "these are too few prompts to see whether the adapter is applied"
+        return Finding("too early", reason, needed=None)
+    tokens = len(case.tokens.engine)
+    needed = math.ceil(tokens * max(1.0, (2 * case.along.half / share) ** 2))
+    reason = f"{tokens} tokens do not show yet whether the adapter is applied; about {needed} like these would"
     return Finding("too early", reason, needed=needed)
 
 
 def _is_applied(case: RolloutCase) -> Finding:
     """The base model is excluded, so the adapter is applied; it is as trained if its strength is known well enough."""
-    what = (
-        f"the adapter has the strength {case.along}, and {case.allowed[0]:.3g} to {case.allowed[1]:.3g} is right; the "
-        f"engine is off by {case.distance:.2g} nats, where the adapter changes {case.effect:.2g}"
-    )
     found = Interval.around(case.along.value, case.bounded(case.along.half, case.fit))
     is_right = found.low <= case.allowed[1] and found.high >= case.allowed[0]
     if is_right and case.reliable_size > RELIABLE and is_narrow(found, case.allowed):
-        coarse = f"; rounding alone may lower the strength to {case.allowed[0]:.3g}" if case.noise > EXACT else ""
-        return Finding("as trained", what + coarse)
-    why = (
-        f"noise of {max(case.noise, case.distance):.2g} nats hides its scale until the change is "
-        f"{max(case.noise, case.distance) * math.sqrt(2 / (1 - RELIABLE)):.2g}"
-        if case.reliable_size <= RELIABLE
-        else "the interval is wide, or lies outside of what is right; more tokens will decide"
-    )
-    return Finding("applied, scale not known yet", f"{what}; {why}")
+        return Finding("as trained", _applied(case))
+    why = "more tokens will decide"
+    if case.reliable_size <= RELIABLE:
+        why = "it changes the sampled tokens too little beside the noise"
+    return Finding("applied, scale not known yet", f"the adapter is applied, but not yet known how strongly: {why}")
+
+
+def _applied(case: RolloutCase) -> str:
+    """How much of the adapter is applied, and how much is right, in a sentence."""
+    right = in_percent(*case.allowed)
+    return f"{case.along.plainly} in what the engine samples, where {right} is right"

@@ -43,7 +43,7 @@ SEALED = "sealed"
 """Name of the digest in a published reference."""
 
 
-WITHOUT_REFERENCE = "without a reference, whether the weights are right was not compared"
+WITHOUT_REFERENCE = "whether the weights are right: `loraover record` writes the reference that this needs"
 
 Part = TypeVar("Part", Caches, Churn)
 
@@ -182,7 +182,8 @@ def ask_without_reference(request: VerifyRequest) -> tuple[dict[str, Any], dict[
         request.named,
     )
     reload = None if request.reload is None else UserCommand(request.reload, request.named("reload"), endpoint.hidden)
-    found: dict[str, Any] = {"engine": name, "verdict": "consistent", "reason": WITHOUT_REFERENCE, "fault": None}
+    found: dict[str, Any] = {"engine": name, "verdict": "consistent", "reason": "", "fault": None}
+    found["not_checked"] = [WITHOUT_REFERENCE]
     if request.caches or reload is not None:
         found = beside(found, "caches", _consistent(ask_warm(asker, reload)))
     if request.churn_s is not None:
@@ -270,7 +271,7 @@ def name_crossed(
             for name, read in search.nearest()[:most]:
                 if _answers_as(find_asker(read(), endpoint, mine.name, options), options):
                     result["fault"] = ANOTHER
-                    result["reason"] = f"{ANOTHER}: answers as {name} was trained ({result['reason']})"
+                    result["reason"] = f"{ANOTHER}: the server answers as {name} was trained"
                     break
 
 

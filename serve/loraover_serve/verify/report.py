@@ -12,12 +12,10 @@ from pydantic import Field
 
 from loraover.common.atomic_output import publish_file
 from loraover.common.strict_json import StrictModel
-from loraover.reporting.html_page import clauses, in_sentences
-from loraover.reporting.svg import short
+from loraover.reporting.html_page import in_sentences
 from loraover_export.known_faults import faults_of, known_faults
 from loraover_serve.judge.estimates import Interval
 from loraover_serve.judge.limits import EXIT_CODES, Verdict
-from loraover_serve.judge.names import STALE_CACHES
 from loraover_serve.judge.results import Caches, Churn, GreedyAgreement, LogprobDistance, MixedBatch, Replicas, Suspect
 from loraover_serve.judge.vectors.reading import VectorFindings
 
@@ -38,7 +36,8 @@ class EngineResult(StrictModel):
         default=(), description="Known faults of that version, by their names in docs/faults.md; they change no verdict"
     )
     verdict: Verdict
-    reason: str = Field(description="Reason for the verdict, in words")
+    reason: str = Field(description="Reason for the verdict, in a sentence for each part that was checked")
+    not_checked: list[str] = Field(default=[], description="Things that the answers do not show, in words")
     fault: str | None = Field(default=None, description="The likely fault; None if none explains the answers")
     compared: Literal["all tokens", "top tokens", "vectors"] | None = Field(
         default=None,
@@ -106,25 +105,8 @@ class EngineResult(StrictModel):
 
     @property
     def plainly(self) -> str:
-        """The verdict in a line: how much of the adapter is applied, and what is wrong; `reason` has the rest."""
-        if self.verdict in ("failed", "inconclusive"):
-            return f"{self.verdict}. {in_sentences(clauses(self.reason)[0])}"
-        found = [] if self.strength is None else [self.strength.plainly]
-        low, high = self.allowed_strength or (0.0, 0.0)
-        warm = self.caches if self.fault in STALE_CACHES else None
-        if warm is None and self.adapter is not None and (self.strength is None or low <= self.strength.value <= high):
-            off = f"off by {short(self.adapter.rms)} nats, where noise explains {short(self.allowed)}"
-            found += [f"answers are {off}"] if self.verdict == "differs" or self.strength is None else []
-        sentences: list[str] = [self.verdict, *([", and ".join(found)] if found else [])]
-        if warm is not None and warm.noise is not None:
-            off = f"off by {short(warm.farthest)} nats, where noise explains {short(warm.noise.rms)}"
-            sentences.append(f"answers on kept keys and values are {off}")
-        if self.verdict == "differs":
-            sentences.append(f"likely fault: {self.fault}" if self.fault else "no known fault explains it")
-        elif self.mixed_failure:
-            sentences.append("mixed batches were not compared")
-        text = in_sentences("; ".join(sentences))
-        return f"{text[:1].lower()}{text[1:]}"
+        """The verdict and its reason, in sentences; `not_checked` belongs below them."""
+        return f"{self.verdict}. {in_sentences(self.reason)}"
 
 
 class VerifyReport(StrictModel):

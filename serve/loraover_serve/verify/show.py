@@ -18,13 +18,13 @@ from loraover.common.atomic_output import publish_directory, publish_file, publi
 from loraover.common.errors import OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Verdict, in_sentences, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, make_page
 from loraover.reporting.palette import terminal_color, tone_of
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover.reporting.table import Column, Table, percent
 from loraover_serve.judge.limits import EXIT_CODES
-from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Suspect
+from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Suspect, listed
 from loraover_serve.verify.by_reference import endpoint_of
 from loraover_serve.verify.report import KEPT_PREFIX, REPORT_FILE, EngineResult, VerifyReport, copy_logs
 from loraover_serve.verify.request import Found, RecordRequest, VerifyRequest
@@ -39,15 +39,15 @@ LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 
 
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
-    """Print one table for all engines, each verdict in a line with its reason below, and the output."""
+    """Print one table for all engines, each verdict in a line, what was not checked below it, and the output."""
     console.print(distances_table(report.engines, report.reference))
     for result in report.engines:
         if result.churn is not None:
             console.print(churn_table(result.churn))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
-        if in_sentences(result.reason) not in result.plainly:
-            print_line(console, f"  {result.reason}")
+        for line in listed(result.not_checked):
+            print_line(console, f"  {line}")
         if result.known_faults:
             known = "; ".join(result.known_faults)
             print_line(console, f"  note: known faults of {result.program} {result.version}: {known} (docs/faults.md)")

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from loraover.common.errors import printable
 from loraover_serve.judge.case import Case, flag, share_along, strength_along
-from loraover_serve.judge.estimates import share_found
+from loraover_serve.judge.estimates import in_percent, share_found
 from loraover_serve.judge.evidence import by_prompt
-from loraover_serve.judge.fleet import coverage, servers_in_words, servers_seen, some_are_base, some_disagree
+from loraover_serve.judge.fleet import servers_seen, some_are_base, some_disagree, unseen_servers
 from loraover_serve.judge.limits import (
     ADAPTER,
     BASE,
@@ -34,7 +34,7 @@ from loraover_serve.judge.limits import (
     NUMBER_FORMATS,
 )
 from loraover_serve.judge.names import CHANGED, CUT, DIMENSION, ENCODING, IN_BASE, LABELS, LEAKS, OTHER_BASE, UNLIKE
-from loraover_serve.judge.rules import RuleFinding, is_narrow, quick
+from loraover_serve.judge.rules import ONE_MODEL, RuleFinding, all_is_right, is_narrow, left_out, passes_as_well, quick
 from loraover_serve.judge.search import suspects
 from loraover_serve.judge.vectors.asking import LABEL_CHARACTERS, VectorAnswers
 from loraover_serve.judge.vectors.reading import LIKE, AnswerReader, find_setting, is_clear
@@ -89,6 +89,10 @@ def judge_vectors(
         return known | _told(quick(case)) | {"vectors": read.findings(case)}
     whole = VectorCase(reference, answers, read.rows, case, find_setting(read, case), served_format)
     found = next(finding for rule in VECTOR_RULES if (finding := rule(whole)) is not None)
+    if not case.mixed and not case.is_one_model:
+        found = found.with_unchecked(f"requests for both models at the same time: {left_out(option)}")
+    if found.verdict != "differs":
+        found = found.with_unchecked(*unseen_servers(case))
     strength = (whole.setting[1] if whole.setting else case).strength
     return (
         known
@@ -104,8 +108,9 @@ def judge_vectors(
 
 
 def _told(found: RuleFinding) -> dict[str, Any]:
-    split = None if found.split is None else found.split.shown()
-    return {"verdict": found.verdict, "reason": found.reason, "fault": found.fault, "replicas": split}
+    split, unseen = None if found.split is None else found.split.shown(), [*found.not_checked]
+    named = {"verdict": found.verdict, "reason": found.reason, "fault": found.fault}
+    return named | {"not_checked": unseen, "replicas": split}
 
 
 def _of_other_names(reference: VectorReference, answers: VectorAnswers) -> RuleFinding | None:
@@ -150,11 +155,7 @@ def _of_another_size(read: AnswerReader) -> RuleFinding | None:
     reason = f"{DIMENSION}: a vector has {size} numbers, expected {right}"
     if case.number_format is None:
         return RuleFinding("differs", f"{reason}; they are not the first {size} of the right vector", DIMENSION)
-    return RuleFinding("differs", f"{reason}; they are its first ones, where {_strength(case)}", DIMENSION)
-
-
-def _strength(case: Case) -> str:
-    return f"the adapter has the strength {case.strength}"
+    return RuleFinding("differs", f"{reason}; they are its first ones, and {case.strength.plainly}", DIMENSION)
 
 
 def numbers_differ(whole: VectorCase) -> RuleFinding | None:
@@ -173,8 +174,8 @@ def setting_is_another(whole: VectorCase) -> RuleFinding | None:
     if whole.setting is None:
         return None
     setting, case = whole.setting
-    left = f"so computed, the answers are {_size(case.noise.rms)} off, where {_size(whole.case.noise.rms)} was found"
-    return RuleFinding("differs", f"{setting.fault}: {setting.detail}; {left}; {_strength(case)}", setting.fault)
+    reason = f"{setting.fault}: {setting.detail}; so computed, {case.strength.plainly}"
+    return RuleFinding("differs", reason, setting.fault)
 
 
 def input_is_cut(whole: VectorCase) -> RuleFinding | None:
@@ -214,13 +215,14 @@ def base_is_wrong(whole: VectorCase) -> RuleFinding | None:
     along = case.evidence.base_changes(case.evidence.adapter)
     way = strength_along(along)
     if abs(way.value - 1) <= LIKE and share_along(along, way) >= EXPLAINED and is_clear(way):
-        reason = f"requests for the base model are answered with {way.value:.2g} times the adapter"
+        reason = f"requests for the base model are answered with {in_percent(way.value)} of the adapter"
         return RuleFinding("differs", f"{IN_BASE}: {reason}", IN_BASE)
-    off = f"the base model's answers are {_size(case.noise.rms)} off"
     if case.number_format is None:
-        return RuleFinding("differs", f"{off}, more than weights rounded to 4 bits would be: {OTHER_BASE}", OTHER_BASE)
+        reason = "even without the adapter, the answers are further off than weights rounded to 4 bits would be"
+        return RuleFinding("differs", f"{OTHER_BASE}: {reason}", OTHER_BASE)
     if case.is_nearer():
-        return RuleFinding("differs", f"{off}, and the adapter's {_size(case.found.rms)}: {UNLIKE}", UNLIKE)
+        reason = "the adapter's answers are right, and those to requests for its base model are far off"
+        return RuleFinding("differs", f"{UNLIKE}: {reason}", UNLIKE)
     return None
 
 
@@ -238,17 +240,16 @@ def adapter_is_wrong(whole: VectorCase) -> RuleFinding | None:
     is_off = case.effect > 0 and (case.strength.low > high or case.strength.high < low)
     if not is_off and not case.is_further():
         return None
-    found = f"{_strength(case)}, and {low:.4g} to {high:.4g} is right"
+    found = f"{case.strength.plainly}, where {in_percent(low, high)} is right"
     if not is_off:
         off, noise = _size(case.found.rms), _size(case.noise.rms)
-        found = f"{_strength(case)}, and its answers are {off} off, where those of the base model are {noise} off"
+        found = f"its answers are {off} off, where those of the base model are {noise} off"
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
-        reason = f"{found}; no known fault explains it: the nearest, {nearest.fault}, is {_size(nearest.rms)} off"
-        return RuleFinding("differs", f"{reason}; another adapter may be served", None, compared)
-    reason = f"{nearest.fault}: {nearest.detail}; {found}; with this fault, {_size(nearest.rms)} would be left"
-    return RuleFinding("differs", reason, nearest.fault, compared)
+        reason = f"{found}; no known fault explains it, so another adapter may be served"
+        return RuleFinding("differs", reason, None, compared)
+    return RuleFinding("differs", f"{nearest.fault}: {nearest.detail}; {found}", nearest.fault, compared)
 
 
 def some_texts_are_far(whole: VectorCase) -> RuleFinding | None:
@@ -266,10 +267,7 @@ def strength_is_wide(whole: VectorCase) -> RuleFinding | None:
     case = whole.case
     if case.effect > FLOOR and is_narrow(case.strength, case.allowed):
         return None
-    reason = (
-        f"the adapter moves answers by {_size(case.effect)} of their size, and the server's noise is "
-        f"{_size(case.noise.rms)}; its strength is {case.strength}, and a wrong adapter would pass as well"
-    )
+    reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
         reason += f"; {case.prompts} texts are few: record {ENOUGH_PROMPTS} or more"
     return RuleFinding("inconclusive", reason)
@@ -281,8 +279,8 @@ def mixed_differ(whole: VectorCase) -> RuleFinding | None:
     for arm, fault in ((BASE, LEAKS), (ADAPTER, CHANGED)):
         if arm in case.mixed and case.is_apart(case.evidence.mixed[arm]):
             reason = (
-                f"{fault}: these answers are {_size(case.mixed[arm].rms)} from those sent alone; requests for one "
-                f"model at a time are answered right: send them so, or judge them with {case.option('without_mixed')}"
+                f"{fault}: these answers differ from those sent alone; requests for one model at a time are answered "
+                f"right: send them so, or judge them with {case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -295,9 +293,9 @@ def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
     if NUMBER_FORMATS.index(found) <= NUMBER_FORMATS.index(whole.served_format):
         return None
     reason = (
-        f"{_strength(case)}; answers are {_size(case.noise.rms)} off, as {found} would be, or another base model, or "
-        f"other inputs, such as behind a prefix; if it is served in {found}, say so with "
-        f"{case.option('served_format')}"
+        f"{case.strength.plainly}, but the base model answers as if it were rounded to {found}, were another model, or "
+        f"read other inputs (such as behind a prefix); if it is served in {found}, say so with "
+        f"{case.option('served_format')} {found}"
     )
     return RuleFinding("inconclusive", reason)
 
@@ -305,14 +303,7 @@ def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
 def vectors_are_right(whole: VectorCase) -> RuleFinding:
     """No rule found anything."""
     case = whole.case
-    noise = f"the base model's are {_size(case.noise.rms)} off"
-    if case.is_one_model:
-        noise = "the server has one model under both names, so its own noise is not known"
-    reason = (
-        f"{_strength(case)}; it moves answers by {_size(case.effect)} of their size, they are {_size(case.found.rms)} "
-        f"off, and {noise}{coverage(case)}{servers_in_words(case)}"
-    )
-    return RuleFinding("as trained", reason)
+    return RuleFinding("as trained", all_is_right(case), not_checked=[ONE_MODEL] if case.is_one_model else [])
 
 
 def _size(distance: float) -> str:
