@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from loraover.models.load import load_model, resolve_model
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve import verify_adapter
 from loraover_serve.comparison import weight_files
-from loraover_serve.comparison.served_weights import open_served_weights
+from loraover_serve.comparison.served_weights import ServedWeights, open_served_weights
 from loraover_serve.judge.limits import PLAIN
 from loraover_serve.judge.names import OTHER_BASE
 from loraover_serve.judge.reference import read_reference
@@ -369,7 +370,33 @@ def test_what_bases_have_in_common_is_held_once(four_bits: FourBits) -> None:
     assert len(content["bases"]) == 2
     assert all("texts" not in each and "chats" not in each for each in content["bases"])
     known = read_reference(four_bits.both)
-    assert known.bases[0].weights_sha256 != known.bases[1].weights_sha256
+    assert known.other_bases == 2
+    digests = [known.on_other(index).weights_sha256 for index in range(2)]
+    assert [known.on_weights(each).weights_sha256 for each in digests] == digests
+    assert known.on_weights(None) is known
+
+
+def test_a_base_of_several_is_recorded_as_it_is_alone(four_bits: FourBits) -> None:
+    """But for the texts of tokens, which are those of all bases."""
+    both, one = (json.loads(gzip.decompress(path.read_bytes())) for path in (four_bits.both, four_bits.one))
+    found = {key: value for key, value in (both | both["bases"][0]).items() if key not in ("bases", "made")}
+    assert found.pop("texts").items() >= one["texts"].items()
+    assert json.dumps(found, sort_keys=True) == json.dumps(
+        {key: value for key, value in one.items() if key not in ("texts", "made")}, sort_keys=True
+    )
+
+
+def test_one_base_is_in_memory_at_a_time(four_bits: FourBits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, made = ServedWeights.put_into, dict[Path, Any]()
+
+    def counted(self: ServedWeights, model: Any) -> None:
+        assert not [where for where, known in made.items() if where != self.where and known() is not None]
+        made[self.where] = weakref.ref(model)
+        put(self, model)
+
+    monkeypatch.setattr(ServedWeights, "put_into", counted)
+    record(four_bits.base, four_bits.adapter, tmp_path, base_weights=[four_bits.base, *four_bits.files])
+    assert len(made) == 3
 
 
 def not_a_model(base: Path, folder: Path) -> Path:
@@ -406,7 +433,20 @@ def with_one_more(base: Path, folder: Path) -> Path:
 
 
 def of_other_shapes(base: Path, folder: Path) -> Path:
-    return save_wide(folder, vocab_size=80)
+    return save_base(folder, hidden_size=64, intermediate_size=96)
+
+
+def of_other_heads(base: Path, folder: Path) -> Path:
+    """Of the same shapes."""
+    shutil.copytree(base, folder)
+    change_config(folder, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    return folder
+
+
+def with_a_tied_head(base: Path, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    change_config(folder, tie_word_embeddings=True)
+    return folder
 
 
 def with_a_group_missing(base: Path, folder: Path) -> Path:
@@ -474,6 +514,8 @@ def broken_gguf(base: Path, folder: Path) -> Path:
         (without_a_matrix, "holds no tensor for model.layers.0.self_attn.q_proj.weight"),
         (with_one_more, "q_proj.bias belongs to no parameter"),
         (of_other_shapes, "has the shape"),
+        (of_other_heads, "has num_attention_heads 8, num_key_value_heads 4, head_dim 8, and the adapter's base"),
+        (with_a_tied_head, "has tie_word_embeddings True, and the adapter's base model has tie_word_embeddings False"),
         (with_a_group_missing, "do not fit together"),
         (with_a_list_for_a_method, "which is not read here"),
         (without_scales, "do not fit together"),

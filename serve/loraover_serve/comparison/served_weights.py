@@ -151,17 +151,19 @@ def open_served_weights(where: Path) -> Iterator[ServedWeights]:
         yield ServedWeights(where, file.format, file)
 
 
-def check_different(several: Sequence[ServedWeights]) -> None:
-    """Check that no weights are given twice, by the SHA-256 of each.
+def check_different(several: Sequence[Path]) -> None:
+    """Check that weights can be opened, and that none are given twice, by the SHA-256 of each.
 
     Raises:
         ConfigError: Two have one SHA-256, or one cannot be read.
     """
     known: dict[str, Path] = {}
-    for each in several:
-        if each.sha256 in known:
-            raise ConfigError(f"{each.where} and {known[each.sha256]} hold the same weights; name them once.")
-        known[each.sha256] = each.where
+    for where in several:
+        with open_served_weights(where) as weights:
+            sha256 = weights.sha256
+        if sha256 in known:
+            raise ConfigError(f"{where} and {known[sha256]} hold the same weights; name them once.")
+        known[sha256] = where
 
 
 @contextmanager

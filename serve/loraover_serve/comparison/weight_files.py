@@ -18,7 +18,7 @@ from loraover.adapters.base_weights import is_conv1d, open_files, stored_keys
 from loraover.checkpoint.tensor_file import FLOATS, INTEGERS, TensorFile
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.extras import install
-from loraover.models.load import resolve_model
+from loraover.models.load import load_config, resolve_model
 from loraover_export.merged.gguf import GgufRows, GgufWeights, is_gguf
 from loraover_export.merged.matrices import StoredMatrix
 from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK
@@ -111,6 +111,20 @@ STORED = FLOATS | INTEGERS | {"U32": "uint32", "F8_E4M3": "float8_e4m3fn"}
 """PyTorch's names of data types that folders hold, by those of safetensors."""
 
 
+TIED = "tie_word_embeddings"
+OF_MEANING = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    TIED,
+)
+"""Fields of config.json that decide what tensors mean: other heads, for example, may have the same shapes."""
+
+
 class Folder(WeightFile):
     """A folder of safetensors files, plain or quantised.
 
@@ -148,11 +162,28 @@ class Folder(WeightFile):
         return f"safetensors {max(sizes, key=lambda name: sizes[name])}" if sizes else "safetensors"
 
     def prepare(self, model: nn.Module) -> None:
+        self._check_config(model)
         inner = {key for keys in self._quantised.values() for key in keys}
         names = [key for key in self._files if key not in inner] + [f"{path}.weight" for path in self._quantised]
         self._keys = stored_keys(model, names)
         if self._quantised and any(is_conv1d(module) for module in model.modules()):
             raise ConfigError(f"{self._where}: quantised layers of this model keep their weights transposed; not read.")
+
+    def _check_config(self, model: nn.Module) -> None:
+        """Refuse a folder whose config.json gives the same shapes another meaning than the base model's."""
+        found = load_config(resolve_model(str(self._where))).get_text_config()
+        expected = model.config.get_text_config()  # type: ignore[union-attr,operator]
+        pairs = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in OF_MEANING}
+        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        has_head = HEAD in self._files or HEAD.removesuffix(".weight") in self._quantised
+        if differing.get(TIED) == (False, True) and has_head:  # as some quantisers write it
+            del differing[TIED]
+        if differing:
+            mine, right = (", ".join(f"{name} {pair[k]}" for name, pair in differing.items()) for k in (0, 1))
+            raise ConfigError(
+                f"{self._where}: config.json has {mine}, and the adapter's base model has {right}; name weights of "
+                "this model."
+            )
 
     def read(self, name: str) -> Tensor | None:
         key = self._keys.get(name, name)

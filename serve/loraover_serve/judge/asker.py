@@ -251,11 +251,14 @@ def on_served_weights(asker: Asker) -> Asker:
         EngineError: A server that refuses, or whose answers cannot be read.
     """
     known = asker.models
-    if not isinstance(known, Reference) or not known.bases:
+    if not isinstance(known, Reference) or not known.other_bases:
         return asker
     arm = ADAPTER if asker.is_one_model else BASE
     answers = screened(asker, arm)
-    nearest = min((known, *known.bases), key=lambda each: screened_distance(each, arm, answers))
+    distances = [screened_distance(known.on_other(index), arm, answers) for index in range(known.other_bases)]
+    if min(distances) >= screened_distance(known, arm, answers):
+        return asker
+    nearest = known.on_other(distances.index(min(distances)))
     return Asker(nearest, asker.speaker, asker.names, asker.find_other)
 
 

@@ -155,7 +155,7 @@ def judge_warm(
     why = _undecided(case, cold, (noise, *warm), hits, reloaded, shown)
     if why is not None:
         return replace(shown, verdict="inconclusive", reason=f"the server's KV cache: {why}")
-    reason = f"answers from the server's KV cache, of which {hits} tokens were used, are those without it{after}"
+    reason = f"answers with and without the server's KV cache are the same ({hits} tokens came from it){after}"
     return replace(shown, verdict="as trained", reason=reason)
 
 

@@ -205,7 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command by name; unusable ones end it with exit code 2."""
     parser = argparse.ArgumentParser(description="Check that a server answers as an adapter was trained.")
-    parser.add_argument("reference", type=Path, help="file that loraover record wrote")
+    parser.add_argument(
+        "reference", type=Path, help="file that loraover record wrote; of several bases in it, the server's is found"
+    )
     parser.add_argument("url", help="address of the server, such as http://localhost:8000")
     parser.add_argument("--served-name", help="name of the adapter there (default: that of its folder)")
     parser.add_argument("--base-name", help="name of the base model there (default: as listed)")

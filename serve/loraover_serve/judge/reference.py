@@ -59,7 +59,6 @@ class Reference(Models):
         by_text: Ids of the tokens that alone have a text.
         caches: Long questions with one beginning, whose faults are stale keys and values of it; None if not recorded.
         weights_sha256: SHA-256 of the served weights; None if the base model's own were recorded.
-        bases: The same adapter on other weights of the base model, which a server may have instead.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -102,14 +101,29 @@ class Reference(Models):
         others = content.get("bases", ())
         if len(others) >= MOST_BASES or any(set(each) & set(OF_ALL_BASES) for each in others):
             raise ValueError("its bases cannot be read")
-        self.bases = [Reference({**content, **each, "bases": ()}) for each in others]
-        known = [each.coarseness for each in (self, *self.bases) if each.coarseness is not None]
-        for each in (self, *self.bases):
-            each.finest = min(known, key=NUMBER_FORMATS.index, default=None)
+        self._content, self._others = (content if others else {}), others
+        kinds = [_weights({**content, **each}.get("weights")) for each in (content, *others)]
+        self._digests = [sha256 for _, sha256, _ in kinds[1:]]
+        self.finest = min((kind for *_, kind in kinds if kind), key=NUMBER_FORMATS.index, default=None)
+        for index in range(len(others)):
+            self.on_other(index)  # refuses what cannot be read; all of them together need much memory
+
+    @property
+    def other_bases(self) -> int:
+        """Number of other weights of the base model on which the adapter was recorded, which a server may have."""
+        return len(self._others)
+
+    def on_other(self, index: int) -> Reference:
+        """The same reference on other weights of the base model, which is read anew."""
+        other = Reference({**self._content, **self._others[index], "bases": ()})
+        other.finest = self.finest
+        return other
 
     def on_weights(self, sha256: str | None) -> Reference:
         """The same reference on weights of the base model, if it holds them."""
-        return next((each for each in self.bases if each.weights_sha256 == sha256), self)
+        if sha256 == self.weights_sha256 or sha256 not in self._digests:
+            return self
+        return self.on_other(self._digests.index(sha256))
 
     @staticmethod
     def _model(positions: Sequence[Mapping[str, Any]], arm: str) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import json
@@ -11,7 +12,6 @@ import tempfile
 import time
 import zipapp
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -36,7 +36,7 @@ from loraover.models.load import ModelSource, load_config, load_tokenizer
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, as_served
-from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_served_weights
+from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_if_given
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
@@ -197,15 +197,25 @@ def record_bases(
     request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None = None
 ) -> dict[str, Any]:
     """Contents of the reference on each of the served weights, or on the base model's own; see docs/formats.md."""
-    with ExitStack() as files:
-        opened = [files.enter_context(open_served_weights(where)) for where in request.base_weights]
-        check_different(opened)
-        found = [record(request, adapter, base, earlier, weights) for weights in opened or (None,)]
-    first, *others = found
-    if others:
-        first["texts"] = {key: text for each in found for key, text in each["texts"].items()}
-        first["bases"] = [_beyond(first, each) for each in others]
-    return first
+    check_different(request.base_weights)
+    first, *others = request.base_weights or (None,)
+    content = _record_on(first, request, adapter, base, earlier)
+    beyond = []
+    for where in others:
+        other = _record_on(where, request, adapter, base, earlier)
+        content["texts"] |= other["texts"]
+        beyond.append(_beyond(content, other))
+    return content | ({"bases": beyond} if beyond else {})
+
+
+def _record_on(
+    where: Path | None, request: RecordRequest, adapter: AdapterDir, base: ModelSource, earlier: AdapterDir | None
+) -> dict[str, Any]:
+    """Contents of the reference on weights that are open no longer than this takes, with the models that have them."""
+    with open_if_given(where) as weights:
+        found = record(request, adapter, base, earlier, weights)
+    gc.collect()  # models refer to themselves
+    return found
 
 
 def _beyond(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

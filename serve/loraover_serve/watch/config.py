@@ -198,7 +198,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
             raise ConfigError(f"{file}: has vectors, and caches_every checks generated text; leave it out.")
     elif not adapter.quick:
         most += (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places)
-        most += SCREENED if reference.bases else 0
+        most += SCREENED if reference.other_bases else 0
         most += 0 if adapter.without_template else most_requests(reference.conversations)
     name = adapter.name or reference.adapter_name
     try:
