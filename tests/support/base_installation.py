@@ -33,7 +33,7 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     yield f"loraover export prepare {adapter} --model {base} --cache prepared", 0, "1 prepared"
     verify = f"loraover verify --reference {adapter} --endpoint {address} --base-name base --served-name"
     yield f"{verify} right", 0, "as trained"
-    yield f"{verify} wrong", 1, "served as base"
+    yield f"{verify} wrong", 1, "Served as base"
     yield "loraover doctor --offline", 0, 'pip install ".[torch]"'
     prepare = f"loraover export prepare {adapter} --model {base} --cache other"
     yield f"{prepare} --engine mlx", 2, 'pip install ".[torch]"'
