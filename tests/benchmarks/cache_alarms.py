@@ -35,11 +35,12 @@ NOISES = ("float32", "bf16", "a sixth of the effect", "a third of the effect")
 
 @click.command()
 @click.option("--runs", default=10_000, help="Number of servers of each kind.")
+@click.option("--first", default=0, help="First of their seeds, to draw so many in parts.")
 @click.option("--check", "checks", multiple=True, default=CHECKS, type=click.Choice(CHECKS), help="Kind of the checks.")
 @click.option(
     "--noise", "noises", multiple=True, default=NOISES, type=click.Choice(NOISES), help="Noise of the servers."
 )
-def main(runs: int, checks: Sequence[str], noises: Sequence[str]) -> None:
+def main(runs: int, first: int, checks: Sequence[str], noises: Sequence[str]) -> None:
     """Print the verdicts on right servers."""
     with tempfile.TemporaryDirectory() as scratch:
         long = make_long_case(Path(scratch)).caches
@@ -50,7 +51,7 @@ def main(runs: int, checks: Sequence[str], noises: Sequence[str]) -> None:
     for name, rms in ((name, known[name]) for name in noises):
         for check in checks:
             found = Counter[str]()
-            for seed in range(runs):
+            for seed in range(first, first + runs):
                 server = RightServer(long, rms, random.Random(seed))
                 result = server.churn(ANSWERS) if check == "--churn" else server.caches(with_reload=check == "--reload")
                 found[f"{result.verdict} {result.fault or ''}".strip()] += 1
