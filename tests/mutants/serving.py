@@ -160,8 +160,12 @@ SERVING = (
     ),
     Mutant(
         "verify-weak-adapter-passes",
-        'allowed):\n        return None\n    reason = (\n        f"the adapter moves logprobs',
-        'allowed) or True:\n        return None\n    reason = (\n        f"the adapter moves logprobs',
+        "allowed):\n        return None"
+        "\n    reason = passes_as_well(case)\n    if case.prompts < ENOUGH_PROMPTS:\n"
+        '        reason += f"; {case.prompts} prompts',
+        "allowed) or True:\n        return None"
+        "\n    reason = passes_as_well(case)\n    if case.prompts < ENOUGH_PROMPTS:\n"
+        '        reason += f"; {case.prompts} prompts',
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(
