@@ -220,7 +220,7 @@ def _record_on(
 
 def _beyond(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Contents of another base of a reference that are not those of the first one."""
-    every = {**dict.fromkeys(first.keys() - {"bases"}), **other, "texts": first["texts"]}
+    every = {**dict.fromkeys(first), **other, "texts": first["texts"]}
     own = {key: value for key, value in every.items() if key not in first or first[key] != value}
     return {key: value for key, value in own.items() if key not in (*OF_ALL_BASES, "texts", "made", "digests")}
 
