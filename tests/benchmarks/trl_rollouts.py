@@ -52,7 +52,8 @@ class Run:
         fault: Fault that is planted; empty: none.
         dtype: Number format of the engine.
         steps: Number of optimizer steps.
-        max_staleness: AsyncGRPOTrainer's option; None takes GRPOTrainer.
+        max_staleness: AsyncGRPOTrainer's option; None takes GRPOTrainer. TRL exceeds it by one, which the judge allows
+            where it is not 0.
         rows: Number of rows of a step, all judged; None has COST_ROWS, of which as many are judged as by default.
     """
 
@@ -107,7 +108,8 @@ def run(name: str, engine: type[VllmByHttp], folder: Path) -> list[dict[str, Any
     with pytest.MonkeyPatch.context() as patch, planted(made.fault, engine=engine):
         trainer = async_run(made, engine, patch) if made.is_async else synchronous_run(made, engine)
         trainer.remove_callback(PrinterCallback)
-        return train(trainer, None if made.rows is None else made.rows * (1 + made.is_async))
+        allowed = made.max_staleness + 1 if made.max_staleness else None
+        return train(trainer, None if made.rows is None else made.rows * (1 + made.is_async), allowed)
 
 
 def synchronous_run(made: Run, engine: type[VllmByHttp]) -> Any:
@@ -144,7 +146,7 @@ def async_run(made: Run, engine: type[VllmByHttp], patch: pytest.MonkeyPatch) ->
     )
 
 
-def train(trainer: Any, rows: int | None) -> list[dict[str, Any]]:
+def train(trainer: Any, rows: int | None, max_staleness: int | None) -> list[dict[str, Any]]:
     """Train with the judge, which runs so many rows, and return its finding and TRL's scalar at each step."""
     found: list[dict[str, Any]] = []
 
@@ -173,7 +175,7 @@ def train(trainer: Any, rows: int | None) -> list[dict[str, Any]]:
         def on_step_begin(self, *args: Any, **options: Any) -> None:
             self.ended = time.perf_counter()
 
-    Seen(trainer, rows=rows, merged=False)
+    Seen(trainer, rows=rows, merged=False, max_staleness=max_staleness)
     trainer.train()
     return found
 

@@ -278,6 +278,13 @@ def test_async_grpo_trains_on_samples_of_an_older_adapter_than_it_says(
         assert logged == [0.0] * 4
 
 
+def test_a_staleness_that_is_known_of_is_allowed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = async_trainer(llama, tmp_path, monkeypatch, "", max_steps=4, max_staleness=0)
+    VerifyRollouts(trainer, rows=16, engine_dtype="float32", max_staleness=1)
+    trainer.train()
+    assert verdicts(trainer) == [0.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("fault", "name"), [("", None), ("base", NOT_APPLIED)])
 def test_online_dpo_with_a_server_is_judged_before_the_temperature_as_the_server_tells_logprobs(
     fault: str, name: str | None, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -351,6 +358,8 @@ def test_a_trainer_that_nothing_can_be_judged_in_is_refused(llama: Path, tmp_pat
         for options in ({"every": 0}, {"action": "end"}, {"rows": 1}, {"engine_dtype": "int4"}):
             with pytest.raises(ConfigError, match="expected"):
                 VerifyRollouts(trainer, **options)
+        with pytest.raises(ConfigError, match="max_staleness is for AsyncGRPOTrainer, and not for"):
+            VerifyRollouts(trainer, max_staleness=1)
         trainer.vllm_generation.vllm_client.get_server_info = dict
         with pytest.raises(ConfigError, match=r"does not tell its dtype.*engine_dtype"):
             VerifyRollouts(trainer)

@@ -187,15 +187,20 @@ class Queued(RolloutSource):
 
     Each sample must come from the adapter whose number it has, and this adapter may be at most `max_staleness` versions
     older than the present one.
+
+    Args:
+        trainer: The trainer.
+        max_staleness: Number of versions by which a sample's adapter may be older; None takes the trainer's setting.
     """
 
     needs = ("_metrics", "_lora_sync", "args.max_staleness", "compute_loss", "model_version", "rollout_queue")
     server, local = "vllm_client", ""
     attention = "sdpa"  # the trainer's takes packed rows alone
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, max_staleness: int | None = None) -> None:
         super().__init__(trainer)
         self._samples: dict[bytes, Any] = {}
+        self._max_staleness = trainer.args.max_staleness if max_staleness is None else max_staleness
         compute = trainer.compute_loss
         if trainer.rollout_queue is not None:
             trainer.rollout_queue = _Recorded(trainer.rollout_queue, self._keep)
@@ -227,7 +232,7 @@ class Queued(RolloutSource):
         """The samples whose logprobs a micro-batch has, one after the other."""
         chosen = inputs["token_index"] >= 0
         told, segment = (inputs[name][chosen].cpu().numpy() for name in ("old_log_probs", "segment_id"))
-        oldest = self.trainer.model_version - self.trainer.args.max_staleness
+        oldest = self.trainer.model_version - self._max_staleness
         for index in range(int(segment.max()) + 1 if len(segment) else 0):
             sample = self._samples.pop(_key(told[segment == index]), None)
             if sample is not None:
@@ -270,11 +275,17 @@ SOURCES: Final[dict[str, type[RolloutSource]]] = {
 """Sources by the name of TRL's trainer; they also serve trainers that are derived from it."""
 
 
-def source_of(trainer: Any) -> RolloutSource:
+def source_of(trainer: Any, max_staleness: int | None = None) -> RolloutSource:
     """Return the source of a trainer.
 
+    Args:
+        trainer: The trainer.
+        max_staleness: Number of versions by which a sample's adapter may be older, for AsyncGRPOTrainer; None takes the
+            trainer's setting.
+
     Raises:
-        ConfigError: Another trainer, one without an engine, or a TRL that lacks a private name.
+        ConfigError: Another trainer, one without an engine, a TRL that lacks a private name, or a staleness for a
+            trainer that has none.
     """
     names = [kind.__name__ for kind in type(trainer).__mro__]
     kind = next((SOURCES[name] for name in names if name in SOURCES), None)
@@ -290,6 +301,10 @@ def source_of(trainer: Any) -> RolloutSource:
             f"VerifyRollouts reads private names of TRL {TRL}, and {names[0]} of TRL {version('trl')} lacks "
             f"{', '.join(missing)}; install trl=={TRL}.*, or judge the arrays by RolloutJudge."
         )
+    if kind is Queued:
+        return Queued(trainer, max_staleness)
+    if max_staleness is not None:
+        raise ConfigError(f"VerifyRollouts: max_staleness is for AsyncGRPOTrainer, and not for {names[0]}.")
     return kind(trainer)
 
 

@@ -87,6 +87,8 @@ class VerifyRollouts(TrainerCallback):
             engine's number format is not the trainer's or there is dropout; at least 2.
         engine_dtype: Number format of the engine; None asks it once.
         merged: Whether the engine gets weights with the adapter merged; None means that TRL's settings decide.
+        max_staleness: Number of versions by which AsyncGRPOTrainer's samples may be older than the adapter; None takes
+            its setting. TRL 1.16 exceeds that setting by one.
         judge: The judge; None makes one with its defaults.
 
     Raises:
@@ -123,6 +125,7 @@ class VerifyRollouts(TrainerCallback):
         rows: int | None = None,
         engine_dtype: EngineDtype | None = None,
         merged: bool | None = None,
+        max_staleness: int | None = None,
         judge: RolloutJudge | None = None,
     ) -> None:
         if every < 1 or action not in ("warn", "stop") or (rows is not None and rows < FEWEST_ROWS):
@@ -134,7 +137,7 @@ class VerifyRollouts(TrainerCallback):
             raise ConfigError("VerifyRollouts: the trainer has one already, perhaps by its recipe; leave one out.")
         self.trainer, self.every, self.action, self.most_rows = trainer, every, action, rows
         self.judge = judge or RolloutJudge()
-        self.source = source_of(trainer)
+        self.source = source_of(trainer, max_staleness)
         dtype, is_raw = (engine_dtype, False) if engine_dtype else self._asked()
         if dtype not in DTYPES:
             raise ConfigError(f"VerifyRollouts: the engine's dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
