@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.models.load import load_model, resolve_model
@@ -529,6 +537,42 @@ def test_weights_that_do_not_fit_are_refused(make: Callable[[Path, Path], Path],
     base = save_wide(tmp_path / "base")
     with pytest.raises(LoraOverError, match=words.replace("(", ".")):
         parameters(make(base, tmp_path / "hostile"), base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": None},
+        {"head_dim": 16},
+        {"model_type": None},
+        {"rope_parameters": None, "rope_theta": 10000.0, "torch_dtype": "float16", "rope_scaling": None},
+        {"quantization_config": None, "use_cache": False, "num_key_value_heads": None},
+    ],
+)
+def test_a_config_that_says_the_same_otherwise_is_read(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Qwen2's class has no head_dim, and files may leave out whatever has a default."""
+    sizes = {"hidden_size": 512, "num_attention_heads": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **sizes)).save_pretrained(tmp_path / "base")
+    folder = shutil.copytree(tmp_path / "base", tmp_path / "folder")
+    change_config(folder, **changes)
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in json.loads((folder / "config.json").read_text()).items() if value})
+    )
+    assert parameters(folder, tmp_path / "base")
+
+
+def test_a_config_of_images_is_compared_by_that_of_its_text(tmp_path: Path) -> None:
+    """Conversions of the text model alone may keep the configuration of the whole."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma3TextConfig(vocab_size=64, intermediate_size=32, num_hidden_layers=1, **sizes)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "base")
+    folder, file = shutil.copytree(tmp_path / "base", tmp_path / "folder"), tmp_path / "folder" / "config.json"
+    text = json.loads(file.read_text())
+    for heads, is_read in ((2, True), (1, False)):
+        whole = {"model_type": "gemma3", "text_config": text | {"num_attention_heads": heads}}
+        file.write_text(json.dumps(whole))
+        with nullcontext() if is_read else pytest.raises(ConfigError, match="has num_attention_heads 1"):
+            assert parameters(folder, tmp_path / "base")
 
 
 @pytest.mark.parametrize(("added", "is_read"), [(0.0, True), (1.0, True), (0.5, False)])

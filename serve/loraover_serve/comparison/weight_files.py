@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from loraover.adapters.base_weights import is_conv1d, open_files, stored_keys
 from loraover.checkpoint.tensor_file import FLOATS, INTEGERS, TensorFile
 from loraover.common.errors import ConfigError, LoraOverError
 from loraover.common.extras import install
-from loraover.models.load import load_config, resolve_model
+from loraover.models.load import resolve_model
 from loraover_export.merged.gguf import GgufRows, GgufWeights, is_gguf
 from loraover_export.merged.matrices import StoredMatrix
 from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK
@@ -125,6 +126,16 @@ OF_MEANING = (
 """Fields of config.json that decide what tensors mean: other heads, for example, may have the same shapes."""
 
 
+def meaning_of(config: Any) -> dict[str, Any]:
+    """Fields of a model's configuration by OF_MEANING; heads that it leaves out have the values that models use."""
+    found = {name: getattr(config, name, None) for name in OF_MEANING}
+    heads, size = found["num_attention_heads"], found["hidden_size"]
+    if isinstance(heads, int) and isinstance(size, int):
+        found["num_key_value_heads"] = found["num_key_value_heads"] or heads
+        found["head_dim"] = found["head_dim"] or size // heads
+    return found
+
+
 class Folder(WeightFile):
     """A folder of safetensors files, plain or quantised.
 
@@ -137,7 +148,7 @@ class Folder(WeightFile):
         opened = open_files(resolve_model(str(path)), files, may_be_quantised=True)
         self._where, self.paths = path, [path / name for name in opened.shards]
         self._files = {key: file for file in opened.shards.values() for key in file.keys}
-        self._quantiser = self._find_quantiser(opened.config)
+        self._config, self._quantiser = opened.config, self._find_quantiser(opened.config)
         self._quantised = {} if self._quantiser is None else self._quantiser.modules(self._files)
         self.format = self._format() if self._quantiser is None else self._quantiser.format
         self._keys: dict[str, str] = {}
@@ -161,29 +172,44 @@ class Folder(WeightFile):
             sizes[file.dtype(key)] += file.size(key)
         return f"safetensors {max(sizes, key=lambda name: sizes[name])}" if sizes else "safetensors"
 
-    def prepare(self, model: nn.Module) -> None:
-        self._check_config(model)
+    def _names(self) -> set[str]:
+        """Names of the tensors, each of which may be stored in several parts."""
         inner = {key for keys in self._quantised.values() for key in keys}
-        names = [key for key in self._files if key not in inner] + [f"{path}.weight" for path in self._quantised]
-        self._keys = stored_keys(model, names)
+        return ({*self._files} - inner) | {f"{path}.weight" for path in self._quantised}
+
+    def prepare(self, model: nn.Module) -> None:
+        self._keys = stored_keys(model, self._names())
+        self._check_config(model)
         if self._quantised and any(is_conv1d(module) for module in model.modules()):
             raise ConfigError(f"{self._where}: quantised layers of this model keep their weights transposed; not read.")
 
-    def _check_config(self, model: nn.Module) -> None:
+    def _check_config(self, model: Any) -> None:
         """Refuse a folder whose config.json gives the same shapes another meaning than the base model's."""
-        found = load_config(resolve_model(str(self._where))).get_text_config()
-        expected = model.config.get_text_config()  # type: ignore[union-attr,operator]
-        pairs = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in OF_MEANING}
-        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        has_head = HEAD in self._files or HEAD.removesuffix(".weight") in self._quantised
-        if differing.get(TIED) == (False, True) and has_head:  # as some quantisers write it
-            del differing[TIED]
+        found, expected = self._meaning(model.config), meaning_of(model.config.get_text_config())
+        differing = {name: (found[name], expected[name]) for name in OF_MEANING if found[name] != expected[name]}
+        if differing.get(TIED) == (False, True) and self._keys.get(HEAD, HEAD) in self._names():
+            del differing[TIED]  # some quantisers write the head of a model that ties it
         if differing:
             mine, right = (", ".join(f"{name} {pair[k]}" for name, pair in differing.items()) for k in (0, 1))
             raise ConfigError(
                 f"{self._where}: config.json has {mine}, and the adapter's base model has {right}; name weights of "
                 "this model."
             )
+
+    def _meaning(self, expected: Any) -> dict[str, Any]:
+        """Fields of config.json by OF_MEANING, where the base model's class fills in what the file leaves out."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        content, kind = self._config, expected
+        if content.get("model_type", kind.model_type) != kind.model_type:  # as of a text model and one of images
+            content, kind = content.get("text_config") or content, expected.get_text_config()
+        name = content.get("model_type", kind.model_type)
+        if name != kind.model_type:
+            return dict.fromkeys(OF_MEANING) | {"model_type": name}
+        try:
+            return meaning_of(type(kind).from_dict(copy.deepcopy(dict(content))).get_text_config())
+        except StrictDataclassError as error:
+            raise ConfigError(f"{self._where}: config.json cannot be used: {error}") from error
 
     def read(self, name: str) -> Tensor | None:
         key = self._keys.get(name, name)
@@ -229,9 +255,7 @@ class Folder(WeightFile):
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     def unused(self, names: Collection[str]) -> list[str]:
-        inner = {key for keys in self._quantised.values() for key in keys}
-        held = ({*self._files} - inner) | {f"{path}.weight" for path in self._quantised}
-        left = held - {*self._keys.values()} - {HEAD, *names}
+        left = self._names() - {*self._keys.values()} - {HEAD, *names}
         return sorted(key for key in left if not key.endswith(BUFFERS) and ".experts." not in key)
 
 
