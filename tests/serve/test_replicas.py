@@ -19,7 +19,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import CheckOptions, check
-from loraover_serve.judge.estimates import answers_that_show, in_percent, requests_that_reach
+from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_in_percent
 from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
@@ -191,7 +191,7 @@ def test_servers_that_repeat_ids_of_other_questions_are_no_cache(name: str, refe
 def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     found, _ = checked(fleet(reference, right(reference)), reference)
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
-    share = in_percent(found["visible_share"])
+    share = share_in_percent(found["visible_share"])
     unseen = f"a server without the adapter that gives less than {share} of the answers; --repeats asks more often"
     pods = [f"pod-{index}" for index in range(10)]
     others = f"servers other than those that answered (x-served-by: {', '.join(pods)})"

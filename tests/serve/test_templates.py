@@ -222,6 +222,7 @@ def test_another_template_is_told_beside_another_fault_or_alone(told: dict[str, 
     assert f"; besides, {TEMPLATE}: prompt differs at token 1" in found["reason"]
     alone = checked(reference, Chatting(right(reference), with_template(SYSTEM), "ids"), without_template=True)
     assert (alone["verdict"], alone["template"]) == ("as trained", None)
+    assert "the chat template: the option --without-template leaves it out" in alone["not_checked"]
     doubtful = FromReference(reference, lambda name: RIGHT, noise=1.0)
     unclear = checked(reference, Chatting(doubtful, with_template(SYSTEM), "ids"), served_format="fp32")
     assert unclear["verdict"] == "differs"

@@ -184,6 +184,7 @@ class Asker:
             self.speaker.responses,
             self.chats,
             template,
+            without_template and self.chats is None and bool(self.models.conversations.found),
         )
 
     def quick_answers(self) -> Answers:

@@ -150,6 +150,13 @@ class Case:
         noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
         return log_ratio([max(mine + FLOOR, least * one) for (mine, _), one in zip(pairs, noise, strict=True)], noise)
 
+    @property
+    def times_off(self) -> float:
+        """Ratio of the adapter's distance to what noise explains, by the measure that `is_further` judges."""
+        if self.found.prompts >= FEW_PROMPTS and not self.is_one_model:
+            return math.exp(self.excess.value)
+        return self.found.rms / (self.evidence.models.sensitivity * self.noise.rms + FLOOR)
+
     @cached_property
     def _noise_by_prompt(self) -> dict[int, float]:
         return by_prompt(() if self.is_one_model else self.evidence.off(BASE, self.evidence.base))

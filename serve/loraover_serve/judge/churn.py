@@ -27,7 +27,7 @@ from loraover.client.endpoint import (
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover_serve.judge.asker import Asker
-from loraover_serve.judge.estimates import in_percent, share_found
+from loraover_serve.judge.estimates import share_found, share_in_percent
 from loraover_serve.judge.limits import ADAPTER, BASE, FEW_AS_BASE, OTHER
 from loraover_serve.judge.models import Models
 from loraover_serve.judge.names import SERVER_ENDED
@@ -200,7 +200,7 @@ def judge_churn(
     found = [case.attributed(arm, meanwhile.absent.get(arm, 0)) for arm in names]
     shown = replace(begun, noise=case.noise, failed=len(meanwhile.failures), models=[each.shown for each in found])
     is_moved = meanwhile.is_moved or any(meanwhile.absent.values()) or case.has_loaded(found)
-    shown = replace(shown, not_checked=[*_unseen_in_churn(found, meanwhile, begun.seconds, is_moved=is_moved)])
+    shown = replace(shown, not_checked=[*_unseen_in_churn(case, found, meanwhile, begun.seconds, is_moved=is_moved)])
     if meanwhile.ended is not None:
         reason = f"{SERVER_ENDED}: {meanwhile.ended}"
         return replace(shown, verdict="differs", reason=reason, fault=SERVER_ENDED)
@@ -209,16 +209,16 @@ def judge_churn(
         return replace(shown, verdict="differs", reason=_wrong_in_churn(worst), fault=worst.fault)
     why = _undecided_in_churn(begun, case, found, meanwhile, is_moved=is_moved)
     if why is not None:
-        return replace(shown, reason=f"while adapters came and went: {why}")
-    answers = sum(each.shown.answers for each in found)
-    reason = f"while adapters came and went, all {answers} answers of {len(found)} models were right"
-    return replace(shown, verdict="as trained", reason=reason)
+        return replace(shown, reason=f"answers while adapters come and go: {why}")
+    answers, asked = sum(each.shown.answers for each in found), " and ".join(each.shown.model for each in found)
+    when = "while adapters came and went, " if is_moved else ""
+    return replace(shown, verdict="as trained", reason=f"{when}all {answers} answers of {asked} were right")
 
 
 def _wrong_in_churn(worst: Attributed) -> str:
     """The wrong answers of a model, in a sentence."""
     shown = worst.shown
-    owners = ", ".join(f"{number} {words}" for words, number in shown.owners.items())
+    owners = ", ".join(f"{number} {words}" for words, number in worst.wrong.items())
     return (
         f"{worst.fault}: while adapters came and went, {shown.wrong} of {shown.answers} answers of {shown.model} were "
         f"wrong ({owners})"
@@ -246,7 +246,7 @@ def _undecided_in_churn(
             "nothing showed that an adapter was loaded; let the command load other versions or folders, so that it can "
             "be seen"
         )
-    if any(each.unseen for each in found):
+    if any(each.unseen or not each.shown.answers for each in found):
         return (
             "some wrong answers would not have been seen; ask for longer, or check a server with a finer number format"
         )
@@ -254,18 +254,22 @@ def _undecided_in_churn(
 
 
 def _unseen_in_churn(
-    found: Sequence[Attributed], meanwhile: Meanwhile, seconds: float, *, is_moved: bool
+    case: ChurnCase, found: Sequence[Attributed], meanwhile: Meanwhile, seconds: float, *, is_moved: bool
 ) -> Iterator[str]:
     """Yield what the answers do not show, in words."""
     for each in found:
         least = max((share for share in each.shown.visible.values() if share < 1), default=None)
         if least is not None:
-            yield f"wrong answers of {each.shown.model}, if they are less than {in_percent(least)} of its answers"
-        if each.unseen:
+            yield f"wrong answers of {each.shown.model}, if they are less than {share_in_percent(least)} of its answers"
+        if not each.shown.answers:
+            yield f"answers of {each.shown.model}: none came"
+        elif each.unseen:
             yield f"answers of {each.shown.model} that are {', or '.join(each.unseen)}: too few would show it"
+    if any(case.is_cached):
+        yield f"answers that come from a cache of responses ({sum(case.is_cached)})"
     if meanwhile.failures:
-        yield f"{len(meanwhile.failures)} requests that failed, such as: {meanwhile.failures[0]}"
+        yield f"failed requests ({len(meanwhile.failures)}), such as: {meanwhile.failures[0]}"
     if meanwhile.command_s is not None:
-        yield (f"the time after the command: the command ended after {meanwhile.command_s:.2g} of {seconds:.2g} s")
+        yield f"the time after the command: the command ended after {meanwhile.command_s:.4g} of {seconds:.4g} s"
     if not is_moved:
         yield "changes of adapters: nothing showed that an adapter was loaded meanwhile"

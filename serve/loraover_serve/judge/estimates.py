@@ -74,13 +74,41 @@ class Interval:
     @property
     def plainly(self) -> str:
         """A strength in plain words."""
-        ends = f" ({in_percent(self.low, self.high)})" if math.isfinite(self.half) else ""
-        return f"{in_percent(self.value)} of the adapter is applied{ends}"
+        return self._in_words(1)
+
+    def _in_words(self, digits: int) -> str:
+        ends = f" ({in_percent(self.low, self.high, digits=digits)})" if math.isfinite(self.half) else ""
+        return f"{in_percent(self.value, digits=digits)} of the adapter is applied{ends}"
+
+    def beside(self, allowed: tuple[float, float], where: str = "") -> str:
+        """A strength and the right ones in plain words, with so many digits that they differ where none is right.
+
+        Args:
+            allowed: Smallest and largest right strength.
+            where: Words that follow the strength.
+        """
+        digits = 1
+        while digits < MOST_DIGITS:
+            low, high, least, most = (round(100 * each, digits) for each in (self.low, self.high, *allowed))
+            if high < least or low > most or (self.high >= allowed[0] and self.low <= allowed[1]):
+                break
+            digits += 1
+        return f"{self._in_words(digits)}{where}, where {in_percent(*allowed, digits=digits)} is right"
 
 
-def in_percent(*shares: float) -> str:
-    """A share, or the ends of an interval of shares, in percent."""
-    return " to ".join(f"{round(100 * each, 1) + 0.0:.1f}".removesuffix(".0") for each in shares) + " %"
+MOST_DIGITS = 6
+"""Most decimals of a strength in percent."""
+
+
+def in_percent(*shares: float, digits: int = 1) -> str:
+    """A share, or the ends of an interval of shares, in percent, with so many decimals at most."""
+    shown = (f"{round(100 * each, digits) + 0.0:.{digits}f}".rstrip("0").rstrip(".") for each in shares)
+    return " to ".join(shown) + " %"
+
+
+def share_in_percent(share: float) -> str:
+    """A share of many answers in percent, which is not shown as 0 because it is small."""
+    return f"{100 * share:.3g} %"
 
 
 class Fit(NamedTuple):

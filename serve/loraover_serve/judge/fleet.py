@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraover_serve.judge.case import Case
-from loraover_serve.judge.estimates import in_percent, requests_that_reach, share_found
+from loraover_serve.judge.estimates import requests_that_reach, share_found, share_in_percent
 from loraover_serve.judge.evidence import Change
 from loraover_serve.judge.limits import CERTAIN, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import CACHED, DISAGREE, INTERMITTENT, SILENT
@@ -183,7 +183,7 @@ def unseen_servers(case: Case) -> Iterator[str]:
     if not case.repeats:
         return
     shown = share_found(sum(map(len, case.as_base)))
-    share = f" that gives less than {in_percent(shown)} of the answers" if shown < 1 else " beside right ones"
+    share = f" that gives less than {share_in_percent(shown)} of the answers" if shown < 1 else " beside right ones"
     yield f"a server without the adapter{share}; {case.option('repeats')} asks more often"
     told = [each.told for each in case.evidence.answers.responses]
     for name, values in servers_seen(told).items():

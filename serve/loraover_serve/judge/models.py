@@ -157,6 +157,7 @@ class Answers:
         responses: Every response to a request for logprobs; empty for an engine in this process.
         chats: Chats whose tokens the server gives; None if the prompts are not chats.
         template: Chat template of a server beside the recorded one; None if it was not asked for.
+        without_template: Whether a recorded chat template was not compared at the user's wish.
     """
 
     base: Rows
@@ -170,6 +171,7 @@ class Answers:
     responses: Sequence[Response] = ()
     chats: Sequence[ReadChat] | None = None
     template: TemplateReading | None = None
+    without_template: bool = False
 
 
 class Models(ABC):

@@ -73,12 +73,14 @@ class Attributed(NamedTuple):
         questions: Number of questions with wrong answers.
         fault: Name of the fault; None without wrong answers.
         unseen: Kinds of wrong answers that would not have been seen, in words.
+        wrong: Numbers of wrong answers by the models that gave them, in words.
     """
 
     shown: ChurnAnswers
     questions: int
     fault: str | None
     unseen: Sequence[str]
+    wrong: Mapping[str, int]
 
 
 class ChurnCase:
@@ -199,8 +201,9 @@ class ChurnCase:
         fault = max(faults, key=lambda name: (name != NO_KNOWN_WEIGHTS, faults[name]), default=None)
         if sum(self.is_cached[i] for i in wrong) >= FEW_AS_BASE:
             fault = CACHE_OF_RESPONSES
-        unseen = [owner.words for owner, least in visible.items() if least >= 1] if said else ["any answer"]
-        return Attributed(shown, len({self._said[i].place for i in wrong}), fault, unseen)
+        unseen = [owner.words for owner, least in visible.items() if least >= 1]
+        owners = Counter(owner.words for owner in found if owner.fault is not None)
+        return Attributed(shown, len({self._said[i].place for i in wrong}), fault, unseen, owners)
 
     def _known(self, arm: str) -> Iterator[Owner]:
         """Yield the models that may have given an answer of an arm, except those that answer like its own model."""

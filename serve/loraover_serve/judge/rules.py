@@ -162,6 +162,10 @@ def _unseen(case: Case) -> Iterator[str]:
         yield "generated texts: the server does not tell which tokens it generates"
     if case.is_one_model:
         yield ONE_MODEL
+    if case.mixed and OTHER not in case.mixed:
+        yield "requests for two adapters at the same time: there is no other adapter"
+    if case.evidence.answers.without_template:
+        yield f"the chat template: the option {case.option('without_template')} leaves it out"
     yield from unseen_servers(case)
 
 
@@ -199,8 +203,18 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
     return found._replace(verdict="differs", reason=f"{TEMPLATE}: {template.words}; {alone}", fault=TEMPLATE)
 
 
-ONE_MODEL = "how exactly the server computes: it has one model under both names"
-"""Thing that a server without a base model does not show."""
+ALIKE = "other faults that give the same answers within noise"
+"""Thing that is not known of a fault, with the other faults."""
+
+ONE_MODEL = (
+    "how exactly the server computes, and requests for both models at the same time: it has one model under both names"
+)
+"""Things that a server without a base model does not show."""
+
+FURTHER_THAN_ADAPTED = (
+    "answers to requests for the base model are further off than the adapter's, so another model gives them"
+)
+"""Sentence on a base model that is not that of the adapter, whose answers are nearer to the right ones."""
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)
 """Faults of the base model that can also be prompts that the server changed."""
@@ -240,8 +254,7 @@ def base_is_unlike(case: Case) -> RuleFinding | None:
     """The adapter's answers are nearer to PyTorch's than noise as large as the base model's allows."""
     if not case.is_nearer():
         return None
-    reason = f"{UNLIKE}: the adapter's answers are right, and those to requests for its base model are far off"
-    return RuleFinding("differs", reason, UNLIKE)
+    return RuleFinding("differs", f"{UNLIKE}: {FURTHER_THAN_ADAPTED}", UNLIKE)
 
 
 def adapter_is_intermittent(case: Case) -> RuleFinding | None:
@@ -252,13 +265,15 @@ def adapter_is_intermittent(case: Case) -> RuleFinding | None:
 
 def adapter_is_beyond(case: Case) -> RuleFinding | None:
     """The strength or the distance is not that of a right adapter."""
-    found, (low, high), sensitivity = case.strength, case.allowed, case.evidence.models.sensitivity
+    found, (low, high) = case.strength, case.allowed
     if case.effect > 0 and (found.low > high or found.high < low):
-        return _nearest(case, f"{found.plainly}, where {in_percent(low, high)} is right")
-    if case.is_further():
-        times = case.found.rms / (sensitivity * case.noise.rms + FLOOR)
-        return _nearest(case, f"its answers are {times:.2g} times as far from the right ones as noise explains")
-    return None
+        return _nearest(case, found.beside(case.allowed))
+    return _nearest(case, too_far(case)) if case.is_further() else None
+
+
+def too_far(case: Case) -> str:
+    """Sentence on answers that are further off than noise explains."""
+    return f"its answers are {case.times_off:.2g} times as far from the right ones as noise explains"
 
 
 def _nearest(case: Case, found: str) -> RuleFinding:
@@ -277,7 +292,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     reason = f"{nearest.fault}: {nearest.detail}; {found}"
-    also = [f"other faults that give the same answers within noise: {', '.join(others)}"] if others else []
+    also = [f"{ALIKE}: {', '.join(others)}"] if others else []
     return RuleFinding("differs", reason, nearest.fault, compared, not_checked=also)
 
 
@@ -381,7 +396,7 @@ def strength_is_unclear(case: Case) -> RuleFinding | None:
         return None
     reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
-        reason += f"; {case.prompts} prompts are few: give {ENOUGH_PROMPTS} or more"
+        reason += f"; prompts are few ({case.prompts}): give {ENOUGH_PROMPTS} or more"
     return RuleFinding("inconclusive", reason)
 
 
@@ -474,10 +489,10 @@ def quick(case: Case) -> RuleFinding:
         return silent
     clear = len(as_base) + len(others)
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
-        return RuleFinding(
-            "inconclusive", f"{clear} answers would show whether the adapter is applied: too few to tell"
+        return RuleFinding("inconclusive", f"too few answers show whether the adapter is applied ({clear})")
+    found = RuleFinding("as trained", f"the adapter is applied: {len(others)} of {clear} answers show it")
+    if as_base:
+        found = found.with_unchecked(
+            f"answers of the base model in place of the adapter's: {len(as_base)} of {clear}, which may be chance"
         )
-    shown = f"the adapter is applied: {len(as_base)} of {clear} answers are the base model's"
-    return RuleFinding(
-        "as trained", shown, not_checked=["other faults than a missing adapter: a full check shows them"]
-    )
+    return found.with_unchecked("other faults than a missing adapter: a full check shows them")

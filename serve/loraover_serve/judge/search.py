@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from loraover_serve.judge.case import Case, share_along, strength_along
-from loraover_serve.judge.estimates import Interval
+from loraover_serve.judge.estimates import Interval, in_percent
 from loraover_serve.judge.evidence import Change, apart
 from loraover_serve.judge.limits import ADAPTER, EXACT, EXPLAINED, NUMBER_FORMATS, PLAIN
 from loraover_serve.judge.models import FaultyModel, Model
@@ -177,7 +177,7 @@ def _adapted(case: Case) -> BaseFault | None:
         return None
     if part < NEARLY:
         part = max(part, case.share_of(case.evidence.models.scaled(estimate.value)))
-    detail = f"requests for the base model are answered with {estimate.value:.2g} times the adapter"
+    detail = f"requests for the base model are answered with {in_percent(estimate.value)} of the adapter"
     return BaseFault(IN_BASE, detail, part)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Unpack
 
 from loraover.common.errors import printable
-from loraover_serve.judge.estimates import Interval, in_percent, share_found
+from loraover_serve.judge.estimates import Interval, share_found
 from loraover_serve.judge.limits import EXACT, EXACT_STRENGTH, EXPLAINED, FEW_AS_BASE, FLOOR
 from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, SCALED, STALE, multiplied
 from loraover_serve.judge.results import Suspect
@@ -286,5 +286,4 @@ def _is_applied(case: RolloutCase) -> Finding:
 
 def _applied(case: RolloutCase) -> str:
     """How much of the adapter is applied, and how much is right, in a sentence."""
-    right = in_percent(*case.allowed)
-    return f"{case.along.plainly} in what the engine samples, where {right} is right"
+    return case.along.beside(case.allowed, " in what the engine samples")

@@ -211,6 +211,8 @@ def verify_engine(name: str, setting: Setting, models: TorchModels) -> EngineRes
             engine.answers(models, without_mixed=request.without_mixed),
             faults_known_of(engine.program(name)),
         )
+    if name == ENDPOINT and request.without_template:
+        answers = replace(answers, without_template=answers.chats is None)
     seconds = time.perf_counter() - start
     request.report.line(f"comparing the answers of {name} with PyTorch's")
     found = judge_answers(name, answers, models, request.declared_format)

@@ -25,6 +25,7 @@ from loraover_serve.judge.names import ANOTHER, IN_CHURN, INTERMITTENT, NOT_APPL
 from loraover_serve.judge.own_prompts import OwnPrompts
 from loraover_serve.judge.reference import Reference, read_reference
 from loraover_serve.judge.results import Caches, Churn
+from loraover_serve.judge.rules import ALIKE
 from loraover_serve.judge.user_command import UserCommand
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.verify.request import VerifyRequest
@@ -252,7 +253,7 @@ def name_crossed(
 
     Args:
         adapters: Adapters that the server serves, the checked ones first.
-        found: Results of the checked ones, whose fault, reason and number of requests are changed.
+        found: Results of the checked ones, whose fault, reason, list and number of requests are changed.
         most: Largest number of adapters by whose references the server is checked; None means all that may be it.
     """
     options, searches = _options(request), list[tuple[Named, dict[str, Any], Search]]()
@@ -272,6 +273,7 @@ def name_crossed(
                 if _answers_as(find_asker(read(), endpoint, mine.name, options), options):
                     result["fault"] = ANOTHER
                     result["reason"] = f"{ANOTHER}: the server answers as {name} was trained"
+                    result["not_checked"] = [each for each in result["not_checked"] if not each.startswith(ALIKE)]
                     break
 
 

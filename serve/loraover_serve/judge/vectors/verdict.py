@@ -34,7 +34,17 @@ from loraover_serve.judge.limits import (
     NUMBER_FORMATS,
 )
 from loraover_serve.judge.names import CHANGED, CUT, DIMENSION, ENCODING, IN_BASE, LABELS, LEAKS, OTHER_BASE, UNLIKE
-from loraover_serve.judge.rules import ONE_MODEL, RuleFinding, all_is_right, is_narrow, left_out, passes_as_well, quick
+from loraover_serve.judge.rules import (
+    FURTHER_THAN_ADAPTED,
+    ONE_MODEL,
+    RuleFinding,
+    all_is_right,
+    is_narrow,
+    left_out,
+    passes_as_well,
+    quick,
+    too_far,
+)
 from loraover_serve.judge.search import suspects
 from loraover_serve.judge.vectors.asking import LABEL_CHARACTERS, VectorAnswers
 from loraover_serve.judge.vectors.reading import LIKE, AnswerReader, find_setting, is_clear
@@ -221,8 +231,7 @@ def base_is_wrong(whole: VectorCase) -> RuleFinding | None:
         reason = "even without the adapter, the answers are further off than weights rounded to 4 bits would be"
         return RuleFinding("differs", f"{OTHER_BASE}: {reason}", OTHER_BASE)
     if case.is_nearer():
-        reason = "the adapter's answers are right, and those to requests for its base model are far off"
-        return RuleFinding("differs", f"{UNLIKE}: {reason}", UNLIKE)
+        return RuleFinding("differs", f"{UNLIKE}: {FURTHER_THAN_ADAPTED}", UNLIKE)
     return None
 
 
@@ -240,10 +249,7 @@ def adapter_is_wrong(whole: VectorCase) -> RuleFinding | None:
     is_off = case.effect > 0 and (case.strength.low > high or case.strength.high < low)
     if not is_off and not case.is_further():
         return None
-    found = f"{case.strength.plainly}, where {in_percent(low, high)} is right"
-    if not is_off:
-        off, noise = _size(case.found.rms), _size(case.noise.rms)
-        found = f"its answers are {off} off, where those of the base model are {noise} off"
+    found = case.strength.beside(case.allowed) if is_off else too_far(case)
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
@@ -269,7 +275,7 @@ def strength_is_wide(whole: VectorCase) -> RuleFinding | None:
         return None
     reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
-        reason += f"; {case.prompts} texts are few: record {ENOUGH_PROMPTS} or more"
+        reason += f"; texts are few ({case.prompts}): record {ENOUGH_PROMPTS} or more"
     return RuleFinding("inconclusive", reason)
 
 
@@ -304,10 +310,6 @@ def vectors_are_right(whole: VectorCase) -> RuleFinding:
     """No rule found anything."""
     case = whole.case
     return RuleFinding("as trained", all_is_right(case), not_checked=[ONE_MODEL] if case.is_one_model else [])
-
-
-def _size(distance: float) -> str:
-    return f"{100 * distance / SIZE:.2g} %"
 
 
 VECTOR_RULES: tuple[Callable[[VectorCase], RuleFinding | None], ...] = (
