@@ -19,7 +19,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import UnscoredError
 from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import CheckOptions, check
-from loraover_serve.judge.estimates import answers_that_show, requests_that_reach, share_in_percent
+from loraover_serve.judge.estimates import requests_that_reach, share_found, share_in_percent
 from loraover_serve.judge.evidence import Change, Evidence
 from loraover_serve.judge.fleet import some_are_base, tell_apart
 from loraover_serve.judge.limits import ADAPTER, CERTAIN, FLOOR, REPEATS
@@ -309,4 +309,5 @@ def test_so_many_requests_reach_a_share_and_show_it(share: float) -> None:
     assert requests == math.ceil(math.log(0.01) / math.log(1 - share))
     assert (1 - share) ** requests <= 0.01 < (1 - share) ** (requests - 1)
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "check-a-server.md").read_text()
-    assert f"\n| {100 * share:g} % | {requests} | {answers_that_show(share)} |\n" in page
+    answers = next(number for number in count(1) if share_found(number) <= share)
+    assert f"\n| {100 * share:g} % | {requests} | {answers} |\n" in page

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from loraover_serve.judge.case import allowed_strength
-from loraover_serve.judge.estimates import Interval, answers_that_show, share_found
+from loraover_serve.judge.estimates import Interval, share_found
 from loraover_serve.judge.limits import CERTAIN, EXCESS, FEW_AS_BASE, ROUNDED_STRENGTH
 from loraover_serve.judge.rules import is_narrow
 from loraover_serve.verify.request import RecordRequest
@@ -106,13 +106,10 @@ def test_a_negated_adapter_on_a_fifth_of_the_prompts_is_found(engine: str) -> No
     assert np.mean(served.judged("adapter", draw, 500, 32).differs) >= 0.95
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
-def test_so_many_answers_show_a_share_without_the_adapter(share: float) -> None:
-    """The least number with which chance hides it in at most 1 of 100 runs, by the binomial distribution."""
-    found = answers_that_show(share)
-    enough, fewer = (stats.binom.sf(FEW_AS_BASE - 1, n, share) for n in (found, found - 1))
-    assert fewer < 0.99 <= enough
-    assert share_found(found) <= share < share_found(found - 1)
+@pytest.mark.parametrize("answers", [6, 60, 838])
+def test_so_many_answers_show_a_share_without_the_adapter(answers: int) -> None:
+    """Chance hides it in 1 of 100 runs, by the binomial distribution."""
+    assert stats.binom.sf(FEW_AS_BASE - 1, answers, share_found(answers)) == pytest.approx(0.99, abs=1e-6)
 
 
 @pytest.mark.parametrize("positions", [RecordRequest.new_tokens, POSITIONS])

@@ -288,14 +288,3 @@ def share_interval(found: int, answers: int) -> Interval:
 def requests_that_reach(share: float) -> int:
     """Number of requests that reach a share of the servers at least once in 99 of 100 cases."""
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-share)) if share < 1 else 1
-
-
-def answers_that_show(share: float) -> int:
-    """Number of answers that show a share of answers without the adapter in 99 of 100 cases."""
-    low, high = FEW_AS_BASE, FEW_AS_BASE + 1
-    while share_found(high) > share:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if share_found(middle) <= share else (middle, high)
-    return high
