@@ -182,8 +182,8 @@ SERVING = (
     ),
     Mutant(
         "verify-answers-alike-hide-a-leak",
-        "self._excess_of(halved, least=1.0)",
-        "self._excess_of(halved)",
+        "log_ratio([max(distances[at] + FLOOR, one) for",
+        "log_ratio([distances[at] + FLOOR for",
         Selection("test_judge_prompts.py", "leak_in"),
     ),
     Mutant(

@@ -19,6 +19,8 @@ from loraover.client.endpoint import Endpoint
 from loraover.common.errors import CheckpointError, EngineError
 from loraover_serve import record_adapter, verify_adapter, watch_adapters
 from loraover_serve.judge.command import CheckOptions, check_vectors
+from loraover_serve.judge.limits import ADAPTER
+from loraover_serve.judge.names import CHANGED, LEAKS
 from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
@@ -247,6 +249,22 @@ def test_a_small_effect_beside_noise_is_inconclusive() -> None:
     reference = VectorReference(content | {"rows": content["rows"] | {"adapter": encoded(near)}})
     found = judge_vectors(reference, noisy_answers(reference, np.random.default_rng(2), 4e-3))
     assert found["verdict"] == "inconclusive"
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("numbers", [1, 2, 3])
+def test_answers_of_few_numbers_are_not_called_wrong_in_a_mixed_batch_by_chance(numbers: int) -> None:
+    """An adapter that makes logits 3.4 times as large has twice the noise that its sensitivity of 1.75 explains."""
+    content = drawn_content(numbers=numbers, sensitivity=1.75)
+    larger = encoded(3.4 * rows_of(content, ADAPTER))
+    reference = VectorReference(content | {"rows": content["rows"] | {ADAPTER: larger}})
+    draw = np.random.default_rng(0)
+    drawn = [noisy_answers(reference, draw, 2.5e-5) for _ in range(300)]
+    assert [each for each in drawn if judge_vectors(reference, each)["fault"] in (CHANGED, LEAKS)] == []
+    for right in drawn[:20]:
+        leaked = {**right.mixed[BASE], **{place: right.mixed[ADAPTER][place] for place in range(0, 32, 4)}}
+        found = judge_vectors(reference, replace(right, mixed={**right.mixed, BASE: leaked}))
+        assert found["fault"] == LEAKS, found["reason"]
 
 
 HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {

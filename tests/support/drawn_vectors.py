@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAnswers
 from loraover_serve.judge.vectors.reference import VectorReference
 
@@ -22,12 +24,12 @@ def encoded(rows: Numbers) -> str:
     return base64.b64encode(rows.astype("<f4").tobytes()).decode()
 
 
-def drawn_content(seed: int = 0, **changes: Any) -> dict[str, Any]:
+def drawn_content(seed: int = 0, numbers: int = NUMBERS, **changes: Any) -> dict[str, Any]:
     """Contents of a reference of vectors that are not normalised; `changes` replace fields."""
     draw = np.random.default_rng(seed)
-    base = draw.standard_normal((TEXTS, NUMBERS))
-    adapter = base + EFFECT * draw.standard_normal((TEXTS, NUMBERS))
-    questions = [{"text": f"text {i}", "pair": None, "tokens": 4 + i, "numbers": NUMBERS} for i in range(TEXTS)]
+    base = draw.standard_normal((TEXTS, numbers))
+    adapter = base + EFFECT * draw.standard_normal((TEXTS, numbers))
+    questions = [{"text": f"text {i}", "pair": None, "tokens": 4 + i, "numbers": numbers} for i in range(TEXTS)]
     return {
         "schema_version": 1,
         "kind": "vectors",
@@ -64,10 +66,11 @@ def answered(base: Numbers | None, *adapter: Numbers) -> VectorAnswers:
 
 
 def noisy_answers(reference: VectorReference, draw: np.random.Generator, noise: float) -> VectorAnswers:
-    """Answers of a right server with a relative error of each number."""
+    """Answers of a right server with a relative error of each number, alone and mixed with those of the other model."""
 
     def rows(arm: str) -> Numbers:
         exact = np.array(reference.rows[arm])
         return np.asarray(exact + noise * np.sqrt(np.mean(np.square(exact))) * draw.standard_normal(exact.shape))
 
-    return answered(rows("base"), rows("adapter"))
+    mixed = {arm: {at: VectorAnswer(row.tolist()) for at, row in enumerate(rows(arm))} for arm in (BASE, ADAPTER)}
+    return replace(answered(rows(BASE), rows(ADAPTER)), mixed=mixed)

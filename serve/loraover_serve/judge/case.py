@@ -143,12 +143,11 @@ class Case:
         """Logarithm of the adapter's distance, divided by the base model's distance times the sensitivity."""
         return self._excess_of(self.off)
 
-    def _excess_of(self, off: Sequence[Off], least: float = 0.0) -> Interval:
-        """Excess of answers; each prompt's ratio counts as at least `least`."""
+    def _excess_of(self, off: Sequence[Off]) -> Interval:
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
         noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
-        return log_ratio([max(mine + FLOOR, least * one) for (mine, _), one in zip(pairs, noise, strict=True)], noise)
+        return log_ratio([mine + FLOOR for mine, _ in pairs], noise)
 
     @property
     def times_off(self) -> float:
@@ -161,20 +160,23 @@ class Case:
     def _noise_by_prompt(self) -> dict[int, float]:
         return by_prompt(() if self.is_one_model else self.evidence.off(BASE, self.evidence.base))
 
+    @cached_property
+    def _explained(self) -> dict[int, float]:
+        """Distance that noise explains at each prompt: the base model's there or over all, whichever is larger.
+
+        That of a prompt alone is large where rounding sends a token to another expert, and small by chance where an
+        answer has few numbers.
+        """
+        usual, times = self.noise.rms, self.evidence.models.sensitivity
+        return {prompt: times * max(mine, usual) + FLOOR for prompt, mine in self._noise_by_prompt.items()}
+
     def far(self, off: Sequence[Off]) -> list[int]:
         """Prompts whose answers are CERTAIN times as far off as noise explains, at more than half of their positions.
-
-        The noise of a prompt is the base model's at this prompt or over all prompts, whichever is larger: rounding may
-        send a token to another expert of the model, which moves its logprobs far.
 
         Args:
             off: Differences of the answers.
         """
-        usual = self.noise.rms
-        limits = {
-            prompt: CERTAIN * (self.evidence.models.sensitivity * max(mine, usual) + FLOOR) - FLOOR
-            for prompt, mine in self._noise_by_prompt.items()
-        }
+        limits = {prompt: CERTAIN * noise - FLOOR for prompt, noise in self._explained.items()}
         found = middle_by_prompt(off).items()
         return sorted(prompt for prompt, mine in found if mine > limits.get(prompt, math.inf))
 
@@ -255,20 +257,24 @@ class Case:
             return found.rms > CERTAIN * (self.evidence.models.sensitivity * self.noise.rms + FLOOR)
         return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)
 
-    def is_apart(self, off: Sequence[Off]) -> bool:
-        """Whether answers that were sent together are further from those sent alone than noise explains.
+    def is_apart(self, arm: str) -> bool:
+        """Whether a model's answers that were sent together are further from those sent alone than noise explains.
 
-        Both answers have the engine's noise, so half of the square is taken. In the mean, each prompt counts at least
-        as much as noise, so that prompts with identical answers do not hide the others.
+        Both answers have the engine's noise, so half of the square is taken. Noise is at least what the adapter's
+        answers alone, which earlier rules found right, are off by. In the mean, each prompt counts at least as much as
+        noise, so that prompts with identical answers do not hide the others.
 
         Args:
-            off: Differences of the answers.
+            arm: Name of the model.
         """
-        halved = [each._replace(square=each.square / 2) for each in off]
+        halved = [each._replace(square=each.square / 2) for each in self.evidence.mixed[arm]]
         found = LogprobDistance.of(halved)
         if self.is_one_model or found.prompts < FEW_PROMPTS:
             return found.rms > self.limit
-        return len(self.far(halved)) >= FEW_AS_BASE or self._excess_of(halved, least=1.0).low > math.log(EXCESS)
+        distances, alone = by_prompt(halved), self.found.rms + FLOOR if arm == ADAPTER else FLOOR
+        noise = {prompt: max(one, alone) for prompt, one in self._explained.items() if prompt in distances}
+        excess = log_ratio([max(distances[at] + FLOOR, one) for at, one in noise.items()], [*noise.values()])
+        return len(self.far(halved)) >= FEW_AS_BASE or excess.low > math.log(EXCESS)
 
     def is_nearer(self) -> bool:
         """Whether the base model's answers are further off than the adapter's noise explains."""

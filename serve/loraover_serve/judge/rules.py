@@ -342,9 +342,8 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
         ADAPTER: (CHANGED, "sent together with requests for the base model, they are"),
         OTHER: (CHANGED_BY_OTHER, "sent together with requests for the other adapter, they are"),
     }
-    differences = case.evidence.mixed
     for name, (fault, subject) in subjects.items():
-        if name in case.mixed and case.is_apart(differences[name]):
+        if name in case.mixed and case.is_apart(name):
             reason = (
                 f"{fault}: {subject} answered wrongly; requests for one model at a time are answered right: send them "
                 f"so, and judge them alone with {case.option('without_mixed')}"

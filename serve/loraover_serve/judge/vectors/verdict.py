@@ -283,7 +283,7 @@ def mixed_differ(whole: VectorCase) -> RuleFinding | None:
     """Answers of one model change while the other one is asked as well."""
     case = whole.case
     for arm, fault in ((BASE, LEAKS), (ADAPTER, CHANGED)):
-        if arm in case.mixed and case.is_apart(case.evidence.mixed[arm]):
+        if arm in case.mixed and case.is_apart(arm):
             reason = (
                 f"{fault}: these answers differ from those sent alone; requests for one model at a time are answered "
                 f"right: send them so, or judge them with {case.option('without_mixed')}"
