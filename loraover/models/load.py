@@ -19,7 +19,12 @@ from loraover.sources.fetch import CONFIG_FILES, MODEL_FILES, fetch_address
 from loraover.sources.hub import HubUnreachableError, pinned_commit
 
 _ONE_THREAD = RLock()
-"""Lock held while transformers imports a model's code: a second thread would meet modules that are half imported."""
+"""Lock held while transformers imports a model's code or loads one.
+
+A second thread would meet modules that are half imported. While a model is loaded, transformers 5 also replaces the
+method of its classes that ties weights; of two loads that overlap, the one that ends last leaves the empty method there
+for good, and later models with tied weights keep parts on the meta device.
+"""
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,8 @@ def load_model(
 ) -> Any:
     """Load a base model in eval mode, straight to a device: no second copy of the weights is made on the CPU.
 
+    Several threads may call this function; they load one after the other.
+
     Args:
         source: Place of the model.
         dtype: Data type of the weights: fp32, bf16, fp16 or fp64.
@@ -191,17 +198,18 @@ def load_model(
     if source.is_streamed:
         placed, folder = in_files()
     try:
-        model = getattr(transformers, name).from_pretrained(
-            source.location,
-            revision=source.revision,
-            dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
-            use_safetensors=True,
-            trust_remote_code=False,
-            **({} if num_labels is None else {"num_labels": num_labels}),
-            **({} if attention is None else {"attn_implementation": attention}),
-            **({} if quantization is None else {"quantization_config": _quantised(quantization, dtype)}),
-            **placed,
-        )
+        with _ONE_THREAD:
+            model = getattr(transformers, name).from_pretrained(
+                source.location,
+                revision=source.revision,
+                dtype=getattr(torch, COMPUTE_DTYPES[dtype]),
+                use_safetensors=True,
+                trust_remote_code=False,
+                **({} if num_labels is None else {"num_labels": num_labels}),
+                **({} if attention is None else {"attn_implementation": attention}),
+                **({} if quantization is None else {"quantization_config": _quantised(quantization, dtype)}),
+                **placed,
+            )
         if source.is_streamed:
             read_when_used(model, place, folder)
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

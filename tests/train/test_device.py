@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from loraover.overparam.importance import SCORES, GradientScore
 from support.apple import apple_gpu
 from support.devices import ALL_DEVICES
 from support.machine import with_devices, with_memory
-from support.tiny_models import net_loss, tiny_llama, tiny_net, trainable
+from support.tiny_models import net_loss, tiny_llama, tiny_net, tiny_t5, trainable
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     tiny_llama().save_pretrained(folder)
     return folder
+
+
+def test_models_that_threads_load_at_once_are_whole(tmp_path: Path) -> None:
+    """transformers forgets for good how weights are tied if two of its loads overlap."""
+    tiny_t5().save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        models = [*pool.map(lambda _: load_model(source, task_type="SEQ_2_SEQ_LM"), range(12))]
+    models.append(load_model(source, task_type="SEQ_2_SEQ_LM"))
+    assert not any(parameter.is_meta for model in models for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
