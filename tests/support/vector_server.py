@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
+from loraover.models.load import load_model, resolve_model
+
 from support.http_server import Handler, serving
 from support.tiny_hub import tiny_tokenizer
 from support.tiny_models import fill_b, tiny_bert, tiny_llama
@@ -137,7 +139,7 @@ class Service:
     def model(self, arm: str, factor: float = 1.0) -> Any:
         """The base model, or the adapted one with a factor on every delta_W."""
         if (arm, factor) not in self._models:
-            model = getattr(transformers, CLASSES[self.task]).from_pretrained(self.base)
+            model = load_model(resolve_model(str(self.base)), auto_class=CLASSES[self.task])
             if arm == SHOP:
                 model = PeftModel.from_pretrained(model, str(self.adapter))
                 for name, parameter in model.named_parameters():

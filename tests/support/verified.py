@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from loraover.adapters.prompts import read_prompts
 from loraover.checkpoint.source import read_source
 from loraover.common.reporter import SILENT
-from loraover.models.load import ModelSource, resolve_model
+from loraover.models.load import ModelSource, load_model, resolve_model
 from loraover_serve.comparison.rounding import FORMATS
 from loraover_serve.engines.base import Setting
 from loraover_serve.judge.models import Answers
@@ -225,7 +225,7 @@ class Served:
 
     @staticmethod
     def _load(base: Path, adapter: Path | None) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(base)
+        model = load_model(resolve_model(str(base)))
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
     def __call__(self, body: dict[str, Any]) -> int | bytes:
