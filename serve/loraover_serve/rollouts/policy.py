@@ -225,7 +225,7 @@ class Policy:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
             "use_cache": False,
-            "logits_to_keep": keep + 1,
+            "logits_to_keep": torch.arange(length - keep - 1, length, device=device),  # a number would slice a view
         }
         held = {name: tensor.to(device) for name, tensor in adapter.items()}
         logits = functional_call(self.model, held, (), given).logits[:, -keep - 1 : -1]
@@ -259,6 +259,8 @@ class Policy:
     def _swapped(self, module: nn.Module, layer: Any) -> list[Any]:
         """Hooks that round a module's parameters while it runs, after adding the adapter's delta."""
         dtype, held = self.engine.dtype, list[Mapping[str, Any]]()
+        if type(module) is nn.Embedding and layer is None:  # its answer is rounded in place of its whole table
+            return [module.register_forward_hook(lambda _module, _args, output: output.to(dtype))]
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             held.append(module._parameters)
