@@ -116,6 +116,7 @@ def t5_worst(graphs: T5Graphs, model: Any) -> dict[str, float]:
     return worst
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ["first", "second", None])
 def test_t5_swappable(t5: T5, name: str | None) -> None:
     with t5.model(name) as model:
@@ -133,6 +134,7 @@ def test_t5_merged(t5: T5, tmp_path: Path) -> None:
         assert min(t5_worst(graphs, base).values()) > 1000
 
 
+@pytest.mark.matrix
 def test_t5_files(t5: T5) -> None:
     """Two graphs with their weights, and two files of each adapter."""
     found = {path.name for path in (t5.folder / "swappable").iterdir()}

@@ -85,11 +85,11 @@ def churning(
 
 
 def churned(case: LongCase, url: str) -> Churn:
-    """Ask for as long as some sixty answers take, which depends on what else the machine does."""
+    """Ask for as long as some thirty answers take, which depends on what else the machine does."""
     asker = Asker.of(case.reference, Endpoint(url), "shop")
     start, probe = time.monotonic(), WarmProbe(Asker(case.caches, asker.speaker, asker.names))
     probe.cold("base", probe.places[:3])
-    return ask_in_churn(asker, ChurnRequest(case.caches, max(SECONDS, 30 * (time.monotonic() - start))))
+    return ask_in_churn(asker, ChurnRequest(case.caches, max(SECONDS, 15 * (time.monotonic() - start))))
 
 
 @pytest.mark.parametrize("noise", [0.0, NOISE])

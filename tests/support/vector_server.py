@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -133,20 +134,21 @@ class Service:
     def __init__(self, base: Path, adapter: Path, task: str) -> None:
         self.base, self.adapter, self.task = base, adapter, task
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self._models: dict[Any, Any] = {}
+        self._models, self._lock = dict[Any, Any](), Lock()
         self._kept: dict[Any, Row] = {}
 
     def model(self, arm: str, factor: float = 1.0) -> Any:
         """The base model, or the adapted one with a factor on every delta_W."""
-        if (arm, factor) not in self._models:
-            model = load_model(resolve_model(str(self.base)), auto_class=CLASSES[self.task])
-            if arm == SHOP:
-                model = PeftModel.from_pretrained(model, str(self.adapter))
-                for name, parameter in model.named_parameters():
-                    if "lora_B" in name:
-                        parameter.data.mul_(factor)
-            self._models[arm, factor] = model.eval()
-        return self._models[arm, factor]
+        with self._lock:  # a thread that waits finds the model there
+            if (arm, factor) not in self._models:
+                model = load_model(resolve_model(str(self.base)), auto_class=CLASSES[self.task])
+                if arm == SHOP:
+                    model = PeftModel.from_pretrained(model, str(self.adapter))
+                    for name, parameter in model.named_parameters():
+                        if "lora_B" in name:
+                            parameter.data.mul_(factor)
+                self._models[arm, factor] = model.eval()
+            return self._models[arm, factor]
 
     @torch.inference_mode()
     def rows(self, arm: str, texts: tuple[str, ...], serve: Serve) -> Row:
