@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from loraover_serve import RolloutJudge
 from loraover_serve.judge.names import INTERMITTENT, NOT_APPLIED, STALE
 from loraover_serve.rollouts.policy import EngineNumbers, Policy, Row
 
+from support.plain_adapter import tiny_decoder
+from support.tiny_experts import EXPERT_SIZES
 from support.tiny_hub import save_llama, write_recipe
 from support.tiny_models import fill_b
 from support.train_command import data_file
@@ -239,6 +242,22 @@ def test_logprobs_are_those_of_a_model_in_the_engine_s_number_format(merged: boo
         assert sum(abs(x - y) for x, y in zip(told, expected, strict=True)) / len(told) < 5e-3
     assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
     assert policy.logprobs(rows, policy.copy()) == found[0]
+
+
+@pytest.mark.parametrize(("family", "mixes"), [("Llama", True), ("Qwen2Moe", False)])
+def test_rows_without_the_adapter_are_run_beside_others(family: str, mixes: bool) -> None:
+    """Where each module sees rows; the shared expert of Qwen2-MoE sees tokens of all rows in one list."""
+    sizes = {} if mixes else {"shared_expert_intermediate_size": 48, **EXPERT_SIZES}
+    model = get_peft_model(tiny_decoder(family, **sizes), LoraConfig(target_modules="all-linear", r=4))
+    fill_b(model)
+    rows = [Row(tuple(range(3 + i, 15 + i)), (9, 10 + i), (0.0,) * 2) for i in range(2)]
+    policy = Policy(model, EngineNumbers(torch.float32, False), 1.0, 4)
+    together = policy.logprobs([*rows, *(replace(row, is_base=True) for row in rows)])
+    apart = [policy.logprobs(rows), policy.logprobs(rows, base=True)]
+    assert policy.mixes is mixes
+    assert together[:4] == pytest.approx(apart[0], abs=1e-5)
+    assert (together[4:] == pytest.approx(apart[1], abs=1e-5)) is mixes
+    assert apart[0] != pytest.approx(apart[1], abs=1e-2)
 
 
 @pytest.mark.parametrize("fault", ["", "base"])

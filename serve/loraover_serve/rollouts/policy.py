@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -37,6 +38,7 @@ class Row:
         engine: The engine's logprob of each of these, in nats.
         own: The trainer's logprobs, if it has computed them.
         version: Number of the adapter that should have sampled the row; None means the present one.
+        is_base: Whether to run it without an adapter, beside rows that have one.
     """
 
     ids: tuple[int, ...]
@@ -44,6 +46,7 @@ class Row:
     engine: tuple[float, ...]
     own: tuple[float, ...] | None = None
     version: int | None = None
+    is_base: bool = False
 
     @property
     def prompt(self) -> str:
@@ -126,6 +129,10 @@ class Policy:
             weight = getattr(layer.get_base_layer(), "weight", None)
             if weight is None or not weight.is_floating_point() or any(layer.use_dora.values()):
                 raise ConfigError(f"VerifyRollouts cannot repeat how {path} is merged: it is quantised, or has DoRA.")
+        self.mixes = not engine.merged and all(
+            isinstance(layer, Linear) and not any(layer.use_dora.values()) for layer in self.layers.values()
+        )
+        """Whether rows that are `is_base` can run beside others; false once a module has seen tokens without rows."""
 
     @property
     def adapter_name(self) -> str:
@@ -228,11 +235,30 @@ class Policy:
             "logits_to_keep": torch.arange(length - keep - 1, length, device=device),  # a number would slice a view
         }
         held = {name: tensor.to(device) for name, tensor in adapter.items()}
-        logits = functional_call(self.model, held, (), given).logits[:, -keep - 1 : -1]
+        with self._zeroed(torch.tensor([not row.is_base for row in rows], device=device)):
+            logits = functional_call(self.model, held, (), given).logits[:, -keep - 1 : -1]
         scores = (logits.float() / (temperature or self.temperature)).log_softmax(-1)
         told = scores.gather(-1, ids[:, -keep:, None])[..., 0]
         for row, mine in zip(rows, told.cpu(), strict=True):
             yield from mine[torch.tensor(row.places) - len(row.ids) + keep].tolist()
+
+    @contextmanager
+    def _zeroed(self, has_adapter: Tensor) -> Iterator[None]:
+        """Multiply what B gives by 0 in some rows, while the block runs the model."""
+
+        def hook(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+            if output.ndim < 3 or len(output) != len(has_adapter):  # an expert's tokens, of all rows
+                self.mixes = False
+                return None
+            return output * has_adapter[:, None, None]
+
+        layers = [] if bool(has_adapter.all()) else [*self.layers.values()]
+        hooks = [layer.lora_B[self.adapter_name].register_forward_hook(hook) for layer in layers]
+        try:
+            yield
+        finally:
+            for one in hooks:
+                one.remove()
 
     @contextmanager
     def _as_in_engine(self, base: bool) -> Iterator[None]:

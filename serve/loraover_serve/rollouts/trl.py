@@ -7,7 +7,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -294,11 +294,16 @@ class VerifyRollouts(TrainerCallback):
     def _arrays(self, rows: Sequence[Row]) -> dict[str, list[float]]:
         """Logprobs by the engine, by the policy that should have sampled, and by the base model."""
         engine = [value for row in rows for value in row.engine]
+        own = [value for row in rows for value in row.own or ()]
+        again = not self.policy.is_zero and (self.computes_again or len(own) != len(engine))
+        if again and self.policy.mixes:  # one run of the model in place of two
+            told = self._of_versions([*rows, *(replace(row, is_base=True) for row in rows)])
+            if self.policy.mixes:
+                return {"e": engine, "a": told[: len(engine)], "b": told[len(engine) :]}
         base = self.policy.logprobs(rows, base=True)
         if self.policy.is_zero:
             return {"e": engine, "a": base, "b": base}
-        own = [value for row in rows for value in row.own or ()]
-        if self.computes_again or len(own) != len(engine):
+        if again:
             own = self._of_versions(rows)
         return {"e": engine, "a": own, "b": base}
 
