@@ -19,11 +19,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraover.client.dialects import cached_tokens
-from loraover.client.endpoint import Endpoint, UnansweredError
 from loraover.common.errors import EngineError, printable
+
+if TYPE_CHECKING:
+    from loraover.client.endpoint import Endpoint
 
 DATE_SLACK = 4
 """Tokens by which a date may exceed one and a half times the length of the recorded date, or fall below half of it."""
@@ -427,6 +429,8 @@ def _listed(answer: Mapping[str, Any]) -> _Told:
 
 def _answer(endpoint: Endpoint, path: str, body: dict[str, Any]) -> dict[str, Any] | _Told:
     """The answer to a request, or why there is none."""
+    from loraover.client.endpoint import UnansweredError  # loads http.client, for which --help must not wait
+
     try:
         answer = endpoint.request(path, body)
     except EngineError as error:
