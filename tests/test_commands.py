@@ -79,6 +79,14 @@ def test_a_page_shows_command_lines_that_parse(page: str) -> None:
         parse(line.partition(" #")[0].partition(" > ")[0])
 
 
+def test_commands_for_agents_can_be_parsed() -> None:
+    text = (ROOT / "AGENTS.md").read_text()
+    lines = re.findall(r"`(loraover [^`]*)`", text)
+    assert len(lines) > 7
+    for line in lines:
+        parse(line)
+
+
 def test_every_stage_has_its_commands() -> None:
     assert set(LEAVES) >= {
         *(f"loraover {name}" for name in ("train", "study", "compare", "eval", "inspect", "recipes", "doctor")),

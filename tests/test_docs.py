@@ -157,6 +157,14 @@ def test_the_site_has_a_tab_for_each_stage_and_a_switch_for_the_dark(site: Path)
     assert page.count('name="__palette"') == 3
 
 
+@pytest.mark.process
+def test_the_list_for_programs_has_every_page(site: Path) -> None:
+    listed = re.findall(r"^- \[[^]]+\]\(([^)]*)\)", (site / "llms.txt").read_text(), re.MULTILINE)
+    assert [one for one in listed if not (site / one).exists()] == []
+    named = re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len(named) > 40
+
+
 def test_pages_and_messages_install_from_a_clone() -> None:
     """No package index has a release yet; once one has, `INSTALL` and the pages change together."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
