@@ -390,17 +390,23 @@ def test_a_command_is_ended_with_the_time_and_with_all_that_it_started(tmp_path:
     with pytest.raises(CommandError, match="the time for all requests was over before the command ended;"):
         UserCommand(stubborn, "--reload").run(begun + 1)
     assert time.monotonic() - begun < 15
-    assert not _runs(int(pid.read_text()))
+    assert _ends(int(pid.read_text()))
     with UserCommand(f"sleep 60 & echo $! > {pid}", "--run").beside() as failure:
         while failure() is None:
             time.sleep(0.02)
-    assert not _runs(int(pid.read_text()))
+    assert _ends(int(pid.read_text()))
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process runs, which a dead one does not that nobody has waited for."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+def _ends(pid: int) -> bool:
+    """Whether a killed process ends in some seconds; one that nobody has waited for has ended, too."""
+    state, until = "R", time.monotonic() + 10
+    while state not in "ZX" and time.monotonic() < until:
+        time.sleep(0.02)
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            state = "X"
+    return state in "ZX"
 
 
 def test_a_command_may_write_much_and_its_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,4 +432,4 @@ def test_sigterm_ends_the_command_of_the_checker(long_case: LongCase, tmp_path: 
                 time.sleep(0.05)
             process.terminate()
             assert process.wait(20) == 130
-    assert not _runs(int(pid.read_text()))
+    assert _ends(int(pid.read_text()))
