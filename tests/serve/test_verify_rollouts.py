@@ -155,6 +155,20 @@ def test_several_steps_and_micro_batches_share_what_was_sampled_once(llama: Path
     assert verify.finding.verdict == "as trained"
 
 
+@pytest.mark.parametrize(
+    ("fault", "since", "checked"), [("", 0, [1, 2, 3, 4, 6, 8, 10]), ("half", 6, [*range(1, 5), 6, *range(8, 12)])]
+)
+def test_small_steps_are_checked_less_often_after_the_start(
+    fault: str, since: int, checked: list[int], llama: Path, tmp_path: Path
+) -> None:
+    """Two of 16 rows at each second step are a sixteenth; while a check differs, each step is checked."""
+    with planted(fault, since=since):
+        trainer = online_trainer("GRPO", llama, tmp_path, steps=11)
+        run(trainer, rows=None)
+    found = [line["step"] for line in trainer.state.log_history if "verify/verdict" in line]
+    assert found == checked
+
+
 def test_dropout_of_the_trainer_is_no_fault(llama: Path, tmp_path: Path) -> None:
     lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=4, lora_dropout=0.1)
     with planted():

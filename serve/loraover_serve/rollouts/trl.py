@@ -46,7 +46,10 @@ ALARMS = 2
 
 FEWEST_ROWS = 2
 SHARES = {False: 1 / 16, True: 1 / 32}
-"""Share of the rows that a check runs by default; the key says whether the trainer's logprobs are computed again."""
+"""Share of all rows that checks run by default; the key says whether the trainer's logprobs are computed again."""
+
+FIRST_CHECKS = 4
+"""Number of samplings at the start that are all checked by default, since most faults are there from the start."""
 
 AT_START = "the adapter as this run began"
 RAW = "logprobs before the temperature"
@@ -80,7 +83,9 @@ class VerifyRollouts(TrainerCallback):
 
     Args:
         trainer: The trainer, before `train`.
-        every: Number of times that the engine samples between two checks.
+        every: Number of times that the engine samples between two checks. None checks each of the first four times, and
+            each time after a check that differs; else as often as two rows are the default share of those that are
+            sampled, for 8 rows every fourth time (eighth, where the share is halved). With `rows`, None is 1.
         action: Action after two consecutive checks that differ: "warn" continues training; "stop" saves a checkpoint,
             ends training, and raises ParityError. Both write `failure.json` into `output_dir`.
         rows: Number of rows of each process that are run at a check. None takes a sixteenth, or half as many if the
@@ -119,7 +124,7 @@ class VerifyRollouts(TrainerCallback):
     def __init__(
         self,
         trainer: Any,
-        every: int = 1,
+        every: int | None = None,
         action: Action = "warn",
         *,
         rows: int | None = None,
@@ -128,14 +133,16 @@ class VerifyRollouts(TrainerCallback):
         max_staleness: int | None = None,
         judge: RolloutJudge | None = None,
     ) -> None:
-        if every < 1 or action not in ("warn", "stop") or (rows is not None and rows < FEWEST_ROWS):
+        too_few = (every is not None and every < 1) or (rows is not None and rows < FEWEST_ROWS)
+        if too_few or action not in ("warn", "stop"):
             raise ConfigError(
                 f"VerifyRollouts: every is {every}, action {action!r} and rows {rows}, expected at least 1, warn or "
                 f"stop, and at least {FEWEST_ROWS}."
             )
         if any(isinstance(each, VerifyRollouts) for each in trainer.callback_handler.callbacks):
             raise ConfigError("VerifyRollouts: the trainer has one already, perhaps by its recipe; leave one out.")
-        self.trainer, self.every, self.action, self.most_rows = trainer, every, action, rows
+        self.trainer, self.action, self.most_rows = trainer, action, rows
+        self.every = 1 if every is None and rows is not None else every
         self.judge = judge or RolloutJudge()
         self.source = source_of(trainer, max_staleness)
         dtype, is_raw = (engine_dtype, False) if engine_dtype else self._asked()
@@ -150,7 +157,7 @@ class VerifyRollouts(TrainerCallback):
         self.finding: Finding | None = None
         self._versions = deque[tuple[int, Adapter]](maxlen=KEPT + 1)
         self._start: Adapter | None = None
-        self._sampled = self._checks = self._alarms = 0
+        self._sampled = self._checks = self._alarms = self._unchecked = 0
         self._has_compared = self._is_judged = False
         trainer.add_callback(self)
 
@@ -209,11 +216,14 @@ class VerifyRollouts(TrainerCallback):
         """Judge the rows that the engine has sampled for this step, before the adapter changes."""
         rows = self.source.new_rows()
         self._remember(bool(rows))
-        if not gather_object([len(rows)])[0]:
+        sampled = gather_object([len(rows)])[0]
+        if not sampled:
             return
         self._sampled += 1
-        if (self._sampled - 1) % self.every:
+        self._unchecked += sampled
+        if not self._is_due():
             return
+        self._unchecked = 0
         finding = self._judged([row.scored() for row in rows])
         self._checks += 1
         self._has_compared |= finding.tokens > 0
@@ -253,6 +263,13 @@ class VerifyRollouts(TrainerCallback):
                 f"policy that is trained: {self.finding.reason}. What to do: {self.remedy(self.finding)}. See "
                 f"{Path(args.output_dir) / FAILURE_FILE}."
             )
+
+    def _is_due(self) -> bool:
+        """Whether the rows that the engine has just sampled are checked; the same in all processes."""
+        if self.every is not None:
+            return (self._sampled - 1) % self.every == 0
+        is_first = self._sampled <= FIRST_CHECKS
+        return is_first or self._alarms > 0 or self._unchecked * SHARES[self.computes_again] >= FEWEST_ROWS
 
     def _remember(self, has_sampled: bool) -> None:
         """Keep a copy of the adapter that the engine has now, if it is a new one."""
