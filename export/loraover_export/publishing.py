@@ -18,7 +18,7 @@ from loraover.checkpoint.base_model import OnBase, resolve_base
 from loraover.checkpoint.carried_files import ADAPTER_FILES, keep_chat_template, keep_reference
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.atomic_output import check_replaceable, publish_directory
-from loraover.common.provenance import environment, hardware
+from loraover.common.provenance import environment, hardware_used
 from loraover.models.load import ModelSource
 from loraover.models.model_file import known_licence
 from loraover.reporting.model_card import model_card
@@ -158,7 +158,7 @@ def certified(adapter: AdapterDir, dtype: str, matrices: list[MatrixCertificate]
         "scaling": {path: module.scaling for path, module in adapter.modules.items()},
         "matrices": matrices,
         "versions": environment(),
-        "hardware": hardware(),
+        "hardware": hardware_used(),
     }
 
 

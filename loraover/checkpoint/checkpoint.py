@@ -19,20 +19,19 @@ from pathlib import Path
 from threading import Event
 from typing import final
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from loraover.checkpoint.error_bounds import gamma, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.exact_tensors import Exact, Factor
+from loraover.checkpoint.error_bounds import U64, gamma, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.exact_tensors import ExactArray, Factor
 from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSORS_FILE
 from loraover.checkpoint.metadata import Meta, SiteRecord, read_metadata
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_adapter_dir, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
+from loraover.common.arrays import Array, Numbers, as_tensor, name_of, widened
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
 from loraover.common.threads import one_thread
-from loraover.overparam.core_group import is_full_precision
 from loraover.overparam.decompositions import Decomposition
 
 SEAL_FILE = "complete.json"
@@ -100,21 +99,21 @@ class Checkpoint(AdapterDir):
                 "after training. Copy or save the checkpoint again."
             )
 
-    def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Tensor, ...]:
+    def read_cores(self, file: TensorFile, site: SiteRecord) -> tuple[Array, ...]:
         """Read the cores of one matrix; core k has shape (1, p_k, q_k) and the checkpoint's `core_dtype`."""
-        dtype = getattr(torch, self.meta.core_dtype)
+        dtype = self.meta.core_dtype
         cores = []
         for k, shape in enumerate(self.decomposition.of_site(site.name).core_shapes(site.m, site.n)):
-            core = file.read(site.core_key(k))
-            if tuple(core.shape) != shape or core.dtype != dtype:
+            core = file.array(site.core_key(k))
+            if core.shape != shape or name_of(core.dtype) != dtype:
                 raise CheckpointError(
-                    f"{file.path}: {site.core_key(k)} is {core.dtype} {tuple(core.shape)}, expected {dtype} {shape}; "
+                    f"{file.path}: {site.core_key(k)} is {name_of(core.dtype)} {core.shape}, expected {dtype} {shape}; "
                     "the file is damaged or belongs to another checkpoint."
                 )
-            cores.append(core.unsqueeze(0))
+            cores.append(core[None])
         return tuple(cores)
 
-    def contract(self, cores: Sequence[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
+    def contract(self, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Numbers]:
         """Contract the cores of one matrix in float64.
 
         Returns:
@@ -122,10 +121,10 @@ class Checkpoint(AdapterDir):
             bounds.
         """
         decomposition = self.decomposition.of_site(site.name)
-        matrix = decomposition.contract([core.double() for core in cores], site.m, site.n)[0]
-        return matrix.contiguous(), magnitude(decomposition, cores, site.m, site.n)[0]
+        matrix = decomposition.contract_arrays([widened(core) for core in cores], site.m, site.n)[0]
+        return np.ascontiguousarray(matrix), magnitude(decomposition, cores, site.m, site.n)[0]
 
-    def check_stored(self, stored: Tensor, cores: Sequence[Tensor], site: SiteRecord) -> tuple[Tensor, Tensor]:
+    def check_stored(self, stored: Array, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Numbers]:
         """Contract the cores of one matrix, and check that its stored values can be what training wrote.
 
         Training contracts in the cores' dtype, on any device and in any order, and then casts. The first of these two
@@ -146,15 +145,20 @@ class Checkpoint(AdapterDir):
         terms = self.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
         matrix, magnitude = self.contract(cores, site)
         contraction = gamma(terms, unit_roundoff(cores[0].dtype))
-        lost = lost_to_underflow(terms, cores) if cores[0].dtype == torch.float32 else 0.0
-        cast = unit_roundoff(stored.dtype)
-        allowed = (magnitude * contraction).add_(lost).mul_(1 + cast).add_(matrix.abs(), alpha=cast)
-        excess = (stored.double() - matrix).abs_().sub_(allowed).sub_(smallest_subnormal(stored.dtype))
-        if excess.amax() > 0:
-            row, column = divmod(int(excess.argmax()), site.n)
+        lost = lost_to_underflow(terms, cores) if cores[0].dtype == np.float32 else 0.0
+        cast, numbers = unit_roundoff(stored.dtype), widened(stored)
+        allowed = np.abs(matrix)
+        allowed *= cast
+        error = magnitude * (contraction * (1 + cast))
+        allowed += error
+        np.subtract(numbers, matrix, out=error)
+        np.abs(error, out=error)
+        error -= allowed
+        if error.max() > lost * (1 + cast) + smallest_subnormal(stored.dtype):
+            row, column = divmod(int(error.argmax()), site.n)
             raise CheckpointError(
                 f"{self.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
-                f"is {stored[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
+                f"is {numbers[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
                 "changed outside the optimizer step; save the checkpoint again."
             )
         return matrix, magnitude
@@ -168,21 +172,21 @@ class ExactCheckpoint(ExactAdapter):
         super().__init__(checkpoint, plain)
         self._checkpoint, self._cores = checkpoint, cores
 
-    def tensor(self, key: str, *, widen: bool = True) -> Exact:
+    def array(self, key: str) -> ExactArray:
         site = self._checkpoint.sites.get(site_name(key) or key)
         if site is None:
-            return super().tensor(key, widen=widen)
+            return super().array(key)
         checkpoint, stored = self._checkpoint, self.stored(key)
         with one_thread():
-            value, magnitude = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
-        terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
-        return Exact(value, magnitude.mul_(gamma(terms, unit_roundoff(torch.float64))), site)
+            value, bound = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
+        bound *= gamma(checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n), U64)
+        return ExactArray(value, bound, site)
 
     def factor(self, name: str) -> Factor:
         site = self._checkpoint.sites.get(name)
         if site is None:
             return super().factor(name)
-        cores = self._checkpoint.read_cores(self._cores, site)
+        cores = tuple(map(as_tensor, self._checkpoint.read_cores(self._cores, site)))
         return Factor(self._checkpoint.decomposition.of_site(name), cores, site.m, site.n)
 
 
@@ -283,29 +287,32 @@ LARGEST_LOSS = 2.0**-104
 """Loss whose part in a certificate, gamma_k(2^-53) times it, is below half of float32's smallest number, 2^-150."""
 
 
-def magnitude(decomposition: Decomposition, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+def magnitude(decomposition: Decomposition, cores: Sequence[Array], m: int, n: int) -> Numbers:
     """Return upper bounds (G, m, n), in float64, of |C_1| ... |C_K|, the contraction of the cores' absolute values.
 
     It is the contraction in the cores' dtype, raised by what that contraction may have rounded away: (1 + gamma_k(u))
     (computed + lost), see `docs/error-bounds.md`. Cores in float32 that could overflow, or lose more than would be
     noticed, are contracted in float64.
     """
-    sizes = [core.abs() for core in cores]
+    sizes = [np.abs(core) for core in cores]
     terms = decomposition.contraction_terms(m, n)
-    dtype, lost = cores[0].dtype, 0.0
+    roundoff, lost = unit_roundoff(cores[0].dtype), 0.0
     computed = None
-    if dtype == torch.float32:
+    if cores[0].dtype == np.float32:
         lost = lost_to_underflow(terms, cores)
-        if lost <= LARGEST_LOSS and is_full_precision(cores[0].device):
-            computed = decomposition.contract(sizes, m, n)
-    if computed is None or not bool(torch.isfinite(computed.amax())):
-        dtype, lost = torch.float64, 0.0
-        computed = decomposition.contract([size.double() for size in sizes], m, n)
-    raised = 1 + gamma(terms + 2, unit_roundoff(dtype))  # two more for the sum and the product below
-    return computed.double().contiguous().add_(lost).mul_(raised)
+        if lost <= LARGEST_LOSS:
+            with np.errstate(over="ignore"):
+                computed = decomposition.contract_arrays(sizes, m, n)
+    if computed is None or not np.isfinite(computed.max()):
+        roundoff, lost = U64, 0.0
+        computed = decomposition.contract_arrays([widened(size) for size in sizes], m, n)
+    found = np.array(computed, dtype=np.float64, order="C")
+    found += lost
+    found *= 1 + gamma(terms + 2, roundoff)  # two more for the sum and the product
+    return found
 
 
-def lost_to_underflow(terms: int, cores: Sequence[Tensor]) -> float:
+def lost_to_underflow(terms: int, cores: Sequence[Array]) -> float:
     """Return a bound of what an element of a float32 contraction of k terms can lose below the normal range.
 
     Each of K cores lies on at most N = (k / (K - 1))^(K - 1) paths to an element, and each product on a path loses at
@@ -313,5 +320,5 @@ def lost_to_underflow(terms: int, cores: Sequence[Tensor]) -> float:
     """
     products = max(len(cores) - 1, 1)
     exponent = 1 + log2(len(cores)) + products * log2(terms / products) - 126
-    exponent += sum(log2(max(1.0, float(core.abs().amax()))) for core in cores)
+    exponent += sum(log2(max(1.0, float(np.abs(core).max()))) for core in cores)
     return 2.0**exponent if exponent < 1024 else inf

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loraover.common.arrays import Array, Numbers, as_array, as_tensor, is_floating, widened
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -26,6 +28,36 @@ class Exact:
     value: Tensor
     bound: Tensor
     site: SiteRecord | None
+
+    def arrays(self) -> ExactArray:
+        """Return the same as NumPy's arrays, which share their memory."""
+        is_stored = not self.bound.any()
+        return ExactArray(as_array(self.value), None if is_stored else as_array(self.bound), self.site)
+
+
+@dataclass(frozen=True)
+class ExactArray:
+    """A tensor as a NumPy array, with the bound of its error.
+
+    Args:
+        value: Contraction of the cores in float64, or the stored value in its own type or in float64.
+        bound: Bound of each element's error, in float64; None where the value has no error.
+        site: Record of the matrix if it has cores, else None.
+    """
+
+    value: Array
+    bound: Numbers | None
+    site: SiteRecord | None
+
+    def widened(self) -> ExactArray:
+        """Return the same with floating-point numbers in float64."""
+        return replace(self, value=widened(self.value)) if is_floating(self.value) else self
+
+    def tensors(self) -> Exact:
+        """Return the same as PyTorch's tensors, which share their memory."""
+        value = as_tensor(self.value)
+        bound = value.new_zeros(()).expand_as(value) if self.bound is None else as_tensor(self.bound)
+        return Exact(value, bound, self.site)
 
 
 @dataclass(frozen=True)

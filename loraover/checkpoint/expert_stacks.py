@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
+from loraover.common.arrays import Array
 from loraover.common.errors import CheckpointError
 from loraover.common.request import as_written
 from loraover.overparam.expert_part import FUSED, SIDES, ExpertPart, MatrixName, without_base_layers
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 OTHER: Mapping[MatrixName, MatrixName] = {"A": "B", "B": "A"}
 
@@ -96,7 +97,7 @@ class StoredPart:
         found = (m // self.part.experts, n) if self.part.matrix == "A" else (m, n // self.part.experts)
         return found[::-1] if self.is_flipped else found
 
-    def of(self, stack: Tensor) -> Tensor:
+    def of(self, stack: Array) -> Array:
         """Return the matrix, a view of the stack."""
         found = self.part.of(stack)
         return found.mT if self.is_flipped else found

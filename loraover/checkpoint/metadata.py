@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraover.common.errors import CheckpointError
 from loraover.common.strict_json import StrictModel, read_json
 from loraover.overparam.config import LoraOverConfig
-from loraover.overparam.schedule import Round
+from loraover.overparam.round import Round
 
 SCHEMA_VERSION = 3
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from loraover.checkpoint.adapter_config import AdapterConfig, first_match
-from loraover.checkpoint.exact_tensors import Exact, Factor
+from loraover.checkpoint.exact_tensors import Exact, ExactArray, Factor
 from loraover.checkpoint.expert_stacks import (
     PRESENT_LAYOUT,
     ExpertStack,
@@ -26,15 +26,12 @@ from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.path_patterns import SlowPatternError
 from loraover.checkpoint.target_modules import check_complete, check_named
 from loraover.checkpoint.tensor_file import FLOATS, TensorFile, open_tensors
+from loraover.common.arrays import Array, as_tensor
 from loraover.common.errors import CheckpointError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
 from loraover.common.strict_json import read_json
 from loraover.overparam.expert_part import SIDES, MatrixName, stack_experts, without_base_layers
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 KEY_PREFIX = "base_model.model."
 BASE_WEIGHT = ".base_layer.weight"
@@ -202,38 +199,35 @@ class ExactAdapter:
     def __init__(self, adapter: AdapterDir, plain: TensorFile):
         self.adapter = adapter
         self.plain = plain
-        self._stack = lru_cache(maxsize=STACKS)(plain.read)
+        self._stack = lru_cache(maxsize=STACKS)(plain.array)
 
-    def stored(self, key: str) -> Tensor:
+    def stored(self, key: str) -> Array:
         """Return a tensor by its key as the file holds it; the A or B of one expert is taken from its stack."""
         part = self.adapter.parts.get(key)
         if part is None:
-            return self.plain.read(key)
-        found = part.of(self._stack(part.key))
-        return found.clone() if found.is_contiguous() else found.contiguous()  # safetensors writes no views of a stack
+            return self.plain.array(key)
+        return part.of(self._stack(part.key)).copy(order="C")
 
-    def tensor(self, key: str, *, widen: bool = True) -> Exact:
-        """Return a tensor by its key in the adapter's file.
-
-        Args:
-            widen: Whether a stored value is converted to float64; else it keeps its type.
+    def array(self, key: str) -> ExactArray:
+        """Return a tensor by its key in the adapter's file; a stored value keeps its type.
 
         Raises:
             CheckpointError: The tensor holds NaN or infinity, or contradicts its cores.
         """
-        value = self.stored(key)
-        if widen and value.is_floating_point():
-            value = value.double()
-        return Exact(value, value.new_zeros(()).expand_as(value), None)
+        return ExactArray(self.stored(key), None, None)
+
+    def tensor(self, key: str) -> Exact:
+        """Return what `array` returns as PyTorch's tensors, with floating-point numbers in float64."""
+        return self.array(key).widened().tensors()
 
     def factor(self, name: str) -> Factor:
         """Return a matrix by its site's name, without contracting its cores."""
-        matrix = self.stored(site_key(name))
+        matrix = as_tensor(self.stored(site_key(name)))
         m, n = matrix.shape
         return Factor(None, (matrix,), m, n)
 
 
-def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def pack_stacks(stacks: Sequence[ExpertStack], tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Return tensors in which the matrices of all experts have become stacks, in the layout since PEFT 0.19."""
     found = dict(tensors)
     for stack in stacks:

@@ -12,11 +12,14 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+
+from loraover.common import arrays
+from loraover.common.arrays import Array
 from loraover.common.errors import CheckpointError, DivergedError
 from loraover.common.paths import one_below
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from numpy.typing import NDArray
     from torch import Tensor
@@ -93,15 +96,41 @@ class TensorFile:
             raise self._not_finite(key)
         return tensor
 
+    def array(self, key: str) -> Array:
+        """Read one tensor into a NumPy array of its own type, without PyTorch.
+
+        Raises:
+            CheckpointError: The file has no such key, or the tensor has a dtype that adapters do not use.
+            NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
+        """
+        found = self._array(key)
+        if not arrays.is_finite(found):
+            raise self._not_finite(key)
+        return found
+
+    def holds_array(self, key: str, array: Array) -> bool:
+        """Whether the file holds an array under a key bit for bit."""
+        return key in self.keys and arrays.have_same_bits(self._array(key), array)
+
     def holds(self, key: str, tensor: Tensor) -> bool:
         """Whether the file holds a tensor under a key bit for bit."""
         return key in self.keys and have_same_bits(self._stored(key), tensor)
 
+    def _array(self, key: str) -> Array:
+        self._check_dtype(key)
+        found: Array = np.empty(self.shape(key), dtype=arrays.DTYPES[self.dtype(key)])
+        data: Any = found.reshape(-1).view(np.uint8)
+        self._fill(memoryview(data), self._place(key)[0])
+        return found
+
+    def _check_dtype(self, key: str) -> None:
+        if self.dtype(key) not in arrays.DTYPES:
+            raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
+
     def _stored(self, key: str) -> Tensor:
         import torch
 
-        if self.dtype(key) not in FLOATS | INTEGERS:
-            raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, which adapters do not hold.")
+        self._check_dtype(key)
         tensor = torch.empty(self.shape(key), dtype=torch_dtype(self.dtype(key)))
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
         self._fill(memoryview(data), self._place(key)[0])
@@ -118,8 +147,6 @@ class TensorFile:
 
         They are written into the first bytes of `room`, or into new memory if it is None.
         """
-        import numpy as np
-
         data: Any = np.empty(size, dtype=np.uint8) if room is None else room[:size]
         self._fill(memoryview(data), self._place(key)[0] + start)
         found: NDArray[np.uint8] = data
@@ -132,8 +159,6 @@ class TensorFile:
             CheckpointError: The file has no such key, or the tensor holds something else.
             NonFiniteError: The tensor holds NaN or infinity. It is also a CheckpointError.
         """
-        import numpy as np
-
         stored = self._numbers(key)
         if stored is None:
             raise CheckpointError(f"{self.path}: {key} is {self.dtype(key)}, expected floating-point numbers.")
@@ -143,15 +168,11 @@ class TensorFile:
 
     def is_finite(self, key: str) -> bool:
         """Return whether a tensor holds neither NaN nor infinity, without PyTorch; those of other numbers never do."""
-        import numpy as np
-
         stored = self._numbers(key)
         return stored is None or bool(np.isfinite(stored).all())
 
     def _numbers(self, key: str) -> NDArray[np.floating[Any]] | None:
         """Return the elements of a tensor of floating-point numbers, 16-bit ones as float32; None for other types."""
-        import numpy as np
-
         dtype, data = self.dtype(key), self.bytes(key)
         if dtype == "BF16":
             return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
@@ -228,7 +249,6 @@ def extreme_sizes(tensor: Tensor) -> tuple[float, float]:
 
 def have_same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors on the CPU have the same shape, dtype and bits; NumPy compares them ten times as fast."""
-    import numpy as np
     import torch
 
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -292,6 +312,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: tuple[str, st
         raise OSError(f"{path.name}: {error}") from error
 
 
+def save_arrays(tensors: Mapping[str, Array], path: Path) -> None:
+    """Write a safetensors file as the safetensors library does, without a copy of the tensors in memory."""
+    order = {dtype: (-place, name) for place, (name, dtype) in enumerate(arrays.DTYPES.items())}
+    entries = sorted(tensors.items(), key=lambda entry: (order[entry[1].dtype][0], entry[0]))
+    with path.open("wb") as target:
+        target.write(header_of((key, order[array.dtype][1], array.shape, array.nbytes) for key, array in entries))
+        for _, array in entries:
+            target.write(array.reshape(-1).view(np.uint8).data)
+
+
 def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
     """Return the beginning of a safetensors file, after which the tensors' bytes follow in the same order.
 
@@ -302,9 +332,15 @@ def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
     for key, dtype, shape, size in tensors:
         content[key] = {"dtype": dtype, "shape": shape, "data_offsets": (start, start + size)}
         start += size
-    text = json.dumps(content, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def first_other(path: Path, tensors: Mapping[str, Array]) -> str | None:
+    """Return what `first_difference` returns, of NumPy's arrays."""
+    with open_tensors(path) as written:
+        return next((key for key, array in tensors.items() if not written.holds_array(key, array)), None)
 
 
 def first_difference(path: Path, tensors: Mapping[str, Tensor]) -> str | None:

@@ -17,6 +17,7 @@ from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSOR
 from loraover.checkpoint.metadata import Meta, SiteRecord
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, save_tensors, sha256_of
+from loraover.common.arrays import Array, as_array, as_tensor
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError
 from loraover.common.version import __version__
@@ -178,7 +179,7 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
                 _check_orthogonal(checkpoint, cores, site)
                 held = full(over.sites[site.name].values).cpu()
                 coarser = max(held.dtype, dtypes[site.name], key=unit_roundoff)
-                checkpoint.check_stored(held.to(coarser), cores, site)
+                checkpoint.check_stored(as_array(held.to(coarser)), cores, site)
             over.inject_as({site.name: site.owner for site in sites}, step=step)
         for name in over.injected:
             _load_site(checkpoint, file, checkpoint.sites[name], over)
@@ -198,10 +199,10 @@ def restore(over: OverParameterization, checkpoint: Checkpoint) -> None:
 def stored_dtypes(adapter: AdapterDir, names: Iterable[str]) -> dict[str, torch.dtype]:
     """Return the dtypes in which an adapter's file holds the matrices of these sites."""
     with adapter.open() as file:
-        return {name: file.stored(site_key(name)).dtype for name in names}
+        return {name: as_tensor(file.stored(site_key(name))).dtype for name in names}
 
 
-def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: SiteRecord) -> None:
+def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Array], record: SiteRecord) -> None:
     """Raise CheckpointError if bases that the optimizer does not step have lost their orthogonality."""
     bases = checkpoint.decomposition.of_site(record.name).bases
     if bases is None or bases.are_stepped:
@@ -209,7 +210,7 @@ def _check_orthogonal(checkpoint: Checkpoint, cores: Sequence[Tensor], record: S
     sides = [bases.blocks(side, record.m, record.n) for side in SIDES]
     size = max([blocks.size for blocks in sides if blocks is not None], default=1)
     bound = orthogonality_error(size, getattr(torch, checkpoint.meta.core_dtype))
-    found = bases.departure([core.double() for core in cores], record.m, record.n)
+    found = bases.departure([as_tensor(core).double() for core in cores], record.m, record.n)
     if found > bound:
         raise CheckpointError(
             f"{checkpoint.cores_path}: the bases of {record.name} are not orthogonal: V^T V is {found:.3g} away from "
@@ -222,7 +223,7 @@ def _load_site(checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, ove
     """Put the cores of a site, their optimizer state and the moments that its bases follow into its group."""
     group, i = over.injected[record.name]
     for k, core in enumerate(checkpoint.read_cores(file, record)):
-        group.core(k, i).copy_(core[0])
+        group.core(k, i).copy_(as_tensor(core[0]))
         prefix = record.core_key(k) + "."
         state: dict[str, Any] = {
             key.removeprefix(prefix): value for key, value in record.state.items() if key.startswith(prefix)

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from loraover.common.later import has_torch
+from loraover.common.threads import usual_threads
 from loraover.common.version import __version__
 
 
@@ -32,13 +33,25 @@ _version = cache(version)  # which parses the whole description of a package
 
 def hardware() -> str:
     """Describe the processor, and the accelerator if there is one, in one line."""
-    machine = f"{platform.machine()} {platform.system()}"
     if not has_torch():
-        return f"{machine}, NumPy on 1 thread"
+        return hardware_of_numpy()
     import torch
+
+    machine = f"{platform.machine()} {platform.system()}"
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{machine}, {torch.get_num_threads()} threads{gpu}"
+
+
+def hardware_used() -> str:
+    """Describe what has calculated in this process: the processor alone where PyTorch was not loaded."""
+    return hardware() if "torch" in sys.modules else hardware_of_numpy()
+
+
+def hardware_of_numpy() -> str:
+    """Describe the processor in one line, as `hardware` does."""
+    threads = usual_threads()
+    return f"{platform.machine()} {platform.system()}, NumPy on {threads} thread{'s' * (threads != 1)}"
 
 
 def today() -> str:

@@ -1,14 +1,17 @@
-"""Number of threads that PyTorch uses, and threads that work beside one another."""
+"""Number of threads that PyTorch and NumPy use, and threads that work beside one another."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import lru_cache
 from threading import Event
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from loraover.common.later import torch
 
@@ -25,15 +28,36 @@ T = TypeVar("T")
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run a block on one thread, which is faster for many small tensors: more threads mostly wait for one another."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+    pools: list[Any] = [*_blas()]
+    if "torch" in sys.modules:
+        pools.append(torch)
+    before = [(pool, threads) for pool in pools if (threads := pool.get_num_threads()) > 1]
+    for pool, _ in before:
+        pool.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        for pool, threads in before:
+            pool.set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _blas() -> list[Any]:
+    """Return the libraries by which NumPy multiplies matrices; their threads otherwise spin while they wait."""
+    from threadpoolctl import ThreadpoolController
+
+    return [library for library in ThreadpoolController().lib_controllers if library.user_api == "blas"]
+
+
+def usual_threads() -> int:
+    """Return the number of threads that PyTorch uses, or would by default: OMP_NUM_THREADS, or all processors."""
+    if "torch" in sys.modules:
+        found: int = torch.get_num_threads()
+        return found
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
@@ -67,17 +91,19 @@ class Workers:
 
 @contextmanager
 def workers() -> Iterator[Workers]:
-    """Yield as many threads as PyTorch would use, at most MAX_WORKERS; within them PyTorch uses one thread each.
+    """Yield as many threads as PyTorch would use, at most MAX_WORKERS; each of them calculates on one thread.
 
     When the block is left, by its end or by an exception, functions that have not begun are dropped, and those that
     run are waited for, so that nothing of them outlives the block.
     """
-    threads = min(torch.get_num_threads(), MAX_WORKERS)
+    import numpy as np  # only now: `--help` shall not wait for it
+
+    threads = min(usual_threads(), MAX_WORKERS)
     ending = Event()
     # By default, glibc gives blocks above 128 KiB back to the system when they are freed, and the system clears the
     # memory of each new one, which takes ten times as long as one operation on it. Once a larger block has been freed,
     # glibc keeps all blocks up to that size (mallopt(3), "dynamic mmap threshold"). Elsewhere this has no effect.
-    torch.empty(KEPT_BYTES, dtype=torch.uint8)
+    np.empty(KEPT_BYTES, dtype=np.uint8)
     with one_thread():
         pool = ThreadPoolExecutor(threads)
         try:

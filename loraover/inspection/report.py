@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraover.overparam.schedule import Round
+from loraover.overparam.round import Round
 from loraover.training.run.failure import Failure
 from loraover.training.run_result import RunResult
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-from torch.nn.functional import one_hot, pad
+import numpy as np
+
+from loraover.common.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Side = Literal["rows", "columns"]
 SIDES: tuple[Side, Side] = ("rows", "columns")
@@ -17,7 +20,7 @@ SIDES: tuple[Side, Side] = ("rows", "columns")
 Source = Literal["gradient", "calibration", "none"]
 """Where a basis comes from: gradients of the run, batches before it, or none, which is the identity."""
 
-Bases = dict[Side, Tensor]
+Bases: TypeAlias = "dict[Side, Tensor]"
 """Measured bases of a site's sides, (count, size, size); the very same tensor where several sites share one."""
 
 MAX_BLOCK = 4096
@@ -56,13 +59,21 @@ class Blocks(NamedTuple):
         end = self.full * self.size
         long = x[..., :end].reshape(*x.shape[:-1], self.full, self.size)
         short = x[..., end:].reshape(*x.shape[:-1], self.number - self.full, self.size - 1)
-        return torch.cat([long, pad(short, (0, 1))], -2)
+        library: Any = np if isinstance(x, np.ndarray) else torch
+        padded = library.concatenate([short, library.zeros_like(short[..., :1])], -1)
+        whole: Tensor = library.concatenate([long, padded], -2)
+        return whole
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
         if self.full == self.number:
-            return x.flatten(-2)
-        return torch.cat([x[..., : self.full, :].flatten(-2), x[..., self.full :, : self.size - 1].flatten(-2)], -1)
+            return x.reshape(*x.shape[:-2], self.length)
+        library: Any = np if isinstance(x, np.ndarray) else torch
+        parts = x[..., : self.full, :], x[..., self.full :, : self.size - 1]
+        whole: Tensor = library.concatenate(
+            [part.reshape(*x.shape[:-2], part.shape[-2] * part.shape[-1]) for part in parts], -1
+        )
+        return whole
 
     def diagonal(self, matrix: Tensor) -> Tensor:
         """Diagonal blocks, (count, size, size), of a (length, length) matrix."""
@@ -209,8 +220,8 @@ def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool 
     if side == "rows":
         return turn(x.mT, basis, blocks, "columns", inverse=inverse).mT
     shared = x.reshape(len(basis), -1, x.shape[-1])
-    split = blocks.split(shared).transpose(1, 2)
-    return blocks.join((split @ (basis.mT if inverse else basis)).transpose(1, 2)).reshape(x.shape)
+    split = blocks.split(shared).swapaxes(1, 2)
+    return blocks.join((split @ (basis.mT if inverse else basis)).swapaxes(1, 2)).reshape(x.shape)
 
 
 def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
@@ -231,7 +242,8 @@ def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Te
     settled, padding = _settled(moment, blocks, padding=1.0)
     estimates = (basis * (settled @ basis)).sum(-2)
     estimates = torch.where(padding.diagonal(dim1=-2, dim2=-1), -1.0, estimates)  # the last direction stays last
-    order = one_hot(estimates.argsort(stable=True, dim=-1, descending=True), blocks.size).mT.to(basis.dtype)
+    places = estimates.argsort(stable=True, dim=-1, descending=True)
+    order = torch.nn.functional.one_hot(places, blocks.size).mT.to(basis.dtype)
     product = settled @ basis @ order
     q, r = torch.linalg.qr(product.cpu() if product.device.type == "mps" else product)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)

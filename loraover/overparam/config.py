@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from loraover.common.strict_json import StrictModel
 from loraover.overparam.decompositions import Decomposition, make_decomposition
-from loraover.overparam.importance import SCORES
+
+SCORE_NAMES = ("fisher", "taylor", "sensitivity", "loss_impact", "random", "inverse")
 
 
 class Budget(StrictModel):
@@ -151,9 +152,9 @@ class LoraOverConfig(StrictModel):
     @model_validator(mode="after")
     def _options_fit(self) -> LoraOverConfig:
         self.make_decomposition()
-        if self.score not in SCORES:
-            near = difflib.get_close_matches(self.score, SCORES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(SCORES)}"
+        if self.score not in SCORE_NAMES:
+            near = difflib.get_close_matches(self.score, SCORE_NAMES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(SCORE_NAMES)}"
             raise ValueError(f"score is {self.score!r}{hint}")
         if (self.schedule == "all") != (self.budget is None):
             raise ValueError(f"schedule {self.schedule!r} takes {'no' if self.schedule == 'all' else 'a'} budget")

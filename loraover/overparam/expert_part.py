@@ -11,10 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from loraover.common.arrays import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Stack = TypeVar("Stack", "Tensor", Array)
 
 MatrixName = Literal["A", "B"]
 SIDES: tuple[MatrixName, MatrixName] = ("A", "B")
@@ -37,11 +43,13 @@ class ExpertPart:
     expert: int
     experts: int
 
-    def of(self, stack: Tensor) -> Tensor:
+    def of(self, stack: Stack) -> Stack:
         """Return the expert's A (r, n) or B (m, r): a view, whatever the strides of the stack."""
-        if self.matrix == "A":
-            return stack.view(self.experts, -1, stack.shape[1])[self.expert]
-        return stack.view(len(stack), -1, self.experts)[..., self.expert]
+        cut: Any = stack.reshape if isinstance(stack, np.ndarray) else stack.view
+        is_a = self.matrix == "A"
+        parts = cut(self.experts, -1, stack.shape[1]) if is_a else cut(len(stack), -1, self.experts)
+        found: Stack = parts[self.expert] if is_a else parts[..., self.expert]
+        return found
 
 
 def without_base_layers(path: str) -> str:
@@ -54,8 +62,6 @@ def part_of(part: ExpertPart | None, tensor: Tensor) -> Tensor:
     return tensor if part is None else part.of(tensor)
 
 
-def stack_experts(matrix: MatrixName, parts: Sequence[Tensor]) -> Tensor:
+def stack_experts(matrix: MatrixName, parts: Sequence[Array]) -> Array:
     """Return the stack that holds these A or B, one of each expert in order."""
-    import torch
-
-    return torch.cat(list(parts)) if matrix == "A" else torch.stack(list(parts), dim=-1).flatten(1)
+    return np.concatenate(parts) if matrix == "A" else np.stack(parts, axis=-1).reshape(len(parts[0]), -1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraover.common.errors import ConfigError
+from loraover.overparam.config import SCORE_NAMES
 from loraover.overparam.probe import Probe
 from loraover.overparam.sharding import full
 from loraover.overparam.sites import Site, lora_layers
@@ -263,11 +264,6 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-SCORES: dict[str, type[Score]] = {
-    "fisher": Fisher,
-    "taylor": Taylor,
-    "sensitivity": Sensitivity,
-    "loss_impact": LossImpact,
-    "random": Random,
-    "inverse": Inverse,
-}
+SCORES: dict[str, type[Score]] = dict(
+    zip(SCORE_NAMES, (Fisher, Taylor, Sensitivity, LossImpact, Random, Inverse), strict=True)
+)

@@ -8,38 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from pydantic import Field
 
 from loraover.common.errors import ConfigError
-from loraover.common.strict_json import StrictModel
 from loraover.overparam.config import Budget, LoraOverConfig
 from loraover.overparam.decompositions import Decomposition
 from loraover.overparam.importance import SCORES, GradientScore
 from loraover.overparam.probe import Probe, in_mode, undisturbed
+from loraover.overparam.round import Round
 from loraover.overparam.sharding import full, gathered, of_rank_zero
 from loraover.overparam.sites import Site, match_sites, write_matrices
 
 logger = logging.getLogger("loraover")
 
 CALIBRATION_RATE = 1e-3  # learning rate of the warm-up steps that a static schedule takes and undoes
-
-
-class Round(StrictModel):
-    """Decision of a schedule, with the scores that it is based on."""
-
-    step: int = Field(ge=0, description="Number of optimizer steps taken before the decision.")
-    scores: dict[str, float] = Field(
-        description="Score of every candidate that had no cores before the decision, by name; empty if the schedule "
-        "takes all candidates."
-    )
-    chosen: list[str] = Field(description="Names of the matrices that get cores.")
-    added: int = Field(description="Number of parameters that these cores have beyond those of their matrices.")
-    forwards: int = Field(description="Number of batches on which the model was run to compute the scores.")
-
-    @property
-    def ranked(self) -> dict[str, float]:
-        """Chosen sites with their scores, the best first; empty if the schedule takes all candidates."""
-        return dict(sorted(((n, self.scores[n]) for n in self.chosen if n in self.scores), key=lambda item: -item[1]))
 
 
 class Schedule:

@@ -15,7 +15,7 @@ from rich.table import Table as Drawn
 from loraover.checkpoint.metadata import Meta
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import printable
-from loraover.overparam.schedule import Round
+from loraover.overparam.round import Round
 from loraover.overparam.sites import layer_of
 from loraover.reporting.figures import EDGE, WIDTH, Curve, curves_figure
 from loraover.reporting.html_page import check_new

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from loraover.adapters.numerics import rounding
 from loraover.checkpoint.peft_adapter import site_key
-from loraover.checkpoint.tensor_file import save_tensors
+from loraover.checkpoint.tensor_file import save_arrays
+from loraover.common.arrays import Array, as_array, as_tensor
 from loraover.overparam.decompositions import Mpo
 from loraover_export.fold.report import FoldCertificate
 
@@ -76,10 +77,10 @@ def test_a_file_that_does_not_hold_the_certified_matrices_is_refused(
 ) -> None:
     key = Q_A
 
-    def wrong(tensors: dict[str, Tensor], path: Path) -> None:
-        save_tensors({**tensors, key: flipped(tensors[key]).contiguous()}, path)
+    def wrong(arrays: dict[str, Array], path: Path) -> None:
+        save_arrays({**arrays, key: as_array(flipped(as_tensor(arrays[key])))}, path)
 
-    monkeypatch.setattr(rounding, "save_tensors", wrong)
+    monkeypatch.setattr(rounding, "save_arrays", wrong)
     assert fold(made.path, tmp_path / "out") != 0
     assert list(tmp_path.iterdir()) == []
     assert key in capsys.readouterr().err

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraover.adapters.uniform import folder as uniform_module
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover_export import GgufReport, export_gguf
 from loraover_export.formats.gguf import target as target_module
 from loraover_export.formats.gguf.base import write_base
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_compared_with_its_unfolded_model(tmp_path: Path) -> Non
     assert apart(engine_logits(tmp_path / "base.gguf", tmp_path / "out.gguf"), logits(made.model)) <= ALLOWED
 
 
-def scaling_forgotten(exact: Exact, scaling: float) -> Exact:
+def scaling_forgotten(exact: ExactArray, scaling: float) -> ExactArray:
     return exact
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from loraover.adapters.numerics.delta import scale
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify, matrix_facts
-from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_nearest
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.adapters.numerics.tensor_rounding import STORAGE_DTYPES, round_nearest
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.tensor_file import first_difference, save_tensors
+from loraover.common.arrays import as_array
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError
 from loraover_export.cli import cli
@@ -43,8 +44,7 @@ def drawn(name: str) -> Tensor:
 def certificates(written: Tensor, value: Tensor) -> tuple[MatrixCertificate, MatrixCertificate]:
     """Certificates of a stored matrix as its own type and as float64 hold it."""
     narrow, wide = (
-        certify("m", written, Exact(exact, exact.new_zeros(()).expand_as(exact), None))
-        for exact in (value, value.double())
+        certify("m", as_array(written), ExactArray(as_array(exact), None, None)) for exact in (value, value.double())
     )
     return narrow, wide
 
@@ -91,7 +91,7 @@ def test_a_wrong_element_is_refused(wrong: str, is_kept: bool, dtype: str) -> No
 @pytest.mark.parametrize("name", ["ordinary", "with zeros", "many magnitudes", "subnormal"])
 def test_a_scaled_matrix_is_exact_or_in_float64(name: str, stored: str, scaling: float) -> None:
     value = drawn(name).to(STORAGE_DTYPES[stored]).nan_to_num()
-    scaled = scale(Exact(value, value.new_zeros(()).expand_as(value), None), scaling)
+    scaled = scale(ExactArray(as_array(value), None, None), scaling).tensors()
     assert torch.equal(scaled.value.double(), value.double() * scaling)
     assert scaled.value.dtype == torch.float64 or scaling not in (1.5, 0.0)
 
@@ -151,9 +151,8 @@ def test_an_adapter_whose_matrices_become_zero_is_not_written(
 def test_a_matrix_may_lose_up_to_half_of_its_norm(scale: float, passed: bool) -> None:
     """At 1e-7, float16 has one or two numbers for each element; at 1e-200, the squares in a norm vanish as well."""
     value = scale * normal(1, 24, 40)
-    exact = Exact(value, value.new_zeros(()).expand_as(value), None)
     written = round_nearest(value, torch.float16)
-    found = certify("m", written, exact)
+    found = certify("m", as_array(written), ExactArray(value.numpy(), None, None))
     assert found.passed == passed
     assert found.flushed_to_zero == int((written == 0).sum())
     assert found.subnormal == int(((written != 0) & (written.double().abs() < 2.0**-14)).sum())

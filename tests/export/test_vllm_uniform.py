@@ -18,7 +18,7 @@ from torch import Tensor
 
 from loraover.adapters.numerics.delta import scale
 from loraover.adapters.uniform.folder import name_modules, uniform_config, write_uniform
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.peft_adapter import read_adapter_dir
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
@@ -127,7 +127,7 @@ def test_the_certificate_rejects_padding_that_is_not_zero(tmp_path: Path, wrong_
 
 def test_the_bound_of_a_scaled_matrix_covers_the_contractions_error() -> None:
     value, bound = normal(6, 4, 4), normal(7, 4, 4).abs()
-    result = scale(Exact(value, bound, None), -0.3)
+    result = scale(ExactArray(value.numpy(), bound.numpy(), None), -0.3).tensors()
     assert (result.bound >= 0.3 * bound).all()
     assert (result.bound <= 0.3 * bound + 2.0**-52 * result.value.abs() + 1e-300).all()
 

@@ -37,7 +37,13 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     yield "loraover doctor --offline", 0, 'pip install ".[torch]"'
     prepare = f"loraover export prepare {adapter} --model {base} --cache other"
     yield f"{prepare} --engine mlx", 2, 'pip install ".[torch]"'
-    yield f"loraover export fold {adapter} -o folded", 2, 'pip install ".[torch]"'
+    for name in ("mpo", "svd", "chain", "eigen", "dynamic"):
+        yield f"loraover export fold {TESTS / 'golden' / 'schema_3' / name} -o {name}", 0, "fold passed"
+    yield (
+        f"loraover export fold {TESTS / 'golden' / 'schema_3' / 'mpo'} -o a --check-error",
+        2,
+        'pip install ".[torch]"',
+    )
     yield "loraover train demo -o run", 2, 'pip install ".[train]"'
 
 

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import pytest
 from torch import Tensor
 
 from loraover.checkpoint.adapter_config import AdapterConfig
+from loraover.common.arrays import as_array, as_tensor
 
 Fold = Callable[[Callable[[Path], object]], None]
 Rounding = Callable[..., None]
@@ -54,9 +56,11 @@ def wrong_rounding(monkeypatch: pytest.MonkeyPatch) -> Rounding:
         for module, name in places or ((rounding, "round_tensor"),):
             right = getattr(module, name)
 
-            def wrong(first: Any, *rest: Any, right: Callable[..., Tensor] = right) -> Tensor:
+            def wrong(first: Any, *rest: Any, right: Callable[..., Any] = right) -> Any:
                 stored = right(first, *rest)
-                return change(stored) if only is None or first == only else stored
+                if only is not None and first != only:
+                    return stored
+                return as_array(change(as_tensor(stored))) if isinstance(stored, np.ndarray) else change(stored)
 
             monkeypatch.setattr(module, name, wrong)
 

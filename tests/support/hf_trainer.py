@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from loraover import LoraOverCallback, read_checkpoint
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import open_tensors
+from loraover.common.arrays import as_array
 
 from support.tiny_models import lora_matrices, tiny_llama, token_ids, with_lora
 
@@ -71,5 +72,5 @@ def assert_contracted(folder: Path, sites: int) -> None:
     with open_tensors(checkpoint.cores_path) as file:
         for site in checkpoint.meta.sites:
             cores = checkpoint.read_cores(file, site)
-            matrix, _ = checkpoint.check_stored(stored[site_key(site.name)], cores, site)
+            matrix, _ = checkpoint.check_stored(as_array(stored[site_key(site.name)]), cores, site)
             assert matrix.any()

@@ -16,7 +16,8 @@ from torch import nn
 from loraover import Budget, LoraOverConfig
 from loraover.overparam.importance import Score
 from loraover.overparam.probe import Probe
-from loraover.overparam.schedule import Round, Schedule
+from loraover.overparam.round import Round
+from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import Site
 
 from support.speed import examples

@@ -21,6 +21,7 @@ from loraover.checkpoint.checkpoint import Checkpoint
 from loraover.checkpoint.peft_adapter import KEY_PREFIX, site_key, site_name
 from loraover.checkpoint.tensor_file import open_tensors
 from loraover.checkpoint.training_state import restore
+from loraover.common.arrays import as_array, as_tensor
 from loraover.common.errors import CheckpointError, ConfigError
 from loraover.overparam.decompositions import DECOMPOSITIONS
 
@@ -57,7 +58,7 @@ FEW = examples(20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def read_cores(found: Checkpoint) -> dict[str, Tensor]:
     with open_tensors(found.cores_path) as file:
         return {
-            site.core_key(k): core[0]
+            site.core_key(k): as_tensor(core[0])
             for site in found.meta.sites
             for k, core in enumerate(found.read_cores(file, site))
         }
@@ -278,7 +279,7 @@ def test_stored_products_may_be_flushed_to_zero_but_differ_by_no_more(tmp_path: 
     checkpoint = read_checkpoint(made.path)
     site, decomposition = checkpoint.meta.sites[0], checkpoint.decomposition
     with open_tensors(checkpoint.cores_path) as file:
-        first, *others = checkpoint.read_cores(file, site)
+        first, *others = map(as_tensor, checkpoint.read_cores(file, site))
     cores = [first * 2.0**-125, *others]
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor flushes no subnormals to zero")
@@ -286,11 +287,13 @@ def test_stored_products_may_be_flushed_to_zero_but_differ_by_no_more(tmp_path: 
         stored = decomposition.contract(cores, site.m, site.n)[0]
     finally:
         torch.set_flush_denormal(False)
-    matrix, _ = checkpoint.check_stored(stored, cores, site)
+    arrays = list(map(as_array, cores))
+    found, _ = checkpoint.check_stored(as_array(stored), arrays, site)
+    matrix = as_tensor(found)
     assert (stored != matrix.float()).any()
     sums, terms = len(cores) - 1, decomposition.contraction_terms(site.m, site.n)
     largest = prod(max(1.0, float(core.abs().max())) for core in cores)
     lost = 2 * len(cores) * (terms / sums) ** sums * largest * 2.0**-126
-    checkpoint.check_stored((matrix + 0.99 * lost).float(), cores, site)
+    checkpoint.check_stored(as_array((matrix + 0.99 * lost).float()), arrays, site)
     with pytest.raises(CheckpointError, match="contradicts its cores"):
-        checkpoint.check_stored((matrix + 1.01 * lost).float(), cores, site)
+        checkpoint.check_stored(as_array((matrix + 1.01 * lost).float()), arrays, site)

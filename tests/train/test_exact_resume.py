@@ -26,7 +26,7 @@ import loraover.callbacks.seal_checkpoints
 import loraover.checkpoint.training_state
 from loraover import Budget, LoraOverCallback, LoraOverConfig, SealCheckpoints, last_whole_checkpoint, read_checkpoint
 from loraover.data.word_problems import split_word_problems
-from loraover.overparam.schedule import Round
+from loraover.overparam.round import Round
 
 from support.children import Child
 from support.tiny_models import token_ids

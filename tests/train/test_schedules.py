@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraover import Budget, LoraOverConfig, OverParameterization, Probe, read_checkpoint
 from loraover.common.errors import ConfigError
 from loraover.overparam.importance import SCORES, GradientScore
-from loraover.overparam.schedule import Round, Schedule
+from loraover.overparam.round import Round
+from loraover.overparam.schedule import Schedule
 from loraover.overparam.sites import find_sites
 
 from oracles import scores as oracle

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraover.adapters.numerics.rounding import STORAGE_DTYPES, round_randomly
+from loraover.adapters.numerics.tensor_rounding import STORAGE_DTYPES, round_randomly
 from loraover.adapters.prompts import logits_of, read_prompts, tokens_at_once, walked
 from loraover.adapters.verdict import RunningDeviation, largest_of
 from loraover.checkpoint.checkpoint import Checkpoint

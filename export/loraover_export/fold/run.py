@@ -16,11 +16,10 @@ from loraover.checkpoint.carried_files import record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.common.atomic_output import AbandonedError
-from loraover.common.provenance import environment, hardware, today
+from loraover.common.provenance import environment, hardware_used, today
 from loraover.models.load import ModelSource
 from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
-from loraover_export.fold.check_outputs import check_outputs, compare_bases
 from loraover_export.fold.report import HTML_FILE, FoldCertificate, to_page
 from loraover_export.publishing import FOLDED, base_of
 from loraover_export.requests import FoldRequest
@@ -89,6 +88,8 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
         if base.moved is not None:
             write_config(naming(json.loads((draft / CONFIG_FILE).read_bytes()), base), draft)
             base_model = base.name
+        from loraover_export.fold.check_outputs import check_outputs, compare_bases  # they need PyTorch
+
         outputs = check_outputs(request, checkpoint, draft, base)
         if request.trained_on is not None:
             trained_base = compare_bases(request, draft, base, request.trained_on)
@@ -105,7 +106,7 @@ def _fold(request: FoldRequest, checkpoint: Checkpoint, base: ModelSource | None
         outputs=outputs,
         output_bound=None if outputs is None else outputs.bound,
         versions=environment(),
-        hardware=hardware(),
+        hardware=hardware_used(),
         date=today(),
     )
 

@@ -17,12 +17,13 @@ from rich.console import Console
 
 from loraover.adapters.base_weights import check_base_weights
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
+from loraover.adapters.numerics.rounding import round_exact, save_and_compare
 from loraover.adapters.show import show_left_out, show_matrices, show_place
 from loraover.adapters.uniform.folder import to_uniform
 from loraover.adapters.uniform.refusals import check_fields, check_shape, check_tensors
 from loraover.adapters.verdict import Certificate
 from loraover.checkpoint.base_model import base_facts
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.files import CONFIG_FILE
 from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdapterDir
@@ -188,13 +189,11 @@ def write_adapter(
     adapter: AdapterDir, target: ServedModel, directory: Path, dtype: str, on_tensor: Callable[[int], None]
 ) -> list[MatrixCertificate]:
     """Write the tensors and the configuration, and certify each matrix against its exact value."""
-    from loraover.adapters.numerics.rounding import round_exact, save_and_compare
-
     form = to_uniform(adapter)
 
-    def transposed(key: str, exact: Exact) -> Exact:
+    def transposed(key: str, exact: ExactArray) -> ExactArray:
         matrix = form(key, exact)
-        return Exact(matrix.value.mT.contiguous(), matrix.bound.mT.contiguous(), matrix.site)
+        return ExactArray(matrix.value.T, None if matrix.bound is None else matrix.bound.T, matrix.site)
 
     rounded, certificates = round_exact(adapter, adapter.matrices, dtype, prepare=transposed, on_tensor=on_tensor)
     places = adapter.matrices.items()

@@ -18,11 +18,12 @@ from torch.nn.functional import pad
 
 from loraover.adapters.numerics.delta import Delta, read_deltas
 from loraover.adapters.numerics.matrix_certificate import Errors, MatrixCertificate, certify_parts, measure
-from loraover.adapters.numerics.rounding import round_nearest
+from loraover.adapters.numerics.tensor_rounding import round_nearest
 from loraover.checkpoint.base_modules import load_others, target_module
 from loraover.checkpoint.error_bounds import U64
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.arrays import as_array
 from loraover.common.strict_json import StrictModel
 from loraover.common.threads import workers
 
@@ -76,12 +77,13 @@ def merge_rows(weight: Tensor, delta: Delta, rows: slice) -> WeightPart:
     """
     product, before = delta.rows(rows).product(), weight[rows]
     value = product.value + before
-    merged = Exact(value, product.bound.add_(value.abs(), alpha=U64), product.site)
+    bound = product.bound.add_(value.abs(), alpha=U64)
+    merged = ExactArray(as_array(value), as_array(bound), product.site)
     rounded = round_nearest(value, weight.dtype)
     squares = product.value.square_()
     erased = float(squares[rounded == before].sum())
     weight[rows] = rounded
-    return WeightPart(measure(rounded, merged), float(squares.sum()), erased)
+    return WeightPart(measure(as_array(rounded), merged), float(squares.sum()), erased)
 
 
 def certify_merge(delta: Delta, shape: tuple[int, int], parts: list[WeightPart]) -> MatrixCertificate:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from loraover.adapters.base_weights import UNQUANTISED, BaseFiles, check_not_gguf, open_files, stored_keys
 from loraover.adapters.numerics.delta import check_no_bias, read_delta
 from loraover.adapters.numerics.matrix_certificate import matrix_facts
-from loraover.adapters.numerics.rounding import not_kept, round_nearest
+from loraover.adapters.numerics.rounding import not_kept
+from loraover.adapters.numerics.tensor_rounding import round_nearest
 from loraover.adapters.uniform.certificate import record_source
 from loraover.adapters.uniform.refusals import HELD, check_fields
 from loraover.checkpoint.base_model import base_facts

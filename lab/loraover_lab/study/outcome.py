@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 
 from loraover.checkpoint.checkpoint import read_checkpoint
 from loraover.checkpoint.files import META_FILE
+from loraover.common.arrays import as_tensor
 from loraover.common.atomic_output import publish_text
 from loraover.common.errors import ConfigError, DataError, LoraOverError, OutputError
 from loraover.common.file_lock import hold_lock
@@ -243,7 +244,7 @@ def _fold_error(adapter: Path) -> float | None:
         for key in exact.adapter.matrices:
             found = exact.tensor(key)
             if found.site is not None and found.value.any():
-                error = (exact.stored(key).double() - found.value).norm() / found.value.norm()
+                error = (as_tensor(exact.stored(key)).double() - found.value).norm() / found.value.norm()
                 worst = max(worst, float(error))
     return worst
 

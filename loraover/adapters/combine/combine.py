@@ -71,7 +71,7 @@ def add_deltas(weighted: Sequence[tuple[Delta, float]]) -> Approximation:
 
     That is the smallest rank whose error is within the bound of rounding, which is then part of the sum's bound.
     """
-    scaled = [(delta, scale(delta.b, weight)) for delta, weight in weighted]
+    scaled = [(delta, scale(delta.b.arrays(), weight).tensors()) for delta, weight in weighted]
     first = scaled[0][0]
     if len(scaled) == 1:
         return Approximation.exact(Delta(first.module, first.embedding, first.a, scaled[0][1]))

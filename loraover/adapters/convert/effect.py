@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraover.adapters.convert.request import ConvertRequest
 from loraover.adapters.convert.source import Adapter, AdapterLayout
-from loraover.adapters.numerics.rounding import STORAGE_DTYPES
+from loraover.adapters.numerics.tensor_rounding import STORAGE_DTYPES
 from loraover.adapters.prompts import Prompts, logits_of, walked
 from loraover.adapters.uniform.certificate import OutputsOfConversion
 from loraover.adapters.verdict import Deviation, RunningDeviation, largest_of

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from loraover.adapters.numerics.rounding import narrowed
 from loraover.checkpoint.error_bounds import U64, gamma, smallest_subnormal
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import Exact, ExactArray
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter
-from loraover.checkpoint.tensor_file import have_same_bits, is_finite
+from loraover.common.arrays import is_finite, widened
 from loraover.common.errors import ExportError
 from loraover.common.later import torch
 
@@ -79,8 +82,8 @@ def check_no_bias(adapter: AdapterDir) -> None:
 def read_delta(exact: ExactAdapter, path: str) -> Delta:
     """Return the delta of one module from open files; several threads may call it."""
     module = exact.adapter.modules[path]
-    a, b = map(exact.tensor, module.keys)
-    return Delta(path, module.is_embedding, a, scale(b, module.scaling))
+    a, b = (exact.array(key).widened() for key in module.keys)
+    return Delta(path, module.is_embedding, a.tensors(), scale(b, module.scaling).tensors())
 
 
 def is_power_of_two(number: float) -> bool:
@@ -88,20 +91,26 @@ def is_power_of_two(number: float) -> bool:
     return math.frexp(abs(number))[0] == 0.5
 
 
-def scale(exact: Exact, scaling: float) -> Exact:
+def scale(exact: ExactArray, scaling: float) -> ExactArray:
     """Multiply by the scaling, in float64 unless the products of stored values are exact in their own type.
 
     |error| <= |scaling| bound + gamma_1 |result|, plus half a subnormal for underflow.
     """
     value = exact.value
-    if value.dtype != torch.float64:
-        scaled = value if scaling == 1 else value * scaling
+    if value.dtype != np.float64:
+        if scaling == 1:
+            return exact
         if is_power_of_two(scaling):  # products beyond the range, or below it, were rounded
-            is_large = abs(scaling) >= 1
-            if scaling == 1 or (is_finite(scaled) if is_large else have_same_bits(scaled / scaling, value)):
-                return Exact(scaled, exact.bound, exact.site)
-        value = value.double()
-    value = value * scaling
-    rounding = gamma(1, U64) * value.abs()
-    tiny = 0.0 if scaling in (0.0, 1.0) else smallest_subnormal(torch.float64) / 2
-    return Exact(value, abs(scaling) * exact.bound + rounding + tiny, exact.site)
+            wide = widened(value, np.float32)
+            with np.errstate(all="ignore"):
+                scaled = narrowed(wide * np.float32(scaling), value.dtype)
+                is_exact = np.array_equal(widened(scaled, np.float32) / np.float32(scaling), wide)
+            if is_exact and is_finite(scaled):
+                return ExactArray(scaled, exact.bound, exact.site)
+    value = widened(value) * scaling
+    bound = gamma(1, U64) * np.abs(value)
+    if exact.bound is not None:
+        bound += abs(scaling) * exact.bound
+    if scaling not in (0.0, 1.0):
+        bound += smallest_subnormal(np.dtype(np.float64)) / 2
+    return ExactArray(value, bound, exact.site)

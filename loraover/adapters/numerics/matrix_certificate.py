@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from loraover.checkpoint.error_bounds import U32, smallest_subnormal, unit_roundoff
-from loraover.checkpoint.exact_tensors import Exact
-from loraover.checkpoint.tensor_file import extreme_sizes, have_same_bits
-from loraover.common.later import torch
+from loraover.checkpoint.error_bounds import U32, format_of, smallest_subnormal, unit_roundoff
+from loraover.checkpoint.exact_tensors import ExactArray
+from loraover.common.arrays import Array, extreme_sizes, have_same_bits, widened
 from loraover.common.strict_json import StrictModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 LARGEST_LOSS = 0.5
 """Largest relative error of a matrix that passes.
@@ -125,17 +120,17 @@ SMALL_NORM = 1e-10
 """Norm of a matrix whose squares may leave float32's range."""
 
 
-def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
+def certify(name: str, written: Array, exact: ExactArray) -> MatrixCertificate:
     """Measure the error of a written matrix, and its bound: the contraction's, and one rounding to the storage type.
 
     A stored matrix of normal numbers that was written bit for bit has no error, and the bounds u |element|.
     """
     value = exact.value
     m, n = value.shape
-    is_kept = written.dtype == value.dtype != torch.float64 and value.numel() > 0
+    is_kept = written.dtype == value.dtype != np.float64 and value.size > 0
     if is_kept and (written is value or have_same_bits(written, value)):
         smallest, largest = extreme_sizes(value)
-        if smallest >= torch.finfo(value.dtype).smallest_normal and math.isfinite(largest):
+        if smallest >= format_of(value.dtype).normal and math.isfinite(largest):
             return MatrixCertificate(
                 name=name,
                 shape=(m, n),
@@ -149,41 +144,53 @@ def certify(name: str, written: Tensor, exact: Exact) -> MatrixCertificate:
     return certify_parts(name, (m, n), [measure(written, exact)], over_parameterised=exact.site is not None)
 
 
-def measure(written: Tensor, exact: Exact) -> Errors:
+def measure(written: Array, exact: ExactArray) -> Errors:
     """Measure the errors of written elements against their exact values; those of a stored matrix in float32."""
-    if exact.value.dtype != torch.float64:
-        found = _errors_of_stored(written, exact.value.float())
+    if exact.value.dtype != np.float64:
+        found = _errors_of_stored(written, widened(exact.value, np.float32))
         if found is not None:
             return found
-    value = exact.value.double()
-    tiny = smallest_subnormal(written.dtype) / 2
-    rounding = value.abs().add_(exact.bound).mul_(unit_roundoff(written.dtype)).clamp_min_(tiny)
-    bound = rounding.add_(exact.bound)
-    error = (written.double() - value).abs_()
-    lost = underflow(value, written)
-    return Errors(float(value.norm()), float(error.norm()), float(bound.norm()), float(error.div_(bound).amax()), lost)
+    value = widened(exact.value)
+    bound = np.abs(value)
+    if exact.bound is not None:
+        bound += exact.bound
+    bound *= unit_roundoff(written.dtype)
+    np.maximum(bound, smallest_subnormal(written.dtype) / 2, out=bound)
+    if exact.bound is not None:
+        bound += exact.bound
+    error = widened(written) - value
+    np.abs(error, out=error)
+    norms = norm_of(value), norm_of(error), norm_of(bound)
+    error /= bound
+    return Errors(*norms, float(error.max()), underflow(value, written))
 
 
-def _errors_of_stored(written: Tensor, value: Tensor) -> Errors | None:
+def norm_of(x: Array) -> float:
+    """Return the Frobenius norm of an array of float32 or float64, in its type."""
+    with np.errstate(over="ignore"):  # infinity is for the caller to see
+        return float(np.linalg.norm(x.reshape(-1)))
+
+
+def _errors_of_stored(written: Array, value: Array) -> Errors | None:
     """Return the errors of a stored matrix, whose bounds are u max(|element|, smallest normal); None if out of range.
 
     An error is exact in float32: a multiple of the element's last bit, and at most the element, as zero is stored too.
     """
-    u, normal = unit_roundoff(written.dtype), torch.finfo(written.dtype).smallest_normal
-    size = value.abs()
-    error = written - value  # in float32
-    norm, error_norm = (float(torch.linalg.vector_norm(x)) for x in (value, error))
-    if not SMALL_NORM < norm < math.inf or float(size.amin()) < normal:
+    u, normal = unit_roundoff(written.dtype), format_of(written.dtype).normal
+    size = np.abs(value)
+    error = widened(written, np.float32) - value
+    norm, error_norm = norm_of(value), norm_of(error)
+    if not SMALL_NORM < norm < math.inf or float(size.min()) < normal:
         return None  # squares leave float32's range, or elements are subnormal: rare, and worth a closer look
-    worst = float(error.abs_().div_(size).amax()) / u if error.any() else 0.0
-    return Errors(norm, error_norm, u * norm, worst * (1 + DIVISION), Underflow())
+    np.abs(error, out=error)
+    error /= size
+    return Errors(norm, error_norm, u * norm, float(error.max()) / u * (1 + DIVISION), Underflow())
 
 
-def underflow(x: Tensor, rounded: Tensor) -> Underflow:
+def underflow(x: Array, rounded: Array) -> Underflow:
     """Count the elements of `x` that became zero or subnormal in `rounded`."""
-    tiny = torch.finfo(rounded.dtype).smallest_normal
-    if rounded.numel() > 0 and float(rounded.abs().amin()) >= tiny:
+    tiny, size = format_of(rounded.dtype).normal, np.abs(widened(rounded, np.float32))
+    if size.size > 0 and float(size.min()) >= tiny:
         return Underflow()
-    zero = (rounded == 0) & (x != 0)
-    subnormal = (rounded != 0) & (rounded.double().abs() < tiny)
-    return Underflow(int(zero.sum()), int(subnormal.sum()))
+    is_zero = size == 0
+    return Underflow(int((is_zero & (x != 0)).sum()), int((~is_zero & (size < tiny)).sum()))

@@ -9,71 +9,79 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, certify
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.error_bounds import format_of
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, ExactAdapter, pack_stacks, site_name
-from loraover.checkpoint.tensor_file import first_difference, is_finite, save_tensors
+from loraover.checkpoint.tensor_file import first_other, save_arrays
+from loraover.common.arrays import BFLOAT16, Array, is_finite, is_floating, name_of, widened
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
 from loraover.common.threads import workers
 
-STORAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORAGE = {"fp32": np.dtype(np.float32), "bf16": BFLOAT16, "fp16": np.dtype(np.float16)}
+"""Data types of NumPy by the names that commands use."""
 
 
-def round_nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round each element to the nearest number of `dtype`, ties to even; a FoldError names one that is too large.
+def narrowed(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Return a copy in a type as `round_array` does, with infinity for numbers that are too large."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype == BFLOAT16:
+            return _short_of(x)
+        return (widened(x, np.float32) if x.dtype == BFLOAT16 else x).astype(dtype)
 
-    PyTorch converts float64 to bfloat16 and float16 through float32, and so rounds twice. Rounding to odd at the first
-    step makes the result of the second correct (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
+
+def round_array(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Round each element to the nearest number of a type, ties to even; a FoldError names one that is too large.
+
+    NumPy converts float64 to float16 at once; bfloat16 is reached through float32, and so would be rounded twice.
+    Rounding to odd at the first step makes the result of the second correct (Boldo and Melquiond 2008,
+    doi:10.1109/TC.2007.70819).
     """
-    is_direct = x.dtype != torch.float64 or dtype in (torch.float32, torch.float64)
-    rounded = (x if is_direct else _round_to_odd(x)).to(dtype, copy=True)
+    rounded = narrowed(x, dtype)
     if not is_finite(rounded):
-        if bool(torch.isnan(x).any()):
+        numbers = widened(x)
+        if np.isnan(numbers).any():
             raise FoldError("NaN among the elements; the training that made them had diverged.")
         raise FoldError(
-            f"an element of {x.abs().max():.4g} exceeds the largest {str(dtype).removeprefix('torch.')} number, "
-            f"{torch.finfo(dtype).max:.4g}; a wider type holds it."
+            f"an element of {np.abs(numbers).max():.4g} exceeds the largest {name_of(dtype)} number, "
+            f"{format_of(dtype).largest:.4g}; a wider type holds it."
         )
     return rounded
 
 
-def round_randomly(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round each float64 element at random to one of the two numbers of `dtype` around it, the nearer more often.
-
-    The error has no bias, and on average twice the variance of `round_nearest`'s.
-    """
-    nearest = round_nearest(x, dtype)
-    error = x - nearest.double()
-    towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
-    other = torch.nextafter(nearest, towards)
-    gap = (other.double() - nearest.double()).abs()
-    chance = torch.where(gap > 0, error.abs() / gap.clamp_min(5e-324), 0.0)
-    draw = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-    return torch.where(draw < chance, other, nearest)
-
-
-def _round_to_odd(x: Tensor) -> Tensor:
-    """Round to float32 towards zero, and set the last bit where that was inexact."""
-    nearest = x.to(torch.float32)
-    wide = nearest.double()
-    bits = nearest.view(torch.int32)
-    inexact = wide != x
-    bits.sub_((wide.abs_() > x.abs()).to(torch.int32)).bitwise_or_(inexact)
-    return nearest
+def _short_of(x: Array) -> Array:
+    """Round to bfloat16, by the bits of float32; NaN and infinity stay no finite numbers."""
+    if x.dtype == BFLOAT16:
+        return x.copy()
+    if x.dtype == np.float16:
+        x = widened(x, np.float32)
+    nearest = x.astype(np.float32)
+    bits = nearest.view(np.uint32)
+    if x.dtype == np.float64:
+        wide = nearest.astype(np.float64)
+        is_inexact = wide != x
+        bits -= np.abs(wide) > np.abs(x)  # towards zero, and then odd
+        bits |= is_inexact
+    even = (bits >> 16) & 1
+    even += 0x7FFF
+    even += bits
+    even >>= 16
+    even[np.isnan(nearest)] = 0x7FFF
+    return even.astype(np.uint16).view(BFLOAT16)
 
 
-def round_tensor(key: str, exact: Tensor, dtype: str) -> Tensor:
-    """Round a tensor to the nearest numbers of fp32, bf16 or fp16; integers stay unchanged. The key is for messages."""
-    if not exact.is_floating_point() or exact.dtype == STORAGE_DTYPES[dtype]:
-        return exact.contiguous()
+def round_tensor(key: str, exact: Array, dtype: str) -> Array:
+    """Round an array to the nearest numbers of fp32, bf16 or fp16; integers stay unchanged. The key is for messages."""
+    if not is_floating(exact) or exact.dtype == STORAGE[dtype]:
+        return np.asarray(exact, order="C")
     try:
-        return round_nearest(exact, STORAGE_DTYPES[dtype]).contiguous()
+        return np.asarray(round_array(exact, STORAGE[dtype]), order="C")
     except FoldError as error:
         raise FoldError(f"{key}: {error}") from error
 
@@ -84,8 +92,8 @@ def write_rounded(
     directory: Path,
     dtype: str,
     *,
-    prepare: Callable[[str, Exact], Exact] = lambda key, exact: exact,
-    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    prepare: Callable[[str, ExactArray], ExactArray] = lambda key, exact: exact,
+    pack: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     on_tensor: Callable[[int], None] = lambda done: None,
     beside: Sequence[Callable[[Event], None]] = (),
 ) -> list[MatrixCertificate]:
@@ -112,12 +120,12 @@ def write_rounded(
     return certificates
 
 
-def save_and_compare(tensors: dict[str, Tensor], file: Path) -> None:
+def save_and_compare(tensors: dict[str, Array], file: Path) -> None:
     """Write a safetensors file, and read it back; a FoldError if it does not hold the tensors bit for bit."""
-    save_tensors(tensors, file)
+    save_arrays(tensors, file)
     with workers() as threads:
         flushed = threads.start(sync, file)  # the disk works while the file is read back
-        lost = first_difference(file, tensors)
+        lost = first_other(file, tensors)
         flushed.result()
     if lost is not None:
         raise not_kept(lost)
@@ -128,23 +136,23 @@ def round_exact(
     keys: Iterable[str],
     dtype: str,
     *,
-    prepare: Callable[[str, Exact], Exact],
+    prepare: Callable[[str, ExactArray], ExactArray],
     on_tensor: Callable[[int], None],
     beside: Sequence[Callable[[Event], None]] = (),
-) -> tuple[dict[str, Tensor], list[MatrixCertificate]]:
+) -> tuple[dict[str, Array], list[MatrixCertificate]]:
     """Return tensors of an adapter, rounded once from their exact values, and a certificate for each A and B.
 
     Args and errors are those of `write_rounded`.
     """
 
-    def round_one(opened: ExactAdapter, key: str) -> tuple[Tensor, MatrixCertificate | None]:
-        exact = prepare(key, opened.tensor(key, widen=False))
+    def round_one(opened: ExactAdapter, key: str) -> tuple[Array, MatrixCertificate | None]:
+        exact = prepare(key, opened.array(key))
         if key.endswith(BASE_WEIGHT):  # PEFT loads it over the base model's own
             return exact.value, None
         tensor, name = round_tensor(key, exact.value, dtype), site_name(key)
         return tensor, None if name is None else certify(name, tensor, exact)
 
-    rounded: dict[str, Tensor] = {}
+    rounded: dict[str, Array] = {}
     certificates = []
     with adapter.open() as opened, workers() as threads:
         others = [threads.start(function, threads.ending) for function in beside]

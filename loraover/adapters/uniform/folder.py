@@ -7,129 +7,22 @@ Experts of one parameter are stacked as PEFT has them, or have a pair for each p
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from loraover.adapters.numerics.delta import is_power_of_two, scale
-from loraover.adapters.numerics.matrix_certificate import Errors, MatrixCertificate, Underflow, certify_parts
+from loraover.adapters.numerics.delta import scale
+from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
+from loraover.adapters.numerics.rounding import write_rounded
 from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import naming
-from loraover.checkpoint.error_bounds import U64, gamma
-from loraover.checkpoint.exact_tensors import Exact
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.expert_stacks import PRESENT_LAYOUT, ExpertStack
-from loraover.checkpoint.files import TENSORS_FILE
-from loraover.checkpoint.peft_adapter import AdapterDir, site_key, site_name
-from loraover.checkpoint.tensor_file import header_of, open_tensors
-from loraover.common.atomic_output import sync
-from loraover.common.errors import ExportError, FoldError
-from loraover.common.extras import install
-from loraover.common.later import has_torch, torch
+from loraover.checkpoint.peft_adapter import AdapterDir, site_key
+from loraover.common.arrays import Array
+from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Numbers = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """A data type that adapters are stored in, by its name in safetensors files."""
-
-    name: str
-    roundoff: float  # largest relative error of rounding to nearest, u
-    normal: float  # smallest normal number
-
-    @property
-    def subnormal(self) -> float:
-        """Spacing of the numbers near zero."""
-        return self.normal * 2 * self.roundoff
-
-
-STORAGE = {
-    "fp32": _Storage("F32", 2.0**-24, 2.0**-126),
-    "bf16": _Storage("BF16", 2.0**-8, 2.0**-126),
-    "fp16": _Storage("F16", 2.0**-11, 2.0**-14),
-}
-
-
-def write_plain(
-    adapter: AdapterDir, file: Path, dtype: str, on_tensor: Callable[[int], None] = lambda done: None
-) -> list[MatrixCertificate]:
-    """Write A and B of a plain LoRA with one rank and scaling 1, each rounded once, and certify each matrix."""
-    if adapter.stacks:
-        raise ExportError(f"{adapter.path}: it adapts stacked experts, which needs PyTorch: {install('torch')}")
-    storage, certificates = STORAGE[dtype], []
-    written: dict[str, NDArray[np.generic]] = {}
-    with open_tensors(adapter.tensors_path) as source:
-        for key, (module, side) in adapter.matrices.items():
-            stored, scaling = source.numbers(key), module.scaling if side == "B" else 1.0
-            exact = stored * scaling
-            is_exact = scaling == 0 or (is_power_of_two(scaling) and np.array_equal(exact / scaling, stored))
-            bound = np.zeros_like(exact) if is_exact else gamma(1, U64) * np.abs(exact)
-            missing = adapter.rank - module.rank
-            padding = ((0, missing), (0, 0)) if side == "A" else ((0, 0), (0, missing))
-            exact, bound = np.pad(exact, padding), np.pad(bound, padding)
-            bits = _rounded(key, exact, dtype)
-            size, numbers = np.abs(exact), _widened(bits)
-            allowed = np.maximum((size + bound) * storage.roundoff, storage.subnormal / 2) + bound
-            error, is_zero, is_small = np.abs(numbers - exact), numbers == 0, np.abs(numbers) < storage.normal
-            lost = Underflow(int((is_zero & (exact != 0)).sum()), int((~is_zero & is_small).sum()))
-            norm, error_norm, bound_norm = (float(np.linalg.norm(x)) for x in (exact, error, allowed))
-            errors = Errors(norm, error_norm, bound_norm, float((error / allowed).max(initial=0.0)), lost)
-            name = site_name(key)
-            assert name is not None, "of a key of A or B"
-            m, n = exact.shape
-            certificates.append(certify_parts(name, (m, n), [errors], over_parameterised=False))
-            written[key] = bits
-            on_tensor(len(written))
-    _save(written, file, storage.name)
-    return certificates
-
-
-def _save(written: dict[str, NDArray[np.generic]], file: Path, dtype: str) -> None:
-    """Write a safetensors file in the order of the safetensors library, and read it back."""
-    entries = sorted(written.items())
-    with file.open("wb") as target:
-        target.write(header_of((key, dtype, bits.shape, bits.nbytes) for key, bits in entries))
-        target.writelines(np.ascontiguousarray(bits).data.cast("B") for _, bits in entries)
-    sync(file)
-    with open_tensors(file) as kept:
-        lost = next((key for key, bits in entries if kept.bytes(key) != bits.tobytes()), None)
-    if lost is not None:
-        raise FoldError(f"{lost}: the file does not hold what was written to it; check the disk, or write elsewhere.")
-
-
-def _rounded(key: str, exact: Numbers, dtype: str) -> NDArray[np.generic]:
-    """Round to the nearest numbers of a type, ties to even; those of bf16 are returned as their bits.
-
-    NumPy has no bfloat16. Rounding to odd at float32 makes the second rounding correct (Boldo and Melquiond 2008,
-    doi:10.1109/TC.2007.70819).
-    """
-    with np.errstate(over="ignore"):
-        nearest = exact.astype(np.float16 if dtype == "fp16" else np.float32)
-    rounded: NDArray[np.generic] = nearest
-    if dtype == "bf16":
-        wide, bits = nearest.astype(np.float64), nearest.view(np.uint32)
-        bits = (bits - (np.abs(wide) > np.abs(exact))) | (wide != exact)
-        bits = bits.astype(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    if not np.isfinite(_widened(rounded)).all():
-        raise FoldError(
-            f"{key}: an element of {np.abs(exact).max():.4g} exceeds the largest {STORAGE[dtype].name} number; a wider "
-            "type holds it."
-        )
-    return rounded
-
-
-def _widened(rounded: NDArray[np.generic]) -> Numbers:
-    if rounded.dtype == np.uint16:
-        return (rounded.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return rounded.astype(np.float64)
 
 
 def write_uniform(
@@ -138,7 +31,7 @@ def write_uniform(
     dtype: str,
     config: dict[str, Any],
     on_tensor: Callable[[int], None] = lambda done: None,
-    pack: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    pack: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
 ) -> list[MatrixCertificate]:
     """Write the uniform adapter, and certify each matrix against its exact value.
 
@@ -157,10 +50,6 @@ def write_uniform(
         FoldError: An element beyond the range of `dtype`, or a file that does not hold what was written.
     """
     write_config(config, directory)
-    if not has_torch():
-        return write_plain(adapter, directory / TENSORS_FILE, dtype, on_tensor)
-    from loraover.adapters.numerics.rounding import write_rounded
-
     prepare, keys = to_uniform(adapter), adapter.matrices
     return write_rounded(adapter, keys, directory, dtype, prepare=prepare, pack=pack, on_tensor=on_tensor)
 
@@ -240,7 +129,7 @@ def _suffixes(path: str) -> list[str]:
     return [".".join(parts[k:]) for k in reversed(range(len(parts)))]
 
 
-def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
+def to_uniform(adapter: AdapterDir) -> Callable[[str, ExactArray], ExactArray]:
     """Return a function that brings a matrix of an adapter into the uniform form, by its key in the adapter's file.
 
     The function pads the matrix to the largest rank; it multiplies B by its module's scaling before. A product that is
@@ -248,23 +137,25 @@ def to_uniform(adapter: AdapterDir) -> Callable[[str, Exact], Exact]:
     """
     r = adapter.rank
 
-    def form(key: str, exact: Exact) -> Exact:
+    def form(key: str, exact: ExactArray) -> ExactArray:
         module, side = adapter.matrices[key]
         if side == "A":
-            return _padded(exact, (0, 0, 0, r - module.rank))
-        return _padded(scale(exact, module.scaling), (0, r - module.rank))
+            return _padded(exact, (r, exact.value.shape[1]))
+        return _padded(scale(exact, module.scaling), (len(exact.value), r))
 
     return form
 
 
-def _padded(exact: Exact, sides: tuple[int, ...]) -> Exact:
-    if not any(sides):
+def _padded(exact: ExactArray, shape: tuple[int, int]) -> ExactArray:
+    if exact.value.shape == shape:
         return exact
 
-    def zeros(matrix: Tensor) -> Tensor:
-        return torch.nn.functional.pad(matrix, sides)
+    def zeros(matrix: Array) -> Array:
+        whole = np.zeros(shape, matrix.dtype)
+        whole[: matrix.shape[0], : matrix.shape[1]] = matrix
+        return whole
 
-    return Exact(zeros(exact.value), zeros(exact.bound), exact.site)
+    return ExactArray(zeros(exact.value), None if exact.bound is None else zeros(exact.bound), exact.site)
 
 
 Projections = tuple[str, str, str]
@@ -293,22 +184,22 @@ def split_paths(stacks: Sequence[ExpertStack], projections: Projections) -> set[
     }
 
 
-def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def split_experts(adapter: AdapterDir, projections: Projections) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """Return a function that gives every projection of every expert its pair: experts.3.gate_proj.lora_A, and so on.
 
     Gate and up have the same A, and the upper and the lower half of the rows of B.
     """
 
-    def split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def split(tensors: dict[str, Array]) -> dict[str, Array]:
         found = {key: tensor for key, tensor in tensors.items() if key not in adapter.parts}
         for stack in adapter.stacks:
             names = parts_of(stack.parameter, projections)
             for expert in range(stack.experts):
                 a, b = (tensors[site_key(f"{stack.expert(expert)}.lora_{matrix}")] for matrix in "AB")
-                for name, rows in zip(names, b.chunk(len(names)), strict=True):
+                for name, rows in zip(names, np.split(b, len(names)), strict=True):
                     path = f"{stack.module}.{expert}.{name}"
-                    found[site_key(f"{path}.lora_A")] = a.clone()  # safetensors refuses shared memory
-                    found[site_key(f"{path}.lora_B")] = rows.contiguous()
+                    found[site_key(f"{path}.lora_A")] = a
+                    found[site_key(f"{path}.lora_B")] = rows
         return found
 
     return split

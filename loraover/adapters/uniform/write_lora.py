@@ -29,9 +29,10 @@ from loraover.checkpoint.base_model import base_facts
 from loraover.checkpoint.expert_stacks import ExpertStack, expert_paths
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import pack_stacks, site_key
+from loraover.common.arrays import as_array, as_tensor
 from loraover.common.atomic_output import AbandonedError, check_replaceable, publish_directory
 from loraover.common.errors import ExportError
-from loraover.common.provenance import environment, hardware
+from loraover.common.provenance import environment, hardware_used
 from loraover.common.reporter import SILENT, Reporter
 from loraover.common.threads import workers
 from loraover.models.model_file import known_licence
@@ -161,7 +162,9 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
     """Round the factors to the storage type, and measure what that did to each matrix and to their product."""
     delta = approximation.delta
     names = {kind: f"{delta.module}.lora_{'embedding_' * delta.embedding}{kind}" for kind in "AB"}
-    a, b = (round_tensor(names[kind], exact.value, dtype) for kind, exact in (("A", delta.a), ("B", delta.b)))
+    exacts = {"A": delta.a.arrays(), "B": delta.b.arrays()}
+    rounded = {kind: round_tensor(names[kind], exact.value, dtype) for kind, exact in exacts.items()}
+    a, b = map(as_tensor, rounded.values())
     exact_a, exact_b = delta.a.value.double(), delta.b.value.double()
     change_b, change_a = b.double() - exact_b, a.double() - exact_a
     module = ModuleCertificate(
@@ -174,7 +177,7 @@ def _store(approximation: Approximation, dtype: str) -> _Stored:
         arithmetic_bound=approximation.arithmetic_bound,
         storage_error=sum_norm([(change_b, exact_a), (b.double(), change_a)]),
     )
-    matrices = [certify(names["A"], a, delta.a), certify(names["B"], b, delta.b)] if delta.rank else []
+    matrices = [certify(names[kind], rounded[kind], exacts[kind]) for kind in exacts] if delta.rank else []
     return _Stored(a, b, module, matrices)
 
 
@@ -199,7 +202,7 @@ def _certificate(target: LoraOutput, stored: Sequence[_Stored], sources: list[So
         matrices=matrices,
         notes=list(target.notes),
         versions=environment(),
-        hardware=hardware(),
+        hardware=hardware_used(),
     )
 
 
@@ -211,7 +214,8 @@ def _save(target: LoraOutput, stored: Sequence[_Stored], certificate: LoraCertif
         prefix = f"{matrix.module.module}.lora_{'embedding_' * matrix.module.embedding}"
         tensors[site_key(f"{prefix}A")] = pad(matrix.a, (0, 0, 0, missing)).contiguous()
         tensors[site_key(f"{prefix}B")] = pad(matrix.b, (0, missing)).contiguous()
-    save_and_compare(pack_stacks(target.stacks, tensors), draft / TENSORS_FILE)
+    arrays = {key: as_array(tensor) for key, tensor in tensors.items()}
+    save_and_compare(pack_stacks(target.stacks, arrays), draft / TENSORS_FILE)
     experts = expert_paths(target.stacks)
     config = plain_config(
         certificate.rank,

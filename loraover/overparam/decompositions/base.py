@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 from pydantic import ConfigDict, Field, WrapValidator
-from torch import Tensor
 
+from loraover.common.arrays import Array
 from loraover.common.errors import ShapeError
+from loraover.common.later import torch
 from loraover.overparam.block_bases import SideBases
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_CORES = 64
 
@@ -85,9 +88,16 @@ class Decomposition(ABC):
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         """Return the matrices (G, m, n) that the cores represent, in the cores' dtype.
 
+        It is written in what tensors and NumPy's arrays have in common.
+
         Raises:
             ShapeError: A core's shape differs from `core_shapes(m, n)`.
         """
+
+    def contract_arrays(self, cores: Sequence[Array], m: int, n: int) -> Array:
+        """Return what `contract` returns, by NumPy."""
+        found: Any = self.contract(cast(Any, cores), m, n)
+        return cast(Array, found)
 
     @abstractmethod
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:

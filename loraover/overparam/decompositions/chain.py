@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field
 from math import ceil
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @final
@@ -58,8 +60,8 @@ class Chain(Decomposition):
 
     def contract(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
         self.check(cores, m, n)
-        left, right = self.frames(cores, m, n)
-        return left @ cores[-1] if m <= n else cores[0] @ right
+        product = self._auxiliary(cores, m, n)
+        return product @ cores[-1] if m <= n else cores[0] @ product
 
     def apply(self, cores: Sequence[Tensor], x: Tensor, m: int, n: int) -> Tensor:
         self.check(cores, m, n)
@@ -69,10 +71,15 @@ class Chain(Decomposition):
 
     def frames(self, cores: Sequence[Tensor], m: int, n: int) -> tuple[Tensor, Tensor]:
         one = cores[0].new_ones(len(cores[0]), 1, 1)
+        product = self._auxiliary(cores, m, n)
+        return (product, one) if m <= n else (one, product)
+
+    def _auxiliary(self, cores: Sequence[Tensor], m: int, n: int) -> Tensor:
+        """Contract all cores but the centre."""
         product, *rest = cores[:-1] if m <= n else reversed(cores[1:])
         for core in rest:
             product = product @ core if m <= n else core @ product
-        return (product, one) if m <= n else (one, product)
+        return product
 
     def to_centre(self, cores: Sequence[Tensor], matrices: Tensor, m: int, n: int, *, squared: bool = False) -> Tensor:
         left, right = (frame.square() if squared else frame for frame in self.frames(cores, m, n))

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+from loraover.common.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PASS = 32
 """Cost of a number of the state that is written and read again, in multiplications; about what a processor needs."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field, replace
 from functools import cached_property
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, final
 
-import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
+from loraover.common.later import torch
 from loraover.overparam.block_bases import MAX_BLOCK, SIDES, Blocks, MomentRule, Side, SideBases, Source, turn
 from loraover.overparam.decompositions.base import Decomposition
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WHOLE_SHORT_SIDE = 256
 """Largest shorter side whose basis is one block."""

@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import lru_cache
 from math import ceil, prod
-from typing import Annotated, Literal, final
+from typing import TYPE_CHECKING, Annotated, Literal, cast, final
 
-import torch
+import numpy as np
 from pydantic import Field, StrictInt, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
+from loraover.common.arrays import Array
 from loraover.common.errors import ShapeError
+from loraover.common.later import torch
 from loraover.overparam.decompositions.base import MAX_CORES, Decomposition, Ratio, random_coisometry
 from loraover.overparam.decompositions.contraction_order import CoreShapes, apply_chain, cheapest_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Modes = Mapping[int, tuple[StrictInt, ...]]
 
@@ -203,6 +207,8 @@ def _deinterleave(product: Tensor, layout: CoreShapes) -> Tensor:
     split = product.reshape(-1, *(d for pair in zip(layout.rows, layout.columns, strict=True) for d in pair))
     order = [1 + 2 * k for k in range(count)] + [2 + 2 * k for k in range(count)]
     m, n = prod(layout.rows), prod(layout.columns)
+    if isinstance(split, np.ndarray):
+        return cast("Tensor", _deinterleaved_array(split, layout, order))
     if layout.columns[-1] == 2 and split.device.type == "cpu" and split.dtype in (torch.float32, torch.float64):
         # A CPU copies two by two ten times as slowly as it first copies the last two modes together, then pairs.
         *rows, last_row = order[:count]
@@ -211,6 +217,20 @@ def _deinterleave(product: Tensor, layout: CoreShapes) -> Tensor:
         pairs = torch.view_as_complex(together.reshape(-1, m // layout.rows[-1], n // 2, layout.rows[-1], 2))
         return torch.view_as_real(pairs.transpose(2, 3).contiguous()).reshape(-1, m, n)
     return split.permute(0, *order).reshape(-1, m, n)
+
+
+def _deinterleaved_array(split: Array, layout: CoreShapes, order: list[int]) -> Array:
+    """Do the work of `_deinterleave` by NumPy; see there for the pairs."""
+    m, n = prod(layout.rows), prod(layout.columns)
+    if layout.columns[-1] != 2:
+        return split.transpose(0, *order).reshape(-1, m, n)
+    count = len(layout.rows)
+    *rows, last_row = order[:count]
+    *columns, last_column = order[count:]
+    together = np.ascontiguousarray(split.transpose(0, *rows, *columns, last_row, last_column))
+    pairs: Array = together.view(np.complex64 if split.dtype == np.float32 else np.complex128)
+    pairs = pairs.reshape(-1, m // layout.rows[-1], n // 2, layout.rows[-1]).swapaxes(2, 3)
+    return np.ascontiguousarray(pairs).view(split.dtype).reshape(-1, m, n)
 
 
 @lru_cache(maxsize=4096)

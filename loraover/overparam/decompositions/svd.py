@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
-import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
+from loraover.common.later import torch
 from loraover.overparam.decompositions.base import Decomposition, random_coisometry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final

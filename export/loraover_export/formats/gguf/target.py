@@ -13,14 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from loraover.adapters.base_weights import check_base_weights
 from loraover.adapters.uniform.refusals import OTHERS, check_fields, check_shape, check_tensors, written_parameters
+from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.expert_stacks import ExpertStack
 from loraover.checkpoint.model_facts import ServedModel, read_served
 from loraover.checkpoint.peft_adapter import AdaptedModule, AdapterDir, site_key
 from loraover.checkpoint.target_modules import if_missing
+from loraover.common.arrays import Array
 from loraover.common.errors import ExportError
 from loraover.models.load import ModelSource
 from loraover.overparam.expert_part import MatrixName
@@ -28,7 +32,7 @@ from loraover.overparam.expert_part import MatrixName
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loraover.checkpoint.exact_tensors import Exact
+Rows = TypeVar("Rows", "Tensor", Array)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,9 @@ def find_family(architecture: str, model: str) -> Family:
     return family
 
 
-def interleave(rows: Tensor, heads: int) -> Tensor:
+def interleave(rows: Rows, heads: int) -> Rows:
     """Reorder the rows of each head of (heads * 2 n, k) from x_1 ... x_n y_1 ... y_n to x_1 y_1 ... x_n y_n."""
-    from torch import arange
-
-    order = arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
+    order = np.arange(len(rows)).reshape(heads, 2, -1).mT.reshape(-1)
     return rows[order]
 
 
@@ -139,37 +141,35 @@ class GgufTarget:
     modules: Mapping[str, TargetModule]
     expert_tensors: Mapping[str, tuple[str, ...]]
 
-    def pack_experts(self, stack: ExpertStack, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def pack_experts(self, stack: ExpertStack, matrices: Mapping[str, Array]) -> dict[str, Array]:
         """Return one parameter's A (E, r, n) and B (E, m, r) by llama.cpp's names of the tensors that they adapt.
 
         Where llama.cpp keeps gate and up apart, each has a part of the rows of B, and both have the same A.
         """
-        from torch import stack as stacked
-
         a, b = (
-            stacked([matrices[site_key(f"{stack.expert(e)}.lora_{matrix}")] for e in range(stack.experts)])
+            np.stack([matrices[site_key(f"{stack.expert(e)}.lora_{matrix}")] for e in range(stack.experts)])
             for matrix in "AB"
         )
         names = self.expert_tensors[stack.path]
         found = {f"{name}.lora_a": a for name in names}
-        return found | {f"{name}.lora_b": rows for name, rows in zip(names, b.chunk(len(names), dim=1), strict=True)}
+        parts = np.split(b, len(names), axis=1)
+        return found | {f"{name}.lora_b": rows for name, rows in zip(names, parts, strict=True)}
 
     def tensor_name(self, adapted: AdaptedModule, side: MatrixName) -> str:
         """Return llama.cpp's name of the A or B of a module."""
         return f"{self.modules[adapted.path].tensor}.lora_{side.lower()}"
 
-    def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: Exact) -> Exact:
+    def lay_out(self, adapted: AdaptedModule, side: MatrixName, matrix: ExactArray) -> ExactArray:
         """Return a matrix of the uniform form as llama.cpp keeps it, with its error bounds in the same order."""
-        from loraover.checkpoint.exact_tensors import Exact
-
         module = self.modules[adapted.path]
 
-        def laid_out(values: Tensor) -> Tensor:
+        def laid_out(values: Array) -> Array:
             if side == "A":
-                return values.mT.contiguous() if module.is_embedding else values
+                return values.T if module.is_embedding else values
             return values if module.heads is None else interleave(values, module.heads)
 
-        return Exact(laid_out(matrix.value), laid_out(matrix.bound), matrix.site)
+        bound = None if matrix.bound is None else laid_out(matrix.bound)
+        return ExactArray(laid_out(matrix.value), bound, matrix.site)
 
 
 def read_target(source: ModelSource) -> GgufTarget:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate
 from loraover.adapters.numerics.rounding import not_kept, round_exact
 from loraover.adapters.uniform.folder import to_uniform
 from loraover.checkpoint.peft_adapter import AdapterDir
+from loraover.common.arrays import Array
 from loraover.common.errors import FoldError
 from loraover_export.formats.gguf.target import GgufTarget
 
@@ -64,7 +63,7 @@ def write_adapter(
 
 
 def _write(
-    path: Path, architecture: str, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor], dtype: str
+    path: Path, architecture: str, fields: Mapping[str, str | int | float], tensors: Mapping[str, Array], dtype: str
 ) -> None:
     import gguf
 
@@ -98,7 +97,7 @@ class FileArray(np.ndarray[Any, np.dtype[np.uint8]]):
         fid.write(self.data)
 
 
-def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mapping[str, Tensor], dtype: str) -> None:
+def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mapping[str, Array], dtype: str) -> None:
     """Read the file with the gguf package, and compare it with what was to be written."""
     import gguf
 
@@ -125,8 +124,7 @@ def _compare(path: Path, fields: Mapping[str, str | int | float], tensors: Mappi
     assert not found, "the writer adds no tensors"
 
 
-def _bytes(matrix: Tensor) -> npt.NDArray[np.uint8]:
+def _bytes(matrix: Array) -> npt.NDArray[np.uint8]:
     """Return a tensor's bytes, row by row, in the machine's order, which GGUF shares on every machine that runs it."""
-    rows = matrix.clone(memory_format=torch.contiguous_format)  # `contiguous` keeps the strides of a single column
-    raw: npt.NDArray[np.uint8] = rows.view(torch.uint8).numpy()
-    return raw
+    rows = np.ascontiguousarray(matrix)
+    return rows.view(np.uint8).reshape(*rows.shape[:-1], -1)

@@ -24,6 +24,7 @@ from loraover.adapters.numerics.rounding import round_tensor
 from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
 from loraover.checkpoint.peft_adapter import site_key
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.arrays import as_tensor
 from loraover.common.errors import ExportError
 from loraover.common.strict_json import read_json
 from loraover.models.device import DTYPES
@@ -162,9 +163,9 @@ def write_adapter(
                     f"{name} has {features} features, but the graph's input {place.input} has {place.features}; the "
                     f"adapter belongs to another base model than the graph's, {layout.base_model}."
                 )
-            rounded = round_tensor(name, exact.value, layout.dtype)
-            certificates.append(certify(name, rounded, exact))
-            matrices.setdefault(place.graph, {})[place.input] = rounded.mT.contiguous()
+            rounded = round_tensor(name, exact.arrays().value, layout.dtype)
+            certificates.append(certify(name, rounded, exact.arrays()))
+            matrices.setdefault(place.graph, {})[place.input] = as_tensor(rounded).mT.contiguous()
     for graph in graphs:
         native, web = adapter_files(adapter, graph, graphs)
         if layout.web:  # with matrices of rank 0 for the modules that the adapter leaves as they are
