@@ -1,8 +1,8 @@
 """Facts about a model, from its configuration and the names and shapes of its modules.
 
-They are read by transformers, or without PyTorch from the headers of the model's weights. transformers takes PyTorch
-and seconds, so what it says is kept in a file, by a digest of the configuration and of the versions that read it. Who
-reads it again imports neither.
+They are read from the headers of the model's weights where its kind is known, and else by transformers, which takes
+PyTorch and seconds. What was found is kept in a file, by a digest of the configuration and of the versions that read
+it. Who reads it again imports neither.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def read_served(source: ModelSource, supported: Container[str] | None = None) ->
 
 
 def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
-    """Read a model's configuration, and build its modules without weights, or read what an earlier call found.
+    """Read a model's configuration and the headers of its weights, or build it without weights.
+
+    What an earlier call found is read again.
 
     Only modules of the `wanted` classes are looked at; None wants all.
 
@@ -187,8 +189,11 @@ def _read(file: Path) -> ModelFacts | None:
 
 
 def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
+    config_file = find_model_file(source, CONFIG)
     if not has_torch():
-        return facts_of_headers(source, find_model_file(source, CONFIG))
+        return facts_of_headers(source, config_file)
+    with suppress(ConfigError):  # transformers builds all other models
+        return facts_of_headers(source, config_file)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(source)

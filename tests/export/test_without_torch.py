@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -168,16 +169,33 @@ def test_tensors_of_all_types_are_written_as_the_safetensors_library_does(tmp_pa
             assert torch.equal(as_tensor(file.array(key)), tensor)
 
 
-def test_what_needs_matrices_alone_loads_no_torch(tmp_path: Path) -> None:
-    """A fold of every decomposition, in a process where PyTorch is installed."""
-    program = (
-        "import sys; from loraover_export import fold_checkpoint; "
-        "[fold_checkpoint(place, sys.argv[1] + place[-3:]) for place in sys.argv[2:]]; "
-        "print(sorted({'torch', 'transformers', 'scipy', 'peft'} & set(sys.modules)))"
-    )
-    golden = Path(__file__).parents[1] / "golden" / "schema_3"
-    places = [str(golden / name) for name in ("mpo", "svd", "chain", "eigen", "dynamic")]
+GOLDEN = Path(__file__).parents[1] / "golden"
+BASE = GOLDEN / "base_installation" / "base"
+PLAIN = GOLDEN / "base_installation" / "adapter"
+ALONE = {
+    **{
+        name: f"export.fold_checkpoint({str(GOLDEN / 'schema_3' / name)!r}, 'out')"
+        for name in ("mpo", "svd", "chain", "eigen", "dynamic")
+    },
+    "vllm": f"export.export_vllm({str(PLAIN)!r}, 'out', model={str(BASE)!r})",
+    "attest": f"export.export_vllm({str(PLAIN)!r}, 'out', model={str(BASE)!r}); export.attest_adapter('out')",
+    "check": f"export.check_adapter({str(PLAIN)!r}, model={str(BASE)!r})",
+}
+"""What is computed from matrices or read from headers, as calls of the public functions."""
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_needs_matrices_alone_loads_no_torch(name: str, tmp_path: Path) -> None:
+    """In a process where PyTorch is installed, and of a model that was never seen."""
+    program = f"import sys; import loraover_export as export; {ALONE[name]}; "
+    program += "print(sorted({'torch', 'transformers', 'scipy', 'peft'} & set(sys.modules)))"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "out"), *places], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
