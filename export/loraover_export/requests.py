@@ -188,7 +188,8 @@ class OnnxRequest(Request):
     """Write ONNX graphs with SOURCE merged into the weights, or with adapters to swap at run time.
 
     SOURCE is a LoRA-Over checkpoint, a folded adapter or any plain PEFT LoRA; swappable takes several. Decoder models
-    become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers one graph.
+    become one onnxruntime-genai graph with a KV cache, T5 an encoder and a decoder, classifiers and models of
+    vectors one graph.
 
     Exit code 1: ONNX Runtime's outputs are too far from the PyTorch reference's, and nothing was left at the
     output. Exit code 3: the export was written, but an adapter changes logits too little for the check to distinguish

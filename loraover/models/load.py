@@ -129,6 +129,7 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 """Class of transformers that loads a model for each of PEFT's tasks."""
 
@@ -174,7 +175,7 @@ def load_model(
     Args:
         source: Place of the model.
         dtype: Data type of the weights: fp32, bf16, fp16 or fp64.
-        task_type: PEFT's name of the task: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None means CAUSAL_LM.
+        task_type: PEFT's name of the task: a key of AUTO_CLASSES; None means CAUSAL_LM.
         num_labels: Number of a classifier's labels; None means the number in the model's configuration.
         device: Device to load to: cpu, cuda, mps, auto, or one GPU such as cuda:1.
         attention: Implementation of attention, as transformers names it; None means transformers' choice.

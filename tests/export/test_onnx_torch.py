@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -149,10 +150,14 @@ def test_t5_files(t5: T5) -> None:
 # BERT
 
 
+def typed_feed(ids: Tensor, mask: Tensor, types: Tensor) -> dict[str, Any]:
+    """Inputs of a model that tells two texts apart."""
+    return {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "token_type_ids": types.numpy()}
+
+
 def scores(graph: Graph, feed: Feed) -> Tensor:
-    return torch.from_numpy(
-        graph.run({"input_ids": feed.ids.numpy(), "attention_mask": feed.mask.numpy()})["logits"]
-    ).float()
+    typed = typed_feed(feed.ids, feed.mask, torch.zeros_like(feed.ids))
+    return torch.from_numpy(graph.run(typed)["logits"]).float()
 
 
 @torch.no_grad()
@@ -215,6 +220,57 @@ def test_bert_swappable(bert: Bert, tmp_path: Path) -> None:
     with bert.plain.disable_adapter():
         assert max(errors(Graph(graph), bert.plain).values()) <= 1
         assert min(errors(Graph(graph, tmp_path / "out" / "plain.onnx_adapter"), bert.plain).values()) > 1000
+
+
+def test_bert_tells_the_texts_of_a_pair_apart(bert: Bert, tmp_path: Path) -> None:
+    exported("BERT", bert.folder / "whole", tmp_path / "out", "--mode", "merged")
+    graph = Graph(tmp_path / "out" / "model.onnx")
+    ids, mask = FEEDS["batch"].ids, FEEDS["batch"].mask
+    found = []
+    for types in (torch.zeros_like(ids), (torch.arange(ids.shape[1]) > 4).long().expand_as(ids)):
+        with torch.no_grad():
+            expected = bert.whole(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        found.append(graph.run(typed_feed(ids, mask, types))["logits"])
+        assert np.abs(found[-1] - expected.numpy()).max() <= fp32_tolerance(expected)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+# A model of vectors, without a head
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("embedder")
+    base = save_base(folder / "base", tiny_bert().bert)
+    options = {"target_modules": ["query", "dense"], "exclude_modules": [r"pooler.dense"]}
+    load = transformers.AutoModel.from_pretrained
+    return folder, lora(base, load, folder / "adapter", task_type="FEATURE_EXTRACTION", **options)
+
+
+@pytest.mark.parametrize("mode", ["merged", "swappable"])
+def test_vectors_of_tokens(mode: str, embedder: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = embedder
+    report = exported("BERT", folder / "adapter", tmp_path / "out", "--mode", mode)
+    assert {(check.compared, check.quantity) for check in report.checks} == {("states", "hidden state")}
+    assert report.verdict == "passed"
+    adapter = tmp_path / "out" / "adapter.onnx_adapter" if mode == "swappable" else None
+    feed = FEEDS["padded on the right"]
+    typed = typed_feed(feed.ids, feed.mask, torch.zeros_like(feed.ids))
+    found = feed.real(torch.from_numpy(Graph(tmp_path / "out" / "model.onnx", adapter).run(typed)["last_hidden_state"]))
+    with torch.no_grad():
+        expected = feed.real(model(input_ids=feed.ids, attention_mask=feed.mask).last_hidden_state)
+        with model.disable_adapter():
+            base = feed.real(model(input_ids=feed.ids, attention_mask=feed.mask).last_hidden_state)
+    assert (found - expected).abs().max() <= fp32_tolerance(expected)
+    assert (found - base).abs().max() > 1000 * fp32_tolerance(expected)
+
+
+def test_a_model_of_vectors_that_decodes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_base(tmp_path / "base", tiny_t5())
+    options = {"target_modules": ["q"], "task_type": "FEATURE_EXTRACTION"}
+    lora(base, transformers.AutoModel.from_pretrained, tmp_path / "adapter", **options)
+    assert export(tmp_path / "adapter", tmp_path / "out", "--mode", "merged") == 2
+    assert "has an encoder and a decoder; no graph of vectors" in capsys.readouterr().err
 
 
 # GPT-2, which onnxruntime-genai's builder does not know

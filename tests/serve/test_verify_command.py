@@ -16,7 +16,6 @@ import pytest
 
 from loraover.common.command_line import run
 from loraover.common.errors import CheckpointError, ConfigError, EngineError, ExportError, OutputError
-from loraover_export import export_onnx
 from loraover_serve import VerifyReport, verify_adapter
 from loraover_serve.cli import cli
 from loraover_serve.engines import ENGINES, engine_class
@@ -216,8 +215,6 @@ def test_other_tasks_are_refused_with_what_to_use(adapter: Path, base: Path, tmp
     (classifier / "adapter_config.json").write_text(json.dumps(config | {"task_type": None}))
     with pytest.raises(ConfigError, match=r"task_type None is not a causal .* No export of ours takes such a model"):
         verify_adapter(classifier, model=embedder, engines=["torch"])
-    with pytest.raises(ConfigError, match=r"embedder embeds texts, as its modules\.json says, and no graph is made"):
-        export_onnx(classifier, tmp_path / "graph", model=embedder, mode="merged")
 
 
 def test_adapters_that_fit_no_module_are_refused(adapter: Path, base: Path, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class Graph:
                     "input_ids": feed.ids[:, start:end].numpy(),
                     "attention_mask": feed.mask[:, :end].numpy(),
                     "position_ids": feed.positions[:, start:end].numpy(),
+                    "token_type_ids": np.zeros((feed.rows, end - start), np.int64),
                 }
                 | cache
             )

@@ -92,6 +92,7 @@ def _steps(feed: Feed) -> list[dict[str, Any]]:
             "input_ids": feed.ids[:, start:end],
             "attention_mask": feed.mask[:, :end],
             "position_ids": feed.positions[:, start:end],
+            "token_type_ids": torch.zeros_like(feed.ids[:, start:end]),
         }
         steps.append({name: {"dims": list(t.shape), "data": t.flatten().tolist()} for name, t in feeds.items()})
         start = end

@@ -110,10 +110,10 @@ class OnnxEngine(LogitEngine, TimedEngine):
         fits = not adapter.others and not any(module.is_embedding for module in adapter.modules.values())
         if setting.request.graph is not None or fits:
             _say(setting, f"swappable ONNX graph of {name}")
-            arms = _swappable_arms(setting)
+            arms = swappable_arms(setting)
         else:
             setting.request.report.line(f"building the merged ONNX graphs of {name} and of the base model")
-            arms = _merged_arms(setting)
+            arms = merged_arms(setting)
         yield cls("onnx", arms)
 
     @classmethod
@@ -121,9 +121,9 @@ class OnnxEngine(LogitEngine, TimedEngine):
     def start_arms(cls, setting: Setting) -> Iterator[Sequence[OnnxEngine]]:
         """Start it with merged and with swappable adapters; for an earlier graph, only with swappable ones."""
         _say(setting, "ONNX graphs")
-        ways = {"onnx swappable": _swappable_arms(setting)}
+        ways = {"onnx swappable": swappable_arms(setting)}
         if setting.request.graph is None:
-            ways = {"onnx merged": _merged_arms(setting), **ways}
+            ways = {"onnx merged": merged_arms(setting), **ways}
         yield [cls(name, arms) for name, arms in ways.items()]
 
     def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
@@ -187,7 +187,7 @@ def _say(setting: Setting, graphs: str) -> None:
     )
 
 
-def _merged_arms(setting: Setting) -> dict[str, OnnxArm]:
+def merged_arms(setting: Setting) -> dict[str, OnnxArm]:
     """Build a graph of each arm; an adapter that changes nothing is merged into the base model's.
 
     Arms are loaded in the order of the result, which changes speed by some percent.
@@ -203,7 +203,7 @@ def _merged_arms(setting: Setting) -> dict[str, OnnxArm]:
     return arms
 
 
-def _swappable_arms(setting: Setting) -> dict[str, OnnxArm]:
+def swappable_arms(setting: Setting) -> dict[str, OnnxArm]:
     """Write adapters for one graph, which answers as the base model without an adapter."""
     output, graph = setting.scratch / "swappable", setting.request.graph
     adapters = {arm: folder for arm, folder in setting.adapters.items() if arm not in setting.copies}

@@ -37,12 +37,14 @@ from loraover_serve.judge.limits import ADAPTER
 from loraover_serve.judge.models import Answers
 from loraover_serve.judge.rules import judge
 from loraover_serve.judge.templates import Conversations
+from loraover_serve.verify.by_vectors import by_vectors
 from loraover_serve.verify.chats import conversations
 from loraover_serve.verify.faults import RightAdapter
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
 from loraover_serve.verify.report import KEPT_PREFIX, EngineResult, copy_logs, faults_known_of
 from loraover_serve.verify.request import Found, VerifyRequest
 from loraover_serve.verify.variants import read_lora
+from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.vllm.server import signals_as_interrupts
 
 MOST_EARLIER = 8
@@ -65,6 +67,11 @@ def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
             adapter = replace(read_source(converted), trained_as=request.adapter.resolve())
         check_plain(adapter, "the check of engines")
         base = resolve_base([adapter], request.model, option=request.named("model"), say=request.report.line)
+        if has_vectors(adapter, base):
+            setting = make_setting(request, base, scratch, 0)
+            setting = replace(setting, adapters={ADAPTER: adapter.path.resolve()})
+            yield by_vectors(request, adapter, base, setting)
+            return
         check_task(adapter, base, "verify")
         longest, device = _longest(base, request), str(choose_device(request.device))
         confusable = [read_adapter_dir(path) for path in request.confusable]

@@ -118,11 +118,7 @@ def ask_server(
     adapters: list[Named] = []
     found: list[dict[str, Any]] = []
     unread: list[CheckpointError] = []
-    files, names = reference_files(request.references), request.served_name
-    if names and len(names) != len(files):
-        given = request.named("served_name")
-        raise ConfigError(f"{given}: {len(names)}, and there are {len(files)} references; name all of them or none.")
-    for name, file in zip_longest(names, files):
+    for name, file in named_files(request):
         read = partial(read_reference, file)
         try:
             reference = read_any_reference(file)
@@ -232,6 +228,15 @@ def reference_files(places: Sequence[Path]) -> list[Path]:
             raise CheckpointError(f"{place}: holds no {REFERENCE_FILE}; `loraover record` writes one.")
         found += files
     return found
+
+
+def named_files(request: VerifyRequest) -> list[tuple[str | None, Path]]:
+    """Files of the references, each with the name that was given to its adapter, if any was."""
+    files, names = reference_files(request.references), request.served_name
+    if names and len(names) != len(files):
+        given = request.named("served_name")
+        raise ConfigError(f"{given}: {len(names)}, and there are {len(files)} references; name all of them or none.")
+    return list(zip_longest(names, files))
 
 
 def neighbours(files: Sequence[Path]) -> list[Named]:

@@ -58,7 +58,6 @@ class VerifyRequest(EngineRequest):
         "Reference that `loraover record` wrote, or folder with references below it, in place of ADAPTER.",
         default=(),
         flag="--reference",
-        needs="endpoint",
     )
     published: AnyPath | None = option(
         "Published reference that has the SHA-256 of the sealed one, which --reference names.",
@@ -78,10 +77,10 @@ class VerifyRequest(EngineRequest):
         "Address of an OpenAI-compatible server that already serves the adapter.", default=None
     )
     served_name: AnyNames = option(
-        "Name by which the server at the endpoint serves the adapter, one for each reference.",
+        "Name by which the server at the endpoint serves the adapter, or of its file beside the graph, one for each "
+        "reference.",
         default=(),
         default_text="with references, the names of the adapters' folders",
-        needs="endpoint",
         are_different=True,
     )
     base_name: str | None = option(
@@ -241,10 +240,21 @@ class VerifyRequest(EngineRequest):
             is_single = len(self.references) == 1 and not self.references[0].is_dir()
             if getattr(self, name) is not None and self.references and not is_single:
                 yield f"{self.named(name)} checks one adapter; give one {references}."
-        if self.references and self.engines:
-            yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
+        yield from self._of_graphs()
         yield from self._other_weights()
         yield from super().faults()
+
+    def _of_graphs(self) -> Iterator[str]:
+        """Faults of references with an engine that is started here, which has to be the graph of an ONNX export."""
+        references, endpoint, graph = (self.named(name) for name in ("references", "endpoint", "graph"))
+        if self.references and self.endpoint is None and self.graph is None:
+            yield f"{references} needs {endpoint}, or {graph} of vectors, classes or scores, which is missing."
+        if self.references and self.endpoint is not None and self.graph is not None:
+            yield f"{references} is compared with one of {endpoint} and {graph}; leave the other one out."
+        if self.served_name and self.endpoint is None and not (self.references and self.graph is not None):
+            yield f"{self.named('served_name')} needs {endpoint}, which is missing."
+        if self.references and self.engines and (self.graph is None or self.engines != ("onnx",)):
+            yield f"{self.named('engines')}: PyTorch compares engines that it starts; leave out {references}."
 
     @property
     def asked(self) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
     if request.junit is not None:
         check_file_writable(request.junit)
     if request.adapter is None:
-        found = by_references(request) if request.references else by_itself(request)
+        found = _without_pytorch(request)
         from loraover_serve.verify.show import publish
 
         return publish(request, found)
@@ -53,6 +53,15 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
     with by_pytorch(request) as found:
         return publish(request, found)
+
+
+def _without_pytorch(request: VerifyRequest) -> Found:
+    """Findings of a verification without ADAPTER; PyTorch computes nothing in it."""
+    if request.references and request.endpoint is None:
+        from loraover_serve.verify.by_vectors import by_graph  # with the tokenizer's packages
+
+        return by_graph(request)
+    return by_references(request) if request.references else by_itself(request)
 
 
 def by_itself(request: VerifyRequest) -> Found:

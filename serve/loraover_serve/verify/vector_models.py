@@ -21,7 +21,7 @@ from loraover.models.model_file import MODULES_FILE, embeds_texts, find_model_fi
 from loraover.reference import reference_model
 from loraover_serve.comparison.adapters import OF_VECTORS
 from loraover_serve.comparison.rounding import NumberFormat, rounding
-from loraover_serve.judge.vectors.reference import VectorTask
+from loraover_serve.judge.vectors.reference import VectorReference, VectorTask
 from loraover_serve.verify.variants import adding, read_lora
 
 POOLINGS = ("mean", "cls", "last", "max")
@@ -126,6 +126,11 @@ def read_reading(
     is_normalised = ("Normalize" in names if names else True) if normalised is None else normalised
     others = tuple(text for text in known if text and text != chosen)
     return Reading(task, how, is_normalised, chosen, others, longest)
+
+
+def reading_of(reference: VectorReference) -> Reading:
+    """How the texts of a reference were read; the model read all of them whole."""
+    return Reading(reference.task, reference.pooling, reference.is_normalised, reference.prefix)
 
 
 def _check_prefix(base: ModelSource, parts: Sequence[Mapping[str, Any]], prefix: str) -> None:
@@ -268,5 +273,9 @@ class VectorRunner:
             return {reading.task: model(**inputs).logits[0].flatten()}
         output = model(**inputs, output_hidden_states=True)
         hidden = getattr(output, "last_hidden_state", None)
-        hidden = output.hidden_states[-1][0] if hidden is None else hidden[0]
-        return {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1], "max": hidden.amax(0)}
+        return pooled(output.hidden_states[-1][0] if hidden is None else hidden[0])
+
+
+def pooled(hidden: Tensor) -> dict[str, Tensor]:
+    """The vector of a text by each pooling, from the hidden states of its tokens, (tokens, numbers)."""
+    return {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1], "max": hidden.amax(0)}

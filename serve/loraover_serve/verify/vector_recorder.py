@@ -84,7 +84,12 @@ def record_vectors(
             raise ConfigError(f"{request.named(name)} is for generated text, and this adapter has none; leave it out.")
     if ignored := request.given("new_tokens", "max_memory_gib"):
         raise ConfigError(f"{ignored}: not for adapters of vectors, classes or scores; leave it out.")
-    device, say = str(choose_device(request.device)), request.report.line
+    return content_of(load_recording(request, adapter, base), request, base, digests)
+
+
+def load_recording(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> VectorRecording:
+    """Load the models and texts that are recorded; see `record_vectors`."""
+    device = str(choose_device(request.device))
     task = find_vector_task(request, adapter, base)
     reading = read_reading(base, task, request.pooling, request.normalised, request.prefix)
     tokenizer, runner = load_tokenizer(base), VectorRunner(adapter, base, task, device, request.compute_dtype)
@@ -92,8 +97,16 @@ def record_vectors(
         tokenizer.padding_side = "right"
     texts = read_texts(request, is_pair=task == "score")
     texts = check_lengths(texts, reading, tokenizer, is_own=request.prompts is not None)
-    say(f"running both models on {len(texts)} texts: {words_of(reading)}")
-    recording = VectorRecording(runner, tokenizer, reading, texts)
+    return VectorRecording(runner, tokenizer, reading, texts)
+
+
+def content_of(
+    recording: VectorRecording, request: RecordRequest, base: ModelSource, digests: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Contents of the reference of loaded models and texts; see `record_vectors`."""
+    device, say = str(choose_device(request.device)), request.report.line
+    runner, reading = recording.runner, recording.reading
+    say(f"running both models on {len(recording.texts)} texts: {words_of(reading)}")
     right = recording.right()
     numbers = [len(row) for row in right[BASE]]
     content: dict[str, Any] = {
@@ -102,7 +115,7 @@ def record_vectors(
         "adapter": request.adapter.resolve().name,
         "base_model": base.name,
         "digests": dict(digests),
-        "task": task,
+        "task": reading.task,
         "labels": runner.labels,
         "activation": runner.activation,
         "normalised": reading.is_normalised,
@@ -110,7 +123,7 @@ def record_vectors(
         "prefix": reading.prefix,
         "questions": [
             {"text": text, "pair": pair, "tokens": int(ids["input_ids"].shape[1]), "numbers": number}
-            for (text, pair), ids, number in zip(texts, recording.inputs(reading), numbers, strict=True)
+            for (text, pair), ids, number in zip(recording.texts, recording.inputs(reading), numbers, strict=True)
         ],
         "rows": {arm: _floats(rows) for arm, rows in right.items()},
         "sensitivity": 1.0,

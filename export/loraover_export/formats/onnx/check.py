@@ -195,6 +195,7 @@ def check_graph(
     effect = largest(base.logits, reference.logits)
     logits = GraphCheck(
         adapter=None if adapter is None else adapter.name,
+        compared=kind.compared_as,
         cases=_errors(cases, reference.logits, found),
         noise=reference.noise,
         noise_of=reference.noise_of,

@@ -11,7 +11,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.source import read_source
 from loraover.common.errors import ConfigError, ExportError
 from loraover.models.load import ModelSource
-from loraover.models.model_file import MODULES_FILE, embeds_texts
+from loraover.models.model_file import embeds_texts
 from loraover_export.requests import OnnxRequest
 
 
@@ -61,7 +61,8 @@ def check_swappable(adapter: AdapterDir) -> None:
         )
 
 
-TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+VECTORS = "FEATURE_EXTRACTION"
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", VECTORS)
 """Tasks by PEFT's names."""
 
 SEQ2SEQ_MODELS = ("t5", "mt5", "umt5")
@@ -75,18 +76,16 @@ def find_task(named: str | None, base: ModelSource) -> str:
         named: PEFT's name of the task; None if the adapters name none, and the base model decides.
 
     Raises:
-        ConfigError: A task that no graph is made for, such as the embedding of texts, or no usable configuration.
-        ExportError: An encoder-decoder model that is no T5.
+        ConfigError: A task that no graph is made for, or no usable configuration.
+        ExportError: An encoder-decoder model that is no T5, or that is to give vectors.
     """
-    if named is None and embeds_texts(base):
-        raise ConfigError(
-            f"{base.origin} embeds texts, as its {MODULES_FILE} says, and no graph is made for that; if the adapter "
-            'was trained to generate, set task_type in adapter_config.json to "CAUSAL_LM".'
-        )
     facts = read_facts(base)
-    task = named or ("SEQ_2_SEQ_LM" if facts.is_encoder_decoder else "CAUSAL_LM")
+    unnamed = VECTORS if embeds_texts(base) else "SEQ_2_SEQ_LM" if facts.is_encoder_decoder else "CAUSAL_LM"
+    task = named or unnamed
     if task not in TASKS:
         raise ConfigError(f"task_type is {task!r}, expected one of {', '.join(TASKS)}.")
+    if task == VECTORS and facts.is_encoder_decoder:
+        raise ExportError(f"{base.origin} has an encoder and a decoder; no graph of vectors is made for such a model.")
     if task == "SEQ_2_SEQ_LM" and facts.model_type not in SEQ2SEQ_MODELS:
         raise ExportError(
             f"{base.origin}: model_type is {facts.model_type!r}; of encoder-decoder models, only "

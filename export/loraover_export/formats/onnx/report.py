@@ -88,9 +88,10 @@ class GraphCheck(StrictModel):
     """Outputs of a graph with one adapter, or with none, against the PyTorch reference's."""
 
     adapter: str | None = Field(description="Name of the adapter; None for the base model")
-    compared: Literal["logits", "change"] = Field(
+    compared: Literal["logits", "states", "change"] = Field(
         default="logits",
-        description='Quantity compared; "change" is the difference that the adapter makes to the base model\'s logits',
+        description="Quantity compared: logits, hidden states in their place, or the change of the base model's logits "
+        "by the adapter",
     )
     cases: list[CaseError] = Field(description="Errors at each shape")
     noise: float = Field(description="Largest logit error that the precision alone causes in PyTorch")
@@ -101,7 +102,7 @@ class GraphCheck(StrictModel):
     @property
     def quantity(self) -> str:
         """Quantity compared, in words."""
-        return "logit" if self.compared == "logits" else "logit change"
+        return {"logits": "logit", "states": "hidden state", "change": "logit change"}[self.compared]
 
     @property
     def error(self) -> float:

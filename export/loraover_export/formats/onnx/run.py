@@ -29,7 +29,7 @@ from loraover_export.formats.onnx.check import Compute, OnnxReference, check_gra
 from loraover_export.formats.onnx.inputs import Inputs, find_task, read_inputs
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, has_provider
 from loraover_export.formats.onnx.kinds.decoder import Decoder
-from loraover_export.formats.onnx.kinds.traced import Seq2Seq, Stateless, check_takes_rows
+from loraover_export.formats.onnx.kinds.traced import HiddenStates, Seq2Seq, Stateless, check_takes_rows
 from loraover_export.formats.onnx.report import GraphCheck, OnnxReport, SwappableLayout, export_verdict, read_layout
 from loraover_export.formats.onnx.swappable import adapter_files, markers, write_adapter, write_swappable
 from loraover_export.merge.arithmetic import merge
@@ -90,6 +90,7 @@ KINDS: dict[str, type[GraphKind]] = {
     "SEQ_2_SEQ_LM": Seq2Seq,
     "SEQ_CLS": Stateless,
     "TOKEN_CLS": Stateless,
+    "FEATURE_EXTRACTION": HiddenStates,
 }
 # ONNX Runtime registers these among the standard operators; the standard's own checker does not know them.
 RUNTIME_OPERATORS = ("SimplifiedLayerNormalization",)
@@ -126,7 +127,8 @@ class Export:
                 f"{request.named('cache', False)} is for decoder models; {inputs.base.origin} is an encoder-decoder "
                 "model, whose graphs always have a cache. Leave it out."
             )
-        self.kind = KINDS[self.task]() if self.request.cache else Stateless()
+        kind = KINDS[self.task]
+        self.kind = kind() if self.request.cache or issubclass(kind, Stateless) else Stateless()
         self.deltas = {name: list(read_deltas(adapter)) for name, adapter in inputs.adapters.items()}
 
     def run(self) -> OnnxReport:

@@ -190,6 +190,7 @@ class VectorAnswers:
         encoded: Vectors of some texts as numbers, and as base64.
         mixed: Answers of each arm while the other one is asked as well; empty if there are none.
         is_one_model: Whether the server has one model under both names.
+        is_here: Whether an engine in this process answered, one request after the other.
     """
 
     path: str
@@ -198,6 +199,7 @@ class VectorAnswers:
     encoded: Sequence[tuple[Vector, Vector]] = field(default=())
     is_one_model: bool = False
     mixed: Mapping[str, Mapping[int, VectorAnswer]] = field(default_factory=dict)
+    is_here: bool = False
 
     @property
     def adapter(self) -> dict[int, VectorAnswer]:

@@ -112,6 +112,7 @@ class AnswerReader:
                 {p: told for p, (_, told) in one.items()},
             )
             for one in self.answers.rounds
+            if not self.answers.is_here
         ]
         mixed = {
             arm: {place: models.row(self.read(said.numbers)) for place, said in found.items() if place in known}

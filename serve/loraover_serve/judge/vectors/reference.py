@@ -93,6 +93,8 @@ class VectorReference:
         activation: Function that a server applies to logits by default: softmax or sigmoid; None for vectors, and for
             numbers that a regression estimates.
         is_normalised: Whether vectors have the length 1.
+        prefix: Text that the server puts before each input.
+        pooling: Way in which one vector is made of those of tokens; None for classes and scores.
         questions: The texts.
         rows: Rows of both arms, as the model computes them.
         formats: Distance and strength of the right models in each number format.
@@ -113,6 +115,7 @@ class VectorReference:
         if (self.task == "embed") != (not self.labels) or len({*self.labels}) < len(self.labels):
             raise ValueError("a classifier needs labels with different names, and a vector has none")
         self.is_normalised, self.prefix = bool(content["normalised"]), str(content["prefix"])
+        self.pooling = None if content["pooling"] is None else str(content["pooling"])
         self.questions = [_question(each, is_pair=self.task == "score") for each in content["questions"]]
         self.sensitivity, self.device = float(content["sensitivity"]), str(content["made"]["device"])
         self._lengths = [int(each["numbers"]) for each in content["questions"]]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import onnxruntime as ort
 import torch
@@ -90,6 +90,8 @@ class GraphKind(ABC):
 
     graphs: tuple[str, ...]
     """File names of the graphs."""
+    compared_as: ClassVar[Literal["logits", "states"]] = "logits"
+    """Outputs that are compared: logits, or hidden states."""
 
     def prepared(self) -> AbstractContextManager[object]:
         """Return a context that starts a slow exporter early, before `export` needs it."""

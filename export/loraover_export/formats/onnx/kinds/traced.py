@@ -1,18 +1,20 @@
 """Models that torch.onnx traces: encoder-decoders, and models with one graph from tokens to scores and no cache.
 
 LoRA branches can become inputs of their graphs. An encoder-decoder has one graph for the encoder and the
-cross-attention's cache, and one for a decoding step. Classifiers, and language models with --no-cache, have one graph.
+cross-attention's cache, and one for a decoding step. Classifiers, models of vectors, and language models with
+--no-cache have one graph.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from loraover_export.formats.onnx.swappable import adapter_file
 OPSET = 20
 
 KEY_VALUE = ("key", "value")
+TYPES = "token_type_ids"
 
 
 class LoraBranch(nn.Module):
@@ -112,9 +115,13 @@ def export_torch(
 
 
 class Stateless(GraphKind):
-    """BERT and similar models with a head over the sequence or each token, and language models that score texts."""
+    """BERT and similar models with a head over the sequence or each token, and language models that score texts.
+
+    Models that tell the two texts of a pair apart by the types of their tokens have a third input for these.
+    """
 
     graphs = ("model.onnx",)
+    output: ClassVar = "logits"
 
     def export(self, model: Any, tokenizer: Any, plan: GraphPlan, work: Path, out: Path) -> None:
         set_precision(model, plan.precision)
@@ -126,19 +133,41 @@ class Stateless(GraphKind):
         ids = torch.ones((2, 5), dtype=torch.int64)
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])  # with all ones, it would be left out of the graph
         inputs = [("input_ids", ids, free), ("attention_mask", mask, free)]
-        export_torch(_Scores(model), inputs, ["logits"], out / self.graphs[0])
+        if _tells_types(model):
+            inputs.append((TYPES, 1 - mask, free))
+        names = [name for name, *_ in inputs]
+        export_torch(_Output(model, names, self.output), inputs, [self.output], out / self.graphs[0])
 
     def cases(self, rows: Tensor) -> list[ComparedTokens]:
         return [ComparedTokens(rows[:1, :1]), *super().cases(rows)]
 
     def reference(self, model: Any, case: ComparedTokens) -> Tensor:
-        logits: Tensor = model(input_ids=case.ids, attention_mask=case.mask).logits
-        return logits
+        found: Tensor = getattr(model(input_ids=case.ids, attention_mask=case.mask), self.output)
+        return found
 
     def runner(self, folder: Path, device: str, adapter: Path | None) -> GraphRunner:
         (graph,) = self.graphs
         session = GraphSession(folder / graph, device, adapter_file(adapter, graph, self.graphs))
-        return lambda case: session.run({"input_ids": case.ids, "attention_mask": case.mask})["logits"]
+
+        def run(case: ComparedTokens) -> Tensor:
+            types = torch.zeros_like(case.ids)  # as models have it that get none
+            return session.run({"input_ids": case.ids, "attention_mask": case.mask, TYPES: types})[self.output]
+
+        return run
+
+
+@final
+class HiddenStates(Stateless):
+    """Models of vectors: the last hidden state of each token, which whoever runs the graph pools."""
+
+    output = "last_hidden_state"
+    compared_as = "states"
+
+
+def _tells_types(model: Any) -> bool:
+    """Whether a model has an input that tells the two texts of a pair apart, as BERT has."""
+    has_types = getattr(model.config, "type_vocab_size", 0) or 0
+    return has_types > 1 and TYPES in inspect.signature(model.forward).parameters
 
 
 @torch.no_grad()
@@ -160,14 +189,16 @@ def check_takes_rows(model: Any, base: ModelSource) -> None:
         ) from error
 
 
-class _Scores(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
+class _Output(nn.Module):
+    """Module from the named inputs of a model to one of its outputs."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits
+    def __init__(self, model: Any, names: Sequence[str], output: str) -> None:
+        super().__init__()
+        self.model, self.names, self.output = model, names, output
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        found: Tensor = getattr(self.model(**dict(zip(self.names, inputs, strict=True))), self.output)
+        return found
 
 
 class Seq2Seq(GraphKind):
