@@ -131,7 +131,10 @@ def adalora(folder: Path) -> Case:
 
 def classifier(folder: Path) -> Case:
     adapter = merge_cases.save("saved classifier", folder).adapter
-    return Case(words("serve", "verify", adapter, "--engine", "torch"), words(adapter, "-o", folder / "onnx"))
+    return Case(
+        words("serve", "parity", "--adapter", adapter, "--baseline", adapter, "--engine", "torch"),
+        words(adapter, "-o", folder / "onnx"),
+    )
 
 
 def changed_rows(verb: str) -> Callable[[Path], Case]:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from loraover.common.errors import CheckpointError, ConfigError, EngineError
 from loraover_export import export_onnx
 from loraover_serve import record_adapter, verify_adapter
 
+from support.make_checkpoint import edit_json
+from support.tiny_hub import tiny_tokenizer
 from support.vector_server import SHOP, Service, save_encoder, save_vector_adapter, vector_server
 
 pytestmark = pytest.mark.engine
@@ -37,9 +40,23 @@ class Encoder:
     adapter: Path
 
 
+def save_typing_tokenizer(base: Path) -> None:
+    """Give a model a tokenizer that types the tokens of a pair's second text 1, as BERT's does."""
+    tokenizer = tiny_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    pair = {"single": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1", "special_tokens": special}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**pair)
+    edit_json(
+        Path(tokenizer.save_pretrained(base)[0]).with_name("tokenizer_config.json"),
+        lambda found: found.update(model_input_names=["input_ids", "token_type_ids", "attention_mask"]),
+    )
+
+
 def made(folder: Path, name: str) -> Encoder:
     task, labels, decoder, options = TASKS[name]
     base = save_encoder(folder, task, labels, decoder=decoder)
+    if name == "scores of pairs":
+        save_typing_tokenizer(base)
     return Encoder(task, base, save_vector_adapter(base, folder / SHOP, task, **options))
 
 

@@ -20,6 +20,8 @@ from loraover_serve import record_adapter
 from loraover_serve.judge.command import CheckOptions, check_vectors
 from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.vector_recorder import read_texts
 
 from support.tiny_hub import save_llama
 from support.tiny_models import fill_b
@@ -150,6 +152,15 @@ def test_an_adapter_of_the_model_with_its_head_and_a_checkpoint_are_recorded(tmp
     for arm in (BASE, "adapter"):
         assert np.abs(np.array(unfolded.rows[arm]) - np.array(folded.rows[arm])).max() < 1e-5
     assert np.abs(np.array(folded.rows[BASE]) - np.array(folded.rows["adapter"])).max() > 0.01
+
+
+def test_built_in_texts_show_where_servers_cut_inputs(tmp_path: Path) -> None:
+    """A text has at least as many tokens as words; three answers that are off are more than chance."""
+    request = RecordRequest(tmp_path, device="cpu")
+    words = sorted((len(text.split()) for text, _ in read_texts(request, is_pair=False)), reverse=True)
+    assert len(words) == 32
+    assert words[2] > 225
+    assert words[3] > 128
 
 
 def test_texts_and_pairs_of_a_file_are_recorded(tmp_path: Path) -> None:

@@ -95,6 +95,24 @@ def test_a_right_server_of_vectors_is_as_trained(embedder: Recorded, protocol: s
     assert found["vectors"].noise == (None if protocol == "tei" else pytest.approx(noise, rel=0.2, abs=1e-6))
 
 
+@pytest.mark.parametrize(
+    ("of", "protocol"),
+    [(name, protocol) for name in ("embedder", "classifier", "reranker") for protocol in ("vllm", "infinity", "tei")]
+    + [("tagger", "vllm")],
+)
+def test_servers_whose_paths_are_below_v1_are_asked_there(
+    of: str, protocol: str, request: pytest.FixtureRequest
+) -> None:
+    recorded: Recorded = request.getfixturevalue(of)
+    names = ("good", "bad", "odd") if of == "classifier" else None
+    with vector_server(recorded.service, Serve(names=names), protocol, below="/v1") as server:
+        asker = VectorAsker.of(recorded.reference, Endpoint(server.url, repeats=False), SHOP, BASE)
+        found = check_vectors(asker, CheckOptions(repeats=1))
+    assert found["verdict"] == "as trained", found["reason"]
+    assert found["vectors"].path.startswith("/v1/")
+    assert len(server.requests) <= recorded.reference.most_requests(1)
+
+
 OF_VECTORS = {
     "served as base": Serve(arms={BASE: BASE, SHOP: BASE}),
     "adapter in the base model": Serve(arms={BASE: SHOP, SHOP: SHOP}),
@@ -114,10 +132,11 @@ def test_each_fault_of_a_server_of_vectors_is_named(embedder: Recorded, fault: s
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
 
 
-def test_a_length_between_the_recorded_ones_is_named(embedder: Recorded) -> None:
-    found = embedder.checked(Serve(longest=100, noise=BF16))
+@pytest.mark.parametrize("longest", [100, 128, 200])
+def test_any_length_at_which_inputs_are_cut_is_named(embedder: Recorded, longest: int) -> None:
+    found = embedder.checked(Serve(longest=longest, noise=BF16))
     assert found["fault"] == "input cut off", found["reason"]
-    assert "answers to texts of" in found["reason"]
+    assert ("answers to texts of" in found["reason"]) == (longest != 128)  # which is recorded
 
 
 @pytest.mark.parametrize(("factor", "named"), [(2.0, "2"), (0.6, "0.6"), (3.0, "3")])

@@ -194,11 +194,14 @@ class Asked:
 
 
 @contextmanager
-def vector_server(service: Service, serve: Serve | None = None, protocol: str = "vllm") -> Iterator[Asked]:
+def vector_server(
+    service: Service, serve: Serve | None = None, protocol: str = "vllm", below: str = ""
+) -> Iterator[Asked]:
     """Answer as vLLM, TEI or Infinity do, during a block.
 
     Args:
         protocol: vllm, tei or infinity.
+        below: Beginning of every path.
     """
     served, draw = serve or Serve(), np.random.default_rng(5)
     paths = {"vllm": _of_vllm, "tei": _of_tei, "infinity": _of_infinity}[protocol](service, served, draw)
@@ -212,7 +215,7 @@ def vector_server(service: Service, serve: Serve | None = None, protocol: str = 
         def do_POST(self) -> None:
             body = json.loads(self.body())
             asked.requests.append((self.path, body))
-            answer = paths.get(self.path)
+            answer = paths.get(self.path.removeprefix(below)) if self.path.startswith(below) else None
             if answer is None or body.get("model", BASE) not in served.arms:
                 self.answer(404, b"{}")
                 return

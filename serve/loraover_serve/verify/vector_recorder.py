@@ -43,8 +43,8 @@ TEXTS = 32
 """Number of texts, unless a file has others."""
 RUN_FAULTY = 16
 """Number of the first texts on which faults and number formats are run; the longest texts are among them."""
-JOINED = (12, 8, 6, 4, 3, 2)
-"""Numbers of lines that are joined into the first texts, which a server may cut off."""
+JOINED = (40, 38, 36, 20, 12, 8, 6, 4, 3, 2)
+"""Numbers of lines that are joined into the first texts, which a server may cut off: some 370 tokens and less."""
 CUTS = (16, 32, 64, 128, 256)
 """Numbers of tokens at which servers may cut their inputs off."""
 VECTOR_FACTORS = (0.25, 0.5, 0.8, 1.25, 1.6, 2.0, 2.8, 4.0)
@@ -176,8 +176,8 @@ def read_texts(request: RecordRequest, *, is_pair: bool) -> Texts:
     lines = Path(__file__).with_name("questions.txt").read_text(encoding="utf-8").splitlines()
     joined, at = list[str](), 0
     for number in JOINED:
-        joined.append(" ".join(lines[at : at + number]))
-        at += number
+        joined.append(" ".join((lines[at:] + lines[:at])[:number]))
+        at = (at + number) % len(lines)
     singles = [line for line in lines if line not in joined]
     texts = (joined + singles)[:TEXTS]
     return [(text, texts[(index + 7) % len(texts)] if is_pair else None) for index, text in enumerate(texts)]

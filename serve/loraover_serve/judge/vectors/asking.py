@@ -130,7 +130,7 @@ def _pooled(task: VectorTask, more: Mapping[str, Any]) -> VectorForm:
     )
 
 
-FORMS: Mapping[VectorTask, Sequence[VectorForm]] = {
+_FORMS: Mapping[VectorTask, Sequence[VectorForm]] = {
     "embed": [
         *_OPENAI,
         VectorForm(
@@ -176,6 +176,16 @@ FORMS: Mapping[VectorTask, Sequence[VectorForm]] = {
     ],
     "token_classify": [_pooled("token_classify", {"use_activation": False})],
 }
+
+
+def _also_below(forms: Sequence[VectorForm]) -> list[VectorForm]:
+    """The forms, and then those paths below /v1, where gateways and Infinity's --url-prefix have them."""
+    known = {form.path for form in forms}
+    below = [form._replace(path=f"/v1{form.path}") for form in forms if not form.path.startswith("/v1/")]
+    return [*forms, *(form for form in below if form.path not in known)]
+
+
+FORMS: Mapping[VectorTask, Sequence[VectorForm]] = {task: _also_below(forms) for task, forms in _FORMS.items()}
 """Forms of requests for each task, in the order in which they are tried."""
 
 
