@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -216,6 +216,18 @@ def load_model(
     except (OSError, ImportError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model: {source.origin} cannot be loaded as {kind}: {error}") from error
     return (_unpacked(model) if quantization == "nf4" else model).eval()
+
+
+def load_encoder(source: ModelSource, modules: Collection[str], **options: Any) -> Any:
+    """Load a model of hidden states without a head, or with that of next tokens, whichever has an adapter's modules.
+
+    Args:
+        modules: Paths of the modules that adapters change.
+        options: Further arguments of `load_model`.
+    """
+    model = load_model(source, task_type="FEATURE_EXTRACTION", **options)
+    known = {path for path, _ in model.named_modules()}
+    return model if known.intersection(modules) else load_model(source, **options)
 
 
 def _unpacked(model: Any) -> Any:

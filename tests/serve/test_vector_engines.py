@@ -21,9 +21,11 @@ from support.vector_server import SHOP, Service, save_encoder, save_vector_adapt
 
 pytestmark = pytest.mark.engine
 
+WITH_HEAD = "vectors of a decoder that was trained with its head"
 TASKS: dict[str, tuple[str, tuple[str, ...], bool, dict[str, Any]]] = {
     "vectors": ("FEATURE_EXTRACTION", (), False, {"target_modules": ["query", "value"]}),
     "vectors of a decoder": ("FEATURE_EXTRACTION", (), True, {}),
+    WITH_HEAD: ("FEATURE_EXTRACTION", (), True, {"auto": "AutoModelForCausalLM"}),
     "vectors, with the pooler": ("FEATURE_EXTRACTION", (), False, {}),
     "classes": ("SEQ_CLS", ("good", "bad", "odd"), False, {"target_modules": ["query", "value"]}),
     "scores of pairs": ("SEQ_CLS", ("relevant",), False, {"target_modules": ["query", "value"]}),

@@ -65,9 +65,11 @@ def save_encoder(folder: Path, task: str, labels: Sequence[str] = (), *, decoder
     return folder / "base"
 
 
-def save_vector_adapter(base: Path, folder: Path, task: str, seed: int = 1, size: float = 0.1, **options: Any) -> Path:
-    """Save a LoRA of a model's task to a new folder, and return the folder."""
-    model = getattr(transformers, CLASSES[task]).from_pretrained(base)
+def save_vector_adapter(
+    base: Path, folder: Path, task: str, seed: int = 1, size: float = 0.1, auto: str | None = None, **options: Any
+) -> Path:
+    """Save a LoRA of a model's task to a new folder, trained on a class of transformers; return the folder."""
+    model = getattr(transformers, auto or CLASSES[task]).from_pretrained(base)
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": task} | options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

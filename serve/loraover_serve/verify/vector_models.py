@@ -16,7 +16,7 @@ from torch import Tensor
 from loraover.checkpoint.peft_adapter import AdapterDir, saved_labels
 from loraover.common.errors import ConfigError
 from loraover.common.request import as_written
-from loraover.models.load import AUTO_CLASSES, ModelSource, load_config, load_model
+from loraover.models.load import AUTO_CLASSES, ModelSource, load_config, load_encoder, load_model
 from loraover.models.model_file import MODULES_FILE, embeds_texts, find_model_file
 from loraover.reference import reference_model
 from loraover_serve.comparison.adapters import OF_VECTORS
@@ -206,10 +206,7 @@ class VectorRunner:
     def __init__(self, adapter: AdapterDir, base: ModelSource, task: VectorTask, device: str, dtype: str) -> None:
         self._adapter, self._task = adapter, task
         if task == "embed":
-            self.model = load_model(base, dtype=dtype, device=device, auto_class="AutoModel")
-            modules = dict(self.model.named_modules())
-            if not any(path in modules for path in adapter.modules):  # trained on the model with its head
-                self.model = load_model(base, dtype=dtype, device=device)
+            self.model = load_encoder(base, adapter.modules, dtype=dtype, device=device)
         else:
             named, labels = adapter.config.task_type, saved_labels(adapter.shapes)
             _check_head(adapter, base, labels)

@@ -21,12 +21,12 @@ from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
 from loraover.common.strict_json import read_json
 from loraover.models.device import choose_compute, choose_device
-from loraover.models.load import ModelSource, load_model, load_tokenizer
+from loraover.models.load import ModelSource, load_encoder, load_model, load_tokenizer
 from loraover.models.memory import Needs, memory_explained
 from loraover.reference import check_fits
 from loraover.sources.verb import verb
 from loraover_export.formats.onnx.check import Compute, OnnxReference, check_graph, make_reference, run_cases
-from loraover_export.formats.onnx.inputs import Inputs, find_task, read_inputs
+from loraover_export.formats.onnx.inputs import VECTORS, Inputs, find_task, read_inputs
 from loraover_export.formats.onnx.kinds.base import ComparedTokens, GraphKind, GraphPlan, has_provider
 from loraover_export.formats.onnx.kinds.decoder import Decoder
 from loraover_export.formats.onnx.kinds.traced import HiddenStates, Seq2Seq, Stateless, check_takes_rows
@@ -169,7 +169,10 @@ class Export:
         self.report.line(f"loading the base model from {base.origin}")
         self.tokenizer = load_tokenizer(base)
         labels = next(filter(None, (saved_labels(adapter.shapes) for adapter in adapters)), None)
-        self.model = load_model(base, task_type=self.task, num_labels=labels)
+        if self.task == VECTORS:
+            self.model = load_encoder(base, {path for adapter in adapters for path in adapter.modules})
+        else:
+            self.model = load_model(base, task_type=self.task, num_labels=labels)
         if (choose := getattr(self.model, "set_experts_implementation", None)) is not None:  # transformers 5 on
             choose("eager")  # the others have no float64, in which the check runs
         for adapter in adapters:

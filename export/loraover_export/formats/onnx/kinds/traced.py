@@ -133,10 +133,15 @@ class Stateless(GraphKind):
         ids = torch.ones((2, 5), dtype=torch.int64)
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])  # with all ones, it would be left out of the graph
         inputs = [("input_ids", ids, free), ("attention_mask", mask, free)]
-        if _tells_types(model):
+        traced = self.without_head(model)
+        if _tells_types(traced):
             inputs.append((TYPES, 1 - mask, free))
         names = [name for name, *_ in inputs]
-        export_torch(_Output(model, names, self.output), inputs, [self.output], out / self.graphs[0])
+        export_torch(_Output(traced, names, self.output), inputs, [self.output], out / self.graphs[0])
+
+    def without_head(self, model: Any) -> Any:
+        """Return the part of a model that the graph holds; here the entire model."""
+        return model
 
     def cases(self, rows: Tensor) -> list[ComparedTokens]:
         return [ComparedTokens(rows[:1, :1]), *super().cases(rows)]
@@ -162,6 +167,14 @@ class HiddenStates(Stateless):
 
     output = "last_hidden_state"
     compared_as = "states"
+
+    def without_head(self, model: Any) -> Any:
+        return model.base_model
+
+    def reference(self, model: Any, case: ComparedTokens) -> Tensor:
+        found = model(input_ids=case.ids, attention_mask=case.mask, output_hidden_states=True).hidden_states[-1]
+        assert isinstance(found, Tensor)
+        return found
 
 
 def _tells_types(model: Any) -> bool:
