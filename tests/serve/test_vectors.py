@@ -25,6 +25,7 @@ from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
 
+from benchmarks.vector_alarms import Kept, Noise
 from support.drawn_vectors import answered, drawn_content, encoded, noisy_answers, rows_of
 from support.vector_server import BASE, SHOP, Serve, Service, save_encoder, save_vector_adapter, vector_server
 
@@ -322,6 +323,41 @@ def test_base64_that_holds_no_numbers_is_refused(embedder: Recorded) -> None:
         embedder.checked(Serve(change=change))
 
 
+@pytest.mark.parametrize("served_format", ["bf16", "int8"])
+def test_each_number_format_has_its_own_sensitivity(served_format: str) -> None:
+    """Rounding to int8 may move the adapted model three times as far as the base model, where bfloat16 does not."""
+    content = drawn_content()
+    for name, further in (("without", 1.0), ("with", 4.0)):
+        content["formats"]["int8"] = {"distance": 1e-2, "strength": 1.0, "sensitivity": further}
+        reference, draw = VectorReference(content), np.random.default_rng(4)
+        base, adapter = (rows_of(content, arm) for arm in (BASE, "adapter"))
+        noise = [size * draw.standard_normal(base.shape) for size in (6e-3, 18e-3)]
+        found = judge_vectors(reference, answered(base + noise[0], adapter + noise[1]), served_format)
+        is_known = name == "with" and served_format == "int8"
+        assert (found["number_format"], found["verdict"]) == ("bf16", "as trained" if is_known else "differs"), name
+
+
+def test_recorded_number_formats_have_their_sensitivity(embedder: Recorded) -> None:
+    reference = embedder.reference
+    assert reference.sensitivities["bf16"] == reference.sensitivity
+    assert min(reference.sensitivities.values()) >= 1
+    assert len(set(reference.sensitivities.values())) > 2
+
+
+def test_resamples_are_counted_once_and_planted_faults_are_found(tmp_path: Path) -> None:
+    reference = VectorReference(drawn_content())
+    none = {arm: np.zeros((32, 24)).tolist() for arm in (BASE, "adapter")}
+    for resamples, is_more in ((100, True), (100, False), (200, True)):
+        kept = Kept(tmp_path / "kept.jsonl")
+        assert (kept.count("right", reference, Noise(none, 1e-4), resamples, "bf16") > 0) == is_more
+    lines = list(kept.shown("right"))
+    assert lines[0] == "right, right: 0 of 200 false alarms; {'as trained': 200}"
+    assert [line.split(";")[0] for line in lines[1:]] == [
+        "right, as base: 10 of 10 found",
+        "right, leaks: 10 of 10 found",
+    ]
+
+
 @pytest.mark.parametrize("part", ["base", "second round", "mixed"])
 @pytest.mark.parametrize("more", [-1, 1])
 def test_some_answers_of_another_dimension_are_named(part: str, more: int) -> None:
@@ -421,6 +457,9 @@ BROKEN: dict[str, dict[str, Any]] = {
     },
     "no distance": {"formats": {name: {"distance": 0, "strength": 1} for name in drawn_content()["formats"]}},
     "a small sensitivity": {"sensitivity": 0.5},
+    "a small sensitivity of a format": {
+        "formats": {name: {**each, "sensitivity": 0.5} for name, each in drawn_content()["formats"].items()}
+    },
 }
 
 

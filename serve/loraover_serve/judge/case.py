@@ -133,10 +133,17 @@ class Case:
         """Interval of the strengths that a right adapter can have."""
         return allowed_strength(self.number_format, self.bias)
 
+    @cached_property
+    def sensitivity(self) -> float:
+        """Ratio by which rounding moves the adapted model further, in any number format that the engine may hold."""
+        known = (self.number_format or NUMBER_FORMATS[0], self.served_format)
+        coarsest = max(map(NUMBER_FORMATS.index, known))
+        return self.evidence.models.sensitivity_in(NUMBER_FORMATS[1 : coarsest + 1])
+
     @property
     def limit(self) -> float:
         """Largest distance of a single computation that noise explains, in nats."""
-        return allowed_distance(self.noise, self.evidence.models.sensitivity)
+        return allowed_distance(self.noise, self.sensitivity)
 
     @cached_property
     def excess(self) -> Interval:
@@ -146,7 +153,7 @@ class Case:
     def _excess_of(self, off: Sequence[Off]) -> Interval:
         there = self._noise_by_prompt
         pairs = [(mine, there[prompt]) for prompt, mine in sorted(by_prompt(off).items()) if prompt in there]
-        noise = [self.evidence.models.sensitivity * base + FLOOR for _, base in pairs]
+        noise = [self.sensitivity * base + FLOOR for _, base in pairs]
         return log_ratio([mine + FLOOR for mine, _ in pairs], noise)
 
     @property
@@ -154,7 +161,7 @@ class Case:
         """Ratio of the adapter's distance to what noise explains, by the measure that `is_further` judges."""
         if self.found.prompts >= FEW_PROMPTS and not self.is_one_model:
             return math.exp(self.excess.value)
-        return self.found.rms / (self.evidence.models.sensitivity * self.noise.rms + FLOOR)
+        return self.found.rms / (self.sensitivity * self.noise.rms + FLOOR)
 
     @cached_property
     def _noise_by_prompt(self) -> dict[int, float]:
@@ -167,7 +174,7 @@ class Case:
         That of a prompt alone is large where rounding sends a token to another expert, and small by chance where an
         answer has few numbers.
         """
-        usual, times = self.noise.rms, self.evidence.models.sensitivity
+        usual, times = self.noise.rms, self.sensitivity
         return {prompt: times * max(mine, usual) + FLOOR for prompt, mine in self._noise_by_prompt.items()}
 
     def far(self, off: Sequence[Off]) -> list[int]:
@@ -225,7 +232,7 @@ class Case:
     @cached_property
     def greedy(self) -> GreedyAgreement | None:
         """Greedy answers beside PyTorch's; None if the engine identifies no tokens."""
-        allowed = 2 * self.evidence.models.sensitivity * self.noise.largest + FLOOR
+        allowed = 2 * self.sensitivity * self.noise.largest + FLOOR
         known = [each for each in self.generated if each.tokens]
         if not known:
             return None
@@ -254,7 +261,7 @@ class Case:
         if self.is_one_model:
             return self.format_of(found.rms) is None
         if found.prompts < FEW_PROMPTS:
-            return found.rms > CERTAIN * (self.evidence.models.sensitivity * self.noise.rms + FLOOR)
+            return found.rms > CERTAIN * (self.sensitivity * self.noise.rms + FLOOR)
         return (self.excess if off is None else self._excess_of(off)).low > math.log(EXCESS)
 
     def is_apart(self, arm: str) -> bool:
@@ -278,7 +285,7 @@ class Case:
 
     def is_nearer(self) -> bool:
         """Whether the base model's answers are further off than the adapter's noise explains."""
-        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.evidence.models.sensitivity)
+        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.sensitivity)
 
 
 def fit_along(changes: Sequence[Change]) -> Fit:

@@ -242,6 +242,10 @@ class Models(ABC):
     def rounding(self, number_format: str) -> float:
         """Distance of the base model in a number format from the right one, in nats."""
 
+    def sensitivity_in(self, number_formats: Sequence[str]) -> float:
+        """The largest sensitivity in some number formats; here that of bfloat16 stands for all."""
+        return self.sensitivity
+
     @abstractmethod
     def bias(self, number_format: str) -> float:
         """Strength of the right adapter if PyTorch computes in a number format."""

@@ -328,9 +328,10 @@ def _measure(recording: VectorRecording, reference: VectorReference, dtype: str)
         rows = {arm: [models.row(reference.answer(row.tolist())) for row in each] for arm, each in found.items()}
         off = {arm: _far(rows[arm], right[arm]) / SIZE for arm in rows}
         strength = strength_along(_changes(rows, right))
-        formats[name] = {"distance": max(off[BASE], TINY), "strength": strength.value}
+        further = max(1.0, off[ADAPTER] / off[BASE]) if off[BASE] > 0 else 1.0
+        formats[name] = {"distance": max(off[BASE], TINY), "strength": strength.value, "sensitivity": further}
         if name == "bf16":
-            ratio = max(1.0, off[ADAPTER] / off[BASE]) if off[BASE] > 0 else 1.0
+            ratio = further
             half = strength.half * math.sqrt(len(rows[BASE]) / len(recording.texts))
     power = power_of(len(recording.texts), half, formats["bf16"]["strength"])
     effect = _far(right[ADAPTER], right[BASE]) / SIZE

@@ -98,7 +98,8 @@ class VectorReference:
         questions: The texts.
         rows: Rows of both arms, as the model computes them.
         formats: Distance and strength of the right models in each number format.
-        sensitivity: Ratio by which rounding moves the adapted model further than the base model.
+        sensitivity: Ratio by which rounding to bfloat16 moves the adapted model further than the base model.
+        sensitivities: This ratio in each number format.
         device: Device that PyTorch ran on.
     """
 
@@ -128,13 +129,18 @@ class VectorReference:
             name: {part: float(content["formats"][name][part]) for part in ("distance", "strength")}
             for name in NUMBER_FORMATS[1:]
         }
+        self.sensitivities = {
+            name: float(content["formats"][name].get("sensitivity", self.sensitivity)) for name in self.formats
+        }
         if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
             raise ValueError("a number format has no distance")
         self._models: dict[tuple[str, str], VectorModels] = {}
         self._far: dict[tuple[str, str, str], list[float]] = {}
         self._settings = [self._recorded(each, (BASE, ADAPTER)) for each in content["settings"]]
         self._variants = [self._recorded(each, (ADAPTER,)) for each in content["variants"]]
-        if not 0 < self.unit < math.inf or not self.sensitivity >= 1:
+        if not 0 < self.unit < math.inf or not all(
+            each >= 1 for each in (self.sensitivity, *self.sensitivities.values())
+        ):
             raise ValueError("all rows are zero, or the sensitivity is below 1")
 
     def _recorded(self, found: Mapping[str, Any], arms: Sequence[str]) -> tuple[VectorSetting, float | None]:
@@ -306,6 +312,10 @@ class VectorModels(Models):
 
     def bias(self, number_format: str) -> float:
         return self._reference.formats[number_format]["strength"]
+
+    def sensitivity_in(self, number_formats: Sequence[str]) -> float:
+        known = self._reference.sensitivities
+        return max([self.sensitivity, *(known[name] for name in number_formats)])
 
     def scaled(self, factor: float, questions: int | None = None) -> Model:
         return between(self._scaled, factor)
