@@ -47,7 +47,7 @@ FAMILIES = (
 )
 """Types of decoders, by transformers' names, whose files name every matrix as transformers names its module."""
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, LAYERS, HEAD = "model.embed_tokens", "model.layers.", "lm_head"
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -194,6 +194,11 @@ def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
         return facts_of_headers(source, config_file)
     with suppress(ConfigError):  # transformers builds all other models
         return facts_of_headers(source, config_file)
+    return facts_of_class(source, wanted)
+
+
+def facts_of_class(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
+    """Find what `read_facts` returns by building the model without weights, of any class that transformers has."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(source)
@@ -301,6 +306,10 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
         raise _needs_torch(source, f"the headers of its weights cannot be read ({error})") from error
     if f"{EMBEDDING}.weight" not in shapes:
         raise _needs_torch(source, f"its files hold no {EMBEDDING}, so transformers alone knows their names")
+    stored = {key.removeprefix(LAYERS).partition(".")[0] for key in shapes if key.startswith(LAYERS)}
+    if stored != {str(index) for index in range(config.num_hidden_layers or 0)}:
+        why = f"its files hold {len(stored)} layers, and {CONFIG} says {config.num_hidden_layers}"
+        raise _needs_torch(source, why)
     is_tied = config.tie_word_embeddings
     is_tied = f"{HEAD}.weight" not in shapes if is_tied is None else is_tied
     return ModelFacts(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from loraover.adapters.numerics.tensor_rounding import STORAGE_DTYPES
 from loraover.adapters.uniform.folder import write_uniform
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.model_facts import FAMILIES, facts_of_headers, read_facts
+from loraover.checkpoint.model_facts import FAMILIES, facts_of_class, facts_of_headers
 from loraover.checkpoint.peft_adapter import read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import open_tensors, save_arrays, torch_dtype
 from loraover.common.arrays import DTYPES, as_array, as_tensor
@@ -49,7 +49,7 @@ def test_headers_say_of_a_family_what_its_class_says(family: str, tmp_path: Path
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")  # an older one, which transformers does not read
     found = facts_of_headers(source := resolve_model(str(tmp_path)), tmp_path / "config.json")
-    built = read_facts(source)
+    built = facts_of_class(source)
     matrices = [
         {path: (facts.kind, facts.shape, facts.weight) for path, facts in one.modules.items() if facts.kind != "other"}
         for one in (found, built)
@@ -104,12 +104,15 @@ def test_names_of_matrices_are_those_of_the_gguf_package(family: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "knows the modules of a LlamaFor"),
         ({"quantization_config": {"quant_method": "fp8"}}, "of a quantised Llama"),
         ({}, r"headers of its weights cannot be read .*model.safetensors"),
+        ({"num_hidden_layers": 3}, r"its files hold 0 layers, and config.json says 3"),
     ],
-    ids=["experts", "a classifier", "quantised", "no weights"],
+    ids=["experts", "a classifier", "quantised", "no weights", "layers missing"],
 )
 def test_other_models_need_torch(change: dict[str, object], message: str, tmp_path: Path) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | change
     (tmp_path / "config.json").write_text(json.dumps(config))
+    if "num_hidden_layers" in change:
+        save_file({"model.embed_tokens.weight": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=rf'{message}.*pip install "\.\[torch\]"'):
         facts_of_headers(resolve_model(str(tmp_path)), tmp_path / "config.json")
 
