@@ -79,3 +79,6 @@ REPEATS = 3
 
 EXPLAINED = 0.5
 """Smallest share of the base model's error that a fault or a coarse cache must explain to be named."""
+
+MOST_BASES = 16
+"""Largest number of weights of one base model that a reference holds."""

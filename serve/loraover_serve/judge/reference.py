@@ -15,7 +15,7 @@ from typing import Any, TypeVar, final
 
 from loraover.client.dialects import alone_with_text
 from loraover.common.errors import CheckpointError
-from loraover_serve.judge.limits import ADAPTER, BASE, NUMBER_FORMATS
+from loraover_serve.judge.limits import ADAPTER, BASE, MOST_BASES, NUMBER_FORMATS
 from loraover_serve.judge.models import FaultyModel, Model, Models, Question
 from loraover_serve.judge.names import COARSE_CACHE
 from loraover_serve.judge.templates import Conversations
@@ -32,9 +32,6 @@ ALPHABET = f"{string.ascii_uppercase}0{string.ascii_lowercase}"
 Kind = TypeVar("Kind")
 
 LARGEST_FILE = 64_000_000  # bytes, unpacked
-
-MOST_BASES = 16
-"""Largest number of weights of one base model that a reference holds."""
 
 OF_ALL_BASES = ("schema_version", "adapter", "base_model", "bases", "vocabulary")
 """Parts that the bases of a reference have in common."""

@@ -14,8 +14,7 @@ from loraover.common.errors import LoraOverError
 from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
 from loraover.models.device import choose_compute
 from loraover_serve.engines import ENDPOINT, ENGINES, EngineRequest
-from loraover_serve.judge.limits import NUMBER_FORMATS, REPEATS
-from loraover_serve.judge.reference import MOST_BASES
+from loraover_serve.judge.limits import MOST_BASES, NUMBER_FORMATS, REPEATS
 from loraover_serve.vllm.request import SET_BY_SERVE
 
 OF_SERVERS = ("headers", "ca_file", "protocol", "check_timeout_s", "caches", "reload", "churn_s")
