@@ -8,7 +8,8 @@ it. Who reads it again imports neither.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from loraover.checkpoint.expert_stacks import ExpertWeight, find_expert_weights
-from loraover.checkpoint.tensor_file import open_tensors
+from loraover.checkpoint.tensor_file import FLOATS, open_tensors
 from loraover.common.atomic_output import publish_file
 from loraover.common.errors import CheckpointError, ConfigError, OutputError
 from loraover.common.extras import install
@@ -48,6 +49,9 @@ FAMILIES = (
 """Types of decoders, by transformers' names, whose files name every matrix as transformers names its module."""
 
 EMBEDDING, LAYERS, HEAD = "model.embed_tokens", "model.layers.", "lm_head"
+
+KNOWN = re.compile(r"(model\.(embed_tokens|\w*norm|layers\.\d+\..+)|lm_head)\.(weight|bias)")
+"""Names of the tensors of those decoders."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -156,9 +160,9 @@ def read_served(source: ModelSource, supported: Container[str] | None = None) ->
 def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
     """Read a model's configuration and the headers of its weights, or build it without weights.
 
-    What an earlier call found is read again.
+    Headers are read if the files are here. What an earlier call built is read again.
 
-    Only modules of the `wanted` classes are looked at; None wants all.
+    Only modules of the `wanted` classes are built; None wants all.
 
     Raises:
         ConfigError: No usable configuration, or a class that transformers cannot build.
@@ -166,6 +170,9 @@ def read_facts(source: ModelSource, wanted: Container[str] | None = None) -> Mod
     config = find_model_file(source, CONFIG)
     if config is None:
         return _found(source, wanted)
+    if has_torch() and has_weights(source, config.parent):
+        with suppress(ConfigError):  # transformers builds all other models
+            return facts_of_headers(source, config)
     content = config.read_bytes()
     versions = [environment().get(package) for package in ("torch", "transformers")] if has_torch() else None
     key = hashlib.sha256(repr([FORM, versions, content]).encode()).hexdigest()
@@ -189,12 +196,9 @@ def _read(file: Path) -> ModelFacts | None:
 
 
 def _found(source: ModelSource, wanted: Container[str] | None) -> ModelFacts:
-    config_file = find_model_file(source, CONFIG)
-    if not has_torch():
-        return facts_of_headers(source, config_file)
-    with suppress(ConfigError):  # transformers builds all other models
-        return facts_of_headers(source, config_file)
-    return facts_of_class(source, wanted)
+    if has_torch():
+        return facts_of_class(source, wanted)
+    return facts_of_headers(source, find_model_file(source, CONFIG))
 
 
 def facts_of_class(source: ModelSource, wanted: Container[str] | None = None) -> ModelFacts:
@@ -269,6 +273,8 @@ class _Config(BaseModel):
     model_type: str
     architectures: list[str] = Field(min_length=1)
     vocab_size: int | None = None
+    hidden_size: int | None = None
+    layer_types: list[str] | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
@@ -295,8 +301,8 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
         config = read_json(config_file, _Config)
     except CheckpointError as error:
         raise ConfigError(f"model: {source.origin} has no usable {CONFIG}: {error}") from error
-    architecture = config.architectures[0]
-    is_known = config.model_type in FAMILIES and architecture.endswith("ForCausalLM")
+    architecture, family = config.architectures[0], config.model_type
+    is_known = family in FAMILIES and architecture.lower() == f"{family.removesuffix('_text')}forcausallm"
     if not is_known or config.quantization_config is not None:
         kind = architecture if config.quantization_config is None else f"quantised {architecture}"
         raise _needs_torch(source, f"transformers alone knows the modules of a {kind}")
@@ -304,17 +310,14 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
         shapes = _shapes(source, config_file.parent)
     except (CheckpointError, OSError) as error:
         raise _needs_torch(source, f"the headers of its weights cannot be read ({error})") from error
-    if f"{EMBEDDING}.weight" not in shapes:
-        raise _needs_torch(source, f"its files hold no {EMBEDDING}, so transformers alone knows their names")
-    stored = {key.removeprefix(LAYERS).partition(".")[0] for key in shapes if key.startswith(LAYERS)}
-    if stored != {str(index) for index in range(config.num_hidden_layers or 0)}:
-        why = f"its files hold {len(stored)} layers, and {CONFIG} says {config.num_hidden_layers}"
-        raise _needs_torch(source, why)
     is_tied = config.tie_word_embeddings
     is_tied = f"{HEAD}.weight" not in shapes if is_tied is None else is_tied
+    contradiction = next(_contradictions(config, shapes, is_tied), None)
+    if contradiction is not None:
+        raise _needs_torch(source, f"{contradiction}, so transformers alone knows its modules")
     return ModelFacts(
         architecture=architecture,
-        model_type=config.model_type,
+        model_type=family,
         dtype=config.dtype or config.torch_dtype,
         vocabulary=config.vocab_size,
         layers=config.num_hidden_layers,
@@ -330,30 +333,76 @@ def facts_of_headers(source: ModelSource, config_file: Path | None) -> ModelFact
     )
 
 
+def _contradictions(config: _Config, shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> Iterator[str]:
+    """Yield why the tensors of some files are not those that the class of a configuration has."""
+    stray = next((key for key in shapes if not KNOWN.fullmatch(key)), None)
+    if stray is not None:
+        yield f"its files hold {stray}"
+    if shapes.get(f"{EMBEDDING}.weight") != (config.vocab_size, config.hidden_size):
+        yield f"its files hold no {EMBEDDING} of vocab_size rows and hidden_size columns"
+    has_head = f"{HEAD}.weight" in shapes
+    if not (has_head or is_tied) or (has_head and config.tie_word_embeddings is None):
+        yield f"its files and {CONFIG} do not tell whether the head is the embedding"
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key in (key for key in shapes if key.startswith(LAYERS)):
+        number, _, path = key.removeprefix(LAYERS).partition(".")
+        layers.setdefault(number, {})[path] = shapes[key]
+    count = config.num_hidden_layers or 0
+    if layers.keys() != {str(number) for number in range(count)}:
+        yield f"its files hold {len(layers)} layers, and {CONFIG} says {config.num_hidden_layers}"
+        return
+    kinds = config.layer_types if len(config.layer_types or ()) == count else None
+    first: dict[str, dict[str, tuple[int, ...]]] = {}
+    for number in range(count):
+        kind = "" if kinds is None else kinds[number]
+        if first.setdefault(kind, layers[str(number)]) != layers[str(number)]:
+            yield f"its layer {number} has other tensors than the layers before"
+
+
 def _needs_torch(source: ModelSource, why: str) -> ConfigError:
     return ConfigError(f"model: {source.origin}: {why}: {install('torch')}")
 
 
-def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight, from files that are here or from the first bytes of those on the hub."""
+def has_weights(source: ModelSource, folder: Path) -> bool:
+    """Whether the files of a model's weights are here, beside its configuration in a folder."""
+    try:
+        return Path(source.location).is_dir() or all((folder / name).is_file() for name in _files_in(folder))
+    except CheckpointError:
+        return False
+
+
+def _files_in(folder: Path) -> set[str]:
     single, index = folder / SINGLE, folder / INDEX  # transformers takes the first where both are there
     has_shards = index.is_file() and not single.is_file()
-    names = set(read_json(index, ShardIndex).weight_map.values()) if has_shards else {SINGLE}
-    found: dict[str, tuple[int, ...]] = {}
-    if not Path(source.location).is_dir() and not all((folder / name).is_file() for name in names):
-        import huggingface_hub
-        from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    return set(read_json(index, ShardIndex).weight_map.values()) if has_shards else {SINGLE}
 
-        try:
-            hub = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
-        except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
-            raise CheckpointError(str(error)) from error
-        files = hub.files_metadata.values()
-        return {key: tuple(tensor.shape) for file in files for key, tensor in file.tensors.items()}
-    for name in sorted(names):
-        with open_tensors(folder / name) as opened:
-            found |= {key: opened.shape(key) for key in opened.keys}
-    return found
+
+def _shapes(source: ModelSource, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight, from files that are here or from the first bytes of those on the hub."""
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    if has_weights(source, folder):
+        for name in sorted(_files_in(folder)):
+            with open_tensors(folder / name) as opened:
+                entries += [(key, opened.dtype(key), opened.shape(key)) for key in opened.keys]
+    else:
+        entries += _on_the_hub(source)
+    coarse = next((key for key, dtype, _ in entries if dtype not in FLOATS), None)
+    if coarse is not None:
+        raise CheckpointError(f"{coarse} holds no floating-point numbers")
+    return {key: shape for key, _, shape in entries}
+
+
+def _on_the_hub(source: ModelSource) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, data type and shape of each tensor."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        hub = huggingface_hub.get_safetensors_metadata(source.location, revision=source.revision)
+    except (OSError, *http_errors(), NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(str(error)) from error
+    for file in hub.files_metadata.values():
+        yield from ((key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in file.tensors.items())
 
 
 def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, ModuleFacts]:
@@ -363,7 +412,7 @@ def _modules(shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> dict[str, 
         parts = path.split(".")
         for count in range(1, len(parts) + 1):
             found.setdefault(".".join(parts[:count]), ModuleFacts("other", "module without a matrix"))
-        if parameter == "weight" and len(shape) == 2:
+        if parameter == "weight" and len(shape) == 2 and not path.endswith("norm"):
             found[path] = _matrix(path, (shape[0], shape[1]))
     weight = found[EMBEDDING].weight
     if is_tied and weight is not None:

@@ -319,7 +319,7 @@ def save_arrays(tensors: Mapping[str, Array], path: Path) -> None:
     with path.open("wb") as target:
         target.write(header_of((key, order[array.dtype][1], array.shape, array.nbytes) for key, array in entries))
         for _, array in entries:
-            target.write(array.reshape(-1).view(np.uint8).data)
+            target.write(arrays.bytes_of(array).data)
 
 
 def header_of(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:

@@ -81,8 +81,13 @@ def have_same_bits(one: Array, other: Array) -> bool:
     """Whether two arrays have the same shape, dtype and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    one_bytes, other_bytes = (array.reshape(-1).view(np.uint8) for array in (one, other))
+    one_bytes, other_bytes = (bytes_of(array) for array in (one, other))
     return np.array_equal(one_bytes, other_bytes)
+
+
+def bytes_of(array: Array) -> NDArray[np.uint8]:
+    """Return the bytes of an array's elements in order, a copy only if they do not lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def as_tensor(array: Array) -> Tensor:

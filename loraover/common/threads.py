@@ -31,7 +31,9 @@ def one_thread() -> Iterator[None]:
     pools: list[Any] = [*_blas()]
     if "torch" in sys.modules:
         pools.append(torch)
-    before = [(pool, threads) for pool in pools if (threads := pool.get_num_threads()) > 1]
+    before = [
+        (pool, threads) for pool in pools if (threads := pool.get_num_threads() or 1) > 1
+    ]  # None if it does not tell
     for pool, _ in before:
         pool.set_num_threads(1)
     try:

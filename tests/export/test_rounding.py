@@ -124,6 +124,13 @@ def test_rounding_is_the_correct_one(name: str, data: st.DataObject) -> None:
     assert same_bits(found, [correctly_rounded(x, form) for x in values])
 
 
+@every_type
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_number_without_dimensions_is_rounded(name: str, wide: torch.dtype) -> None:
+    dtype = STORAGE_DTYPES[name]
+    assert torch.equal(round_nearest(torch.tensor(1.001, dtype=wide), dtype), torch.tensor(1.001, dtype=dtype))
+
+
 @narrow_type
 @pytest.mark.parametrize("sign", [1, -1])
 def test_rounding_is_correct_around_every_tie_of_the_type(name: str, sign: int) -> None:
@@ -240,3 +247,8 @@ def test_underflow_agrees_with_rational_arithmetic(name: str, data: st.DataObjec
         to_subnormal=sum(0 < abs(b) < 2.0**form.least for b in rounded),
     )
     assert underflow(x.numpy(), as_array(round_nearest(x, STORAGE_DTYPES[name]))) == expected
+
+
+def test_numbers_that_float64_keeps_are_no_underflow() -> None:
+    kept = np.array([1e-50, 1e-46, 1e300])
+    assert underflow(kept, kept) == Underflow()

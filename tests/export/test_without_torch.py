@@ -9,18 +9,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import huggingface_hub
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loraover.adapters.numerics.tensor_rounding import STORAGE_DTYPES
 from loraover.adapters.uniform.folder import write_uniform
 from loraover.checkpoint.expert_stacks import find_expert_weights
-from loraover.checkpoint.model_facts import FAMILIES, facts_of_class, facts_of_headers
+from loraover.checkpoint.model_facts import FAMILIES, facts_of_class, facts_of_headers, read_facts
 from loraover.checkpoint.peft_adapter import read_adapter_dir, site_key
 from loraover.checkpoint.tensor_file import open_tensors, save_arrays, torch_dtype
 from loraover.common.arrays import DTYPES, as_array, as_tensor
@@ -30,6 +31,7 @@ from loraover_export.formats.gguf.target import FAMILIES as GGUF_FAMILIES
 from loraover_export.formats.gguf.target import expert_tensors, tensor_name
 
 from strategies import normal
+from support.make_checkpoint import edit_json
 from support.plain_adapter import tiny_decoder, write_adapter
 from support.tiny_experts import EXPERT_SIZES
 
@@ -104,17 +106,44 @@ def test_names_of_matrices_are_those_of_the_gguf_package(family: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "knows the modules of a LlamaFor"),
         ({"quantization_config": {"quant_method": "fp8"}}, "of a quantised Llama"),
         ({}, r"headers of its weights cannot be read .*model.safetensors"),
-        ({"num_hidden_layers": 3}, r"its files hold 0 layers, and config.json says 3"),
     ],
-    ids=["experts", "a classifier", "quantised", "no weights", "layers missing"],
+    ids=["experts", "a classifier", "quantised", "no weights"],
 )
 def test_other_models_need_torch(change: dict[str, object], message: str, tmp_path: Path) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    if "num_hidden_layers" in change:
-        save_file({"model.embed_tokens.weight": torch.zeros(4, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=rf'{message}.*pip install "\.\[torch\]"'):
         facts_of_headers(resolve_model(str(tmp_path)), tmp_path / "config.json")
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor | None], str]] = {
+    "a matrix is missing": ({}, {DOWN: None}, "layer 1 has other tensors"),
+    "a shape": ({}, {DOWN: torch.zeros(2, 2)}, "layer 1 has other tensors"),
+    "layers": ({"num_hidden_layers": 3}, {}, "hold 2 layers, and config.json says 3"),
+    "another model": ({"hidden_size": 48}, {}, "hold no model.embed_tokens of vocab_size rows"),
+    "packed numbers": ({}, {DOWN: torch.zeros(2, 2, dtype=torch.int32)}, f"{DOWN} holds no floating-point"),
+    "another part": ({}, {"v_head.summary.weight": torch.zeros(1, 2)}, "hold v_head.summary.weight"),
+    "no head": ({"tie_word_embeddings": False}, {"lm_head.weight": None}, "whether the head is the embedding"),
+    "an old head": ({"tie_word_embeddings": None}, {}, "whether the head is the embedding"),
+    "another class": ({"architectures": ["FooForCausalLM"]}, {}, "knows the modules of a FooForCausalLM"),
+}
+"""Changes of the configuration and of the tensors, where None takes one away, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_files_that_are_not_what_the_class_has_need_torch(name: str, tmp_path: Path) -> None:
+    """With PyTorch, the class says what the model is."""
+    fields, tensors, message = CONTRADICTIONS[name]
+    tiny_decoder("Llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    kept = load_file(file := tmp_path / "model.safetensors") | tensors
+    save_file({key: tensor for key, tensor in kept.items() if tensor is not None}, file)
+    edit_json(tmp_path / "config.json", lambda found: found.update(fields))
+    source = resolve_model(str(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        facts_of_headers(source, tmp_path / "config.json")
+    if name not in ("another class", "an old head", "another model"):
+        assert read_facts(source) == facts_of_class(source)
 
 
 @pytest.mark.parametrize("stored", STORED)

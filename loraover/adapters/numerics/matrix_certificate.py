@@ -189,7 +189,8 @@ def _errors_of_stored(written: Array, value: Array) -> Errors | None:
 
 def underflow(x: Array, rounded: Array) -> Underflow:
     """Count the elements of `x` that became zero or subnormal in `rounded`."""
-    tiny, size = format_of(rounded.dtype).normal, np.abs(widened(rounded, np.float32))
+    kind = np.float64 if rounded.dtype == np.float64 else np.float32
+    tiny, size = format_of(rounded.dtype).normal, np.abs(widened(rounded, kind))
     if size.size > 0 and float(size.min()) >= tiny:
         return Underflow()
     is_zero = size == 0

@@ -68,7 +68,7 @@ def _short_of(x: Array) -> Array:
         is_inexact = wide != x
         bits -= np.abs(wide) > np.abs(x)  # towards zero, and then odd
         bits |= is_inexact
-    even = (bits >> 16) & 1
+    even = np.asarray((bits >> 16) & 1)  # of a single number, NumPy makes no array
     even += 0x7FFF
     even += bits
     even >>= 16
@@ -150,7 +150,8 @@ def round_exact(
         if key.endswith(BASE_WEIGHT):  # PEFT loads it over the base model's own
             return exact.value, None
         tensor, name = round_tensor(key, exact.value, dtype), site_name(key)
-        return tensor, None if name is None else certify(name, tensor, exact)
+        with np.errstate(all="ignore"):  # what is not finite fails the certificate
+            return tensor, None if name is None else certify(name, tensor, exact)
 
     rounded: dict[str, Array] = {}
     certificates = []
