@@ -7,10 +7,11 @@ The table is `export/loraover_export/known_faults.json`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from loraover_export.known_faults import KnownFault, Versions, known_faults
+from loraover_export.known_faults import KnownFault, KnownFaults, Versions, known_faults
 
 PAGE = Path(__file__).with_name("faults.md")
 SOURCE = "https://github.com/{}/issues/{}"
@@ -18,20 +19,22 @@ SOURCE = "https://github.com/{}/issues/{}"
 INTRODUCTION = """# Known faults
 
 Look up here in which ways engines, and the programs around them, serve adapters wrongly. Each fault has its releases,
-the public threads, what to do, and the command that shows or finds it. *Shown* names the test of this repository that
-runs the fault; *read, not run* means that the threads were read, and that no test of this repository shows the fault.
-Where no command is named, none of LoRA-Over finds the fault.
+the public threads, what to do, and the command that finds it with what the command shows. *Shown* names the test of
+this repository that runs the fault; *read, not run* means that the threads were read, and that no test of this
+repository shows the fault: then the command would show what is named. Where no command is named, none of LoRA-Over
+finds the fault.
 
 `loraover check` names the faults of the engines that it judges, `loraover doctor` those of the engines that are
-installed, and `loraover verify` those of the engine that answered. A known fault changes no verdict.
+installed, and `loraover verify` those of the engine that answered. A known fault changes no verdict. Not here? [Look
+for a command](what-now.md).
 
 `python docs/write_faults.py` writes this page from `export/loraover_export/known_faults.json`.
 """
 
 
 def capitalised(text: str) -> str:
-    """Return a text whose first letter is a capital."""
-    return text[:1].upper() + text[1:]
+    """Return a text whose first letter is a capital, unless it begins with a name such as rsLoRA."""
+    return text if re.search(r"[A-Z_]", text.partition(" ")[0]) else text[:1].upper() + text[1:]
 
 
 def releases(fault: KnownFault) -> str:
@@ -54,6 +57,21 @@ def thread(name: str) -> str:
     return f"[{name}]({SOURCE.format(repository, number)})"
 
 
+def anchor(fault: KnownFault) -> str:
+    """Return the place of a fault's section, which the code host and the site make of its title in the same way."""
+    return re.sub(r"[^\w -]", "", fault.name).lower().replace(" ", "-")
+
+
+def by_words(table: KnownFaults) -> Iterator[str]:
+    """Yield a list of the words that users search for, with links to the faults that look like that."""
+    yield from ("## What do you see?", "")
+    for words in dict.fromkeys(word for fault in table.faults for word in fault.words):
+        alike = [fault for fault in table.faults if words in fault.words]
+        links = (f"[{table.names[fault.engine]}: {fault.name}](#{anchor(fault)})" for fault in alike)
+        yield f"- **{capitalised(words)}**: {'; '.join(links)}"
+    yield ""
+
+
 def described(fault: KnownFault) -> Iterator[str]:
     """Yield the lines of a fault's section."""
     device = {None: "", "cpu": ", on a CPU", "cuda": ", on a GPU"}[fault.platform]
@@ -66,14 +84,17 @@ def described(fault: KnownFault) -> Iterator[str]:
     yield f"- What to do: {fault.cure}."
     yield f"- Here: {'read, not run' if fault.shown_by is None else f'shown by `{fault.shown_by}`'}."
     if fault.command is not None:
-        yield f"- Command: `{fault.command}`"
+        shows = "shows" if fault.shown_by else "would show"
+        yield f"- Command: `{fault.command}`" + (f" {shows} *{fault.shown_as}*." if fault.shown_as else "")
     yield ""
+    if fault.picture is not None:
+        yield from (f"![{capitalised(fault.name)}: what the check shows.](figures/{fault.picture})", "")
 
 
 def page() -> str:
     """Return the text of the page."""
     table = known_faults()
-    lines = [INTRODUCTION]
+    lines = [INTRODUCTION, *by_words(table)]
     for engine, name in table.names.items():
         lines += [f"## {name}", ""]
         for fault in table.faults:

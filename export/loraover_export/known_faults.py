@@ -73,9 +73,12 @@ class KnownFault(StrictModel):
         seen: Release in which it was run or read; None if the thread names none.
         threads: Issues and pull requests that discuss it, as "owner/name#number".
         symptom: What the user sees, as a clause without a full stop.
+        words: Words that users search for, the same for all faults that look alike to them.
         cure: What the user does about it, as a clause in the imperative.
         shown_by: Test of this repository that shows the fault; None if it was read, and not run.
         command: Command that finds the fault; None if there is none.
+        shown_as: Verdict or fault that the command reports; None if it has no name of its own there.
+        picture: File in `docs/figures` that shows what a check reports; None if there is none.
         no_op: Modules that have no effect, for the pre-flight; None for other faults.
     """
 
@@ -86,9 +89,12 @@ class KnownFault(StrictModel):
     seen: str | None = None
     threads: tuple[str, ...]
     symptom: str
+    words: tuple[str, ...]
     cure: str
     shown_by: str | None = None
     command: str | None = None
+    shown_as: str | None = None
+    picture: str | None = None
     no_op: NoOp | None = None
 
     def affects(self, version: str | None) -> bool:

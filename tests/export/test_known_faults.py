@@ -5,17 +5,24 @@ from __future__ import annotations
 import re
 import runpy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from loraover_export import check_adapter
 from loraover_export.check.engines import ENGINES
+from loraover_export.check.report import Verdict
 from loraover_export.known_faults import KnownFault, Versions, faults_of, known_faults
+from loraover_export.merged.report import ModuleVerdict
+from loraover_serve import scale_faults
+from loraover_serve.judge import names
 
 from support.plain_adapter import make_adapter
 
 ROOT = Path(__file__).parents[2]
 FAULTS = known_faults().faults
+SHOWN = {value for value in vars(names).values() if isinstance(value, str)} | set(get_args(ModuleVerdict))
+SHOWN |= {*get_args(Verdict), *scale_faults(4.0), "some answers are those of: stale by 1"}  # of check, and of rollouts
 
 
 def test_every_fault_has_its_name_and_a_known_engine() -> None:
@@ -34,6 +41,27 @@ def test_an_entry_is_complete(fault: KnownFault) -> None:
     if fault.shown_by is not None:
         path, _, test = fault.shown_by.partition("::")
         assert f"def {test}(" in (ROOT / path).read_text()
+    assert fault.shown_as is None or fault.shown_as in SHOWN
+    assert fault.command is not None or fault.shown_as is None
+    assert fault.picture is None or (ROOT / "docs" / "figures" / fault.picture).is_file()
+
+
+def test_faults_are_found_by_the_words_that_users_type() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text()
+    for words in ("vLLM LoRA same output as base", "adapter not applied", "rollout KL explodes"):
+        assert [fault.name for fault in FAULTS if any(words in one for one in fault.words)]
+        assert words.lower() in page.lower()
+    assert [fault.name for fault in FAULTS if not fault.words] == []
+
+
+def test_each_fault_has_one_place_on_the_page() -> None:
+    """On the code host and in the site, whose rules differ for double hyphens and for titles that occur twice."""
+    page = (ROOT / "docs" / "faults.md").read_text()
+    titles = re.findall(r"^### (.+)$", page, re.MULTILINE)
+    places = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+    assert len(set(places)) == len(places) == len(FAULTS)
+    assert not [place for place in places if "--" in place or not place.isascii()]
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) == set(places)
 
 
 def test_the_page_is_current() -> None:
