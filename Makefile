@@ -194,9 +194,11 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports --no-logo > /dev/null || $(BIN)/lint-imports
 	$(BIN)/python docs/draw_rooms.py --check
 	$(BIN)/python docs/draw_matrix.py --check
+	$(BIN)/python docs/draw_answer.py --check
 	$(BIN)/mypy
 
-# A release in dist: packages, bill of materials, notes and recipe. The wheel is tried on each Python that is here. Nothing is published.
+# A release in dist: packages, checker, bill of materials, notes and recipe. The wheel is tried on each Python that is here. Nothing is
+# published.
 release: .venv-release/.installed
 	.venv-release/bin/python release/make.py $(RELEASE)
 
@@ -320,6 +322,7 @@ study-papers:
 # What docs/study/replication.yaml registers. Its runs are kept; without them, some ten hours of two cores.
 study-replication:
 	$(BIN)/python docs/study/replication.py docs/study/replication.yaml docs/study/replication --jobs 2
+	$(BIN)/python docs/draw_answer.py
 
 # What docs/study/eight-seeds.yaml registers, about a day of two cores; finished runs are kept.
 study-eight-seeds:

@@ -47,6 +47,8 @@ is what an engine's users give it without this package:
 Ours is what `loraover export` writes; an export that refuses counts as refused. A mixed batch has requests for the base
 model and for the adapter; other engines than servers take one request at a time.
 
+![Each engine with each kind of adapter, in PEFT's form and in ours: right, wrong or refused.](figures/matrix.svg)
+
 {forms}
 
 `loraover check`, which runs nothing, has to give the same verdict for each cell. It judges the answers for the
