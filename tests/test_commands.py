@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from click.shell_completion import get_completion_class
 
 from loraover.cli import SHORTCUTS, cli
 from loraover.common.command_line import INTERRUPTED, Command, LazyGroup, run
+from loraover_export.known_faults import known_faults
 
 ROOT = Path(__file__).parents[1]
-HOW_TO = ("check-a-server", "fold", "vllm", "watch")
+CODE = re.compile(r"^```(?:ba)?sh\n(.*?)^```|^((?: {4}.*\n)+)", re.MULTILINE | re.DOTALL)
+"""Commands of a page: in blocks with a fence, or indented."""
 FRAGMENTS = ("Of ", "That ", "For ", "Likewise")
 """Beginnings of a help text that says nothing alone."""
 
@@ -69,22 +72,72 @@ def test_make_runs_command_lines_that_parse() -> None:
         parse(line.partition("||")[0])
 
 
-@pytest.mark.parametrize("page", HOW_TO)
-def test_a_page_shows_command_lines_that_parse(page: str) -> None:
-    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
-    blocks = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL))
+def command_lines(page: Path) -> list[str]:
+    """Lines of a page's blocks that call loraover."""
+    blocks = "\n".join(fenced or textwrap.dedent(indented) for fenced, indented in CODE.findall(page.read_text()))
     lines = re.findall(r"^loraover .*", blocks.replace("\\\n", " "), flags=re.MULTILINE)
-    assert lines
-    for line in lines:
-        parse(line.partition(" #")[0].partition(" > ")[0])
+    return [re.split(r" #| [>|] ", line)[0] for line in lines]
 
 
-def test_commands_for_agents_can_be_parsed() -> None:
-    text = (ROOT / "AGENTS.md").read_text()
-    lines = re.findall(r"`(loraover [^`]*)`", text)
+PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+SHOWN = {name: lines for name, page in PAGES.items() if (lines := command_lines(page))}
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_a_page_shows_command_lines_that_parse(page: str) -> None:
+    for line in SHOWN[page]:
+        parse(line)
+
+
+def test_most_pages_show_commands() -> None:
+    assert len(SHOWN) > 25
+    assert sum(map(len, SHOWN.values())) > 80
+
+
+@pytest.mark.parametrize("page", ["AGENTS.md", "docs/what-now.md"])
+def test_commands_within_sentences_can_be_parsed(page: str) -> None:
+    lines = re.findall(r"`(loraover [^`]*)`", (ROOT / page).read_text())
     assert len(lines) > 7
     for line in lines:
         parse(line)
+
+
+def test_a_decision_ends_in_one_command() -> None:
+    """Or in a link, where the command depends on what is found."""
+    page = (ROOT / "docs" / "what-now.md").read_text()
+    ends = re.findall(r"^ *- (?!\*\*.+\*\*\n).+", page, re.MULTILINE)
+    assert len(ends) > 20
+    assert [line for line in ends if not re.search(r"`(?:loraover|vllm) [^`]+`|\]\([\w-]+\.md", line)] == []
+    assert [line for line in ends if len(re.findall(r"`(?:loraover|vllm) ", line)) > 1] == []
+
+
+def test_known_faults_name_commands_that_can_be_parsed() -> None:
+    lines = {fault.command for fault in known_faults().faults if fault.command and fault.command.startswith("loraover")}
+    assert len(lines) > 7
+    for line in lines:
+        parse(line.replace("SECONDS", "60"))
+
+
+def test_the_comparison_names_commands_and_options_that_there_are() -> None:
+    text = (ROOT / "docs" / "comparison.md").read_text()
+    lines = re.findall(r"`(loraover [^`]*)`", text)
+    assert len(lines) > 8
+    for line in lines:
+        name = " ".join(word for word in line.split() if not word.startswith("--"))
+        options = {spelling for option in LEAVES[name].params for spelling in option.opts}
+        assert {word for word in line.split() if word.startswith("--")} <= options, line
+
+
+def test_a_cell_of_the_comparison_is_a_command_or_a_source_or_says_no() -> None:
+    table = [line for line in (ROOT / "docs" / "comparison.md").read_text().splitlines() if line.startswith("| ")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(head) == 8
+    assert len(rows) > 12
+    for name, ours, *others in rows:
+        assert re.search(r"`|\]\(", ours), name
+        for cell in others:
+            said = cell in ("no", "not known", "-", "bytes are equal or not")
+            assert said or re.search(r"\]\(|\]\[", cell), (name, cell)
 
 
 def test_every_stage_has_its_commands() -> None:
