@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from loraover import Budget, LoraOverConfig
 from loraover.cli import SHORTCUTS
-from loraover.common.extras import INSTALL
+from loraover.common.extras import INSTALL, SOURCE
 from loraover_serve.engines import ENGINES
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def test_the_home_page_is_the_readme(site: Path) -> None:
 def test_the_site_has_a_tab_for_each_stage_and_a_switch_for_the_dark(site: Path) -> None:
     page = (site / "index.html").read_text()
     tabs = re.findall(r'<li class="md-tabs__item[^>]*>\s*<a[^>]*>\s*(\w+)', page)
-    assert tabs[:5] == ["Start", "Train", "Export", "Serve", "Check"]
+    assert tabs[:7] == ["Start", "Train", "Export", "Serve", "Check", "Loops", "Evidence"]
     assert re.findall(r'data-md-color-media="\(prefers-color-scheme: dark\)" data-md-color-scheme="slate"', page)
     assert page.count('name="__palette"') == 3
 
@@ -165,22 +165,47 @@ def test_the_list_for_programs_has_every_page(site: Path) -> None:
     assert len(listed) == len(named) > 40
 
 
-def test_pages_and_messages_install_from_a_clone() -> None:
-    """No package index has a release yet; once one has, `INSTALL` and the pages change together."""
+def test_every_page_is_in_a_group_of_the_site() -> None:
+    """But what `make gpu` writes, which is not there before."""
+    named = re.findall(r": ([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert pages - {*named, "results-gpu.md"} == set()
+    assert len(set(named)) == len(named)
+
+
+def test_pages_and_messages_install_as_one_constant_says() -> None:
+    """No package index has a release yet; once one has, release/by_name.py changes the constant and the pages."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     sources = [*PAGES, *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     texts = {
         path: path.read_text() for path in [*sources, ROOT / "action.yml", *(ROOT / "integrations").rglob("hf-*/*")]
     }
     commands = {path: re.findall(r"pip install [^\n`]*", text) for path, text in texts.items()}
-    index = re.compile(r"[ '\"]loraover(?![-\w])")
-    assert [(path, line) for path, lines in commands.items() for line in lines if index.search(line)] == []
+    other = {".": r"[ '\"]loraover(?![-\w])", "loraover": r" \"?\.(?![\w/])"}[SOURCE]
+    assert [(path, line) for path, lines in commands.items() for line in lines if re.search(other, line)] == []
     prefix, _, suffix = INSTALL.removeprefix("pip install ").partition("{}")
     named = re.compile(rf"{re.escape(prefix)}([\w,]+){re.escape(suffix)}")
     found = [one.split(",") for path in PAGES for line in commands[path] for one in named.findall(line)]
     assert len(found) > 8, "pages say it in the words of messages"
     assert {extra for one in found for extra in one} <= extras.keys()
     assert INSTALL.format("load") in texts[ROOT / "serve/loraover_serve/vllm/request.py"]
+
+
+def test_pages_and_messages_can_install_by_name(tmp_path: Path) -> None:
+    """After a release, by one command: nothing installs from a clone then, and the constant says so."""
+    program = runpy.run_path(str(ROOT / "release" / "by_name.py"))
+    copied = {path for pattern in program["WRITTEN"] for path in ROOT.glob(pattern)} | {ROOT / program["EXTRAS"]}
+    for path in copied:
+        place = tmp_path / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(path.read_text())
+    program["main"](tmp_path)
+    texts = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    lines = [line for text in texts.values() for line in re.findall(r"pip install [^\n`]*", text)]
+    assert sum('"loraover[' in line for line in lines) > 8
+    assert [line for line in lines if re.search(r" \"?\.(?![\w/])", line.partition("#")[0])] == []
+    assert not [path for path, text in texts.items() if "in a clone of LoRA-Over" in text and path.suffix == ".md"]
+    assert runpy.run_path(str(tmp_path / program["EXTRAS"]))["install"]("serve") == 'pip install "loraover[serve]"'
 
 
 def test_every_example_has_all_its_names(tmp_path: Path) -> None:
@@ -211,6 +236,19 @@ def test_figures_can_be_read_on_a_phone() -> None:
         assert width is not None
         smallest = min(map(float, re.findall(r'font-size[=:]"?\s*([\d.]+)', text)))
         assert smallest * min(1, 388 / float(width[1])) > 10, figure
+
+
+def test_the_readme_is_short_and_answers_in_the_order_in_which_readers_ask() -> None:
+    """Its two commands come first, since nothing is shown without them."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    order = ("make demo", "make test", "Train adapters with more", "caught.svg", "comparison.md", "pip install")
+    order += ("**Check a server**", "**Serve any adapter**", "**Train, and watch", "## Does it train", "answer.svg")
+    order += ("**Never run: a GPU", "measured here")
+    places = [text.index(one) for one in order]
+    assert places == sorted(places)
+    blocks = re.findall(r"^```(?:sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert all(sum(bool(line.strip()) for line in block.splitlines()) <= 7 for block in blocks)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
