@@ -3,10 +3,11 @@
     .venv-release/bin/python release/make.py [--tag v0.1.0] [--every-python]
     .venv-release/bin/python release/make.py --sizes torch serve export train     # of what has been built
 
-`dist/packages` gets the wheel and the sdist; `dist` gets the bill of materials of a base installation (CycloneDX), the
-notes of the version and the recipe for conda-forge. The wheel is installed into a new environment of each Python that
-is here, where a base installation has to do without PyTorch what it promises. With --sizes, the sizes of installations
-are printed instead, as docs/how-to/install.md has them.
+`dist/packages` gets the wheel and the sdist; `dist` gets the checker of servers, the bill of materials of a base
+installation (CycloneDX), the notes of the version, those for the owner of the name, and the recipe for conda-forge. The
+wheel is installed into a new environment of each Python that is here, where a base installation has to do without
+PyTorch what it promises, the README's commands among it. With --sizes, the sizes of installations are printed instead,
+as docs/how-to/install.md has them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ DIST = ROOT / "dist"
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MIB = 2**20
+CHECKER = """import sys
+from pathlib import Path
+
+from loraover_serve.verify.checker import write_checker
+
+write_checker(Path(sys.argv[1]))
+"""
+"""Program that writes the checker by what the wheel has installed."""
 
 
 def main() -> int:
@@ -45,6 +54,7 @@ def main() -> int:
     shutil.rmtree(DIST, ignore_errors=True)
     (DIST / "packages").mkdir(parents=True)
     (DIST / "release-notes.md").write_text(text)
+    shutil.copyfile(ROOT / "release" / "owner.md", DIST / "owner-notes.md")
     print(f"loraover {version}", flush=True)
     wheel = build()
     write_recipe(version)
@@ -58,12 +68,15 @@ def main() -> int:
             environment = install(interpreter, wheel, Path(folder))
             if tried == 0:
                 write_bill(environment, version)
+                run(environment, "-c", CHECKER, DIST / "adapter_check.pyz", cwd=Path(folder))
             run(environment, ROOT / "tests" / "support" / "base_installation.py", cwd=Path(folder))
+            run(interpreter, DIST / "adapter_check.pyz", "--help", quiet=True)
             tried += 1
     for python in missing:
         print(f"Python {python} is not installed here: the wheel was not tried on it", flush=True)
     for file in sorted(path for path in DIST.rglob("*") if path.is_file()):
         print(f"{file.relative_to(ROOT)}  {file.stat().st_size / 2**10:.0f} KiB")
+    print("Before the first release, read dist/owner-notes.md: the name is not ours yet.")
     return 1 if not tried or (missing and asked.every_python) else 0
 
 

@@ -19,13 +19,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Extras that bring a package, by the name that it is imported by; the first is named where no command says which."""
 
-INSTALL = 'pip install ".[{}]"'
-"""Command that installs an extra, in a clone: no package index has a release yet."""
+SOURCE = "."
+"""What pip installs: a clone, until a package index has a release; `python release/by_name.py` makes it the name."""
+INSTALL = f'pip install "{SOURCE}[{{}}]"'
+"""Command that installs an extra."""
 
 
 def install(extra: str) -> str:
     """Return how an extra is installed, in words that messages and `loraover doctor` show."""
-    return f"{INSTALL.format(extra)} in a clone of LoRA-Over"
+    return INSTALL.format(extra) + (" in a clone of LoRA-Over" if SOURCE == "." else "")
 
 
 def missing_package(error: BaseException, extra: str | None = None) -> str | None:

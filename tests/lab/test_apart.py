@@ -10,6 +10,7 @@ import pytest
 
 import loraover
 import loraover_lab
+from loraover.common.extras import INSTALL
 
 from support.tiny_hub import save_llama, write_recipe
 
@@ -59,8 +60,8 @@ def test_a_run_needs_no_package_of_the_lab(tmp_path: Path) -> None:
 
 def test_a_recipe_that_names_a_method_of_the_lab_says_what_to_install() -> None:
     method, settings = run(WITHOUT + REFUSED).splitlines()
-    assert 'method: method soma is not installed: pip install ".[lab]"' in method
-    assert 'soma: the method of these settings is not installed: pip install ".[lab]"' in settings
+    assert f"method: method soma is not installed: {INSTALL.format('lab')}" in method
+    assert f"soma: the method of these settings is not installed: {INSTALL.format('lab')}" in settings
 
 
 def test_names_of_the_lab_are_found_where_they_are_now() -> None:

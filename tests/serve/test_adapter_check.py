@@ -22,7 +22,7 @@ from loraover_serve.judge.asker import Asker
 from loraover_serve.judge.command import CheckOptions, check, main
 from loraover_serve.judge.names import CHANGED, CHANGED_BY_OTHER, LEAKS
 from loraover_serve.judge.reference import Reference, read_reference
-from loraover_serve.verify.recorder import write_checker
+from loraover_serve.verify.checker import write_checker
 
 from support.openai_server import openai_server
 from support.planted_faults import FAULTS as PLANTED

@@ -27,7 +27,7 @@ from loraover_serve.judge.reference import Reference
 from loraover_serve.judge.results import Caches
 from loraover_serve.judge.user_command import CommandError, UserCommand
 from loraover_serve.judge.warm_probe import long_questions
-from loraover_serve.verify.recorder import write_checker
+from loraover_serve.verify.checker import write_checker
 from loraover_serve.watch.canary import Canary, ask
 from loraover_serve.watch.config import read_config
 from loraover_serve.watch.history import Check, History

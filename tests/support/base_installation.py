@@ -9,6 +9,7 @@ The adapter and the base model of `tests/golden/base_installation` are those of 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,15 @@ GOLDEN = TESTS / "golden" / "base_installation"
 ABSENT = ("torch", "transformers", "peft", "onnxruntime")
 MODEL = "owner/base"
 NAMES = ("loraover", "loraover-export", "loraover-serve")
+ROOT = TESTS.parent
+HERE = {"my-adapter ": f"{GOLDEN / 'adapter'} ", "--model base": f"--model {GOLDEN / 'base'}"}
+"""What stands for the README's adapter and base model here."""
 
 
 def commands(address: str) -> Iterator[tuple[str, int, str]]:
     """Command lines, the exit code of each, and a text that it prints."""
+    from loraover.common.extras import INSTALL
+
     adapter, base = GOLDEN / "adapter", GOLDEN / "base"
     for name in NAMES:
         yield f"{name} --version", 0, "version"
@@ -32,19 +38,38 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
     yield f"loraover check {adapter} --model {MODEL} --engine vllm", 0, "check passed"
     yield f"loraover export prepare {adapter} --model {base} --cache prepared", 0, "1 prepared"
     verify = f"loraover verify --reference {adapter} --endpoint {address} --base-name base --served-name"
+    yield from readme_commands(address)
     yield f"{verify} right", 0, "as trained"
     yield f"{verify} wrong", 1, "Served as base"
-    yield "loraover doctor --offline", 0, 'pip install ".[torch]"'
+    yield "loraover doctor --offline", 0, INSTALL.format("torch")
     prepare = f"loraover export prepare {adapter} --model {base} --cache other"
-    yield f"{prepare} --engine mlx", 2, 'pip install ".[torch]"'
+    yield f"{prepare} --engine mlx", 2, INSTALL.format("torch")
     for name in ("mpo", "svd", "chain", "eigen", "dynamic"):
         yield f"loraover export fold {TESTS / 'golden' / 'schema_3' / name} -o {name}", 0, "fold passed"
     yield (
         f"loraover export fold {TESTS / 'golden' / 'schema_3' / 'mpo'} -o a --check-error",
         2,
-        'pip install ".[torch]"',
+        INSTALL.format("torch"),
     )
-    yield "loraover train demo -o run", 2, 'pip install ".[train]"'
+    yield "loraover train demo -o run", 2, INSTALL.format("train")
+
+
+def readme_commands(address: str) -> Iterator[tuple[str, int, str]]:
+    """Command lines of the README: those that need more than a base installation name the extra."""
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))
+    lines = [f"{line.partition('#')[0].strip()} " for line in blocks.splitlines() if line.startswith("loraover ")]
+    for line in lines:
+        for name, place in HERE.items():
+            line = line.replace(name, place)
+        if line.startswith(("loraover check", "loraover export vllm")):
+            yield f"{line}--model {GOLDEN / 'base'}", 0, "passed"
+        elif line.startswith("loraover verify"):
+            named = line.replace("http://localhost:8000", address).rpartition("--served-name")[0]
+            yield f"{named}--base-name base --served-name right", 0, "as trained"
+        elif line.startswith(("loraover doctor", "loraover serve watch")):
+            yield f"{line}--help", 0, "Usage"
+        else:
+            yield line, 2, "pip install"
 
 
 def show_every_help() -> int:

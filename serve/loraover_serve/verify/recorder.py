@@ -7,10 +7,7 @@ import gzip
 import hashlib
 import json
 import secrets
-import shutil
-import tempfile
 import time
-import zipapp
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +16,6 @@ from typing import Any
 
 from pydantic import Field
 
-import loraover
 from loraover.adapters.prompts import Prompts, read_prompts
 from loraover.checkpoint.base_model import model_digest, resolve_base
 from loraover.checkpoint.carried_files import adapter_digest, tokenizer_of
@@ -44,6 +40,7 @@ from loraover_serve.judge.reference import OF_ALL_BASES
 from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.chats import pack_chats
+from loraover_serve.verify.checker import write_checker
 from loraover_serve.verify.long import check_earlier, long_seconds, record_caches, wanted_long
 from loraover_serve.verify.pack import (
     NAMED,
@@ -68,10 +65,6 @@ PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served we
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
 ROUNDED_PASSES = 2  # of a model take about as long as one in which each weight is rounded
-JUDGE = Path(__file__).parents[1] / "judge"
-MODULES = ("at_once", "connection", "dialects", "endpoint", "speaker")
-CLIENT = (*(f"client/{name}.py" for name in MODULES), "common/errors.py", "common/hosts.py")
-"""Files of `loraover` that the checker needs."""
 
 
 class RecordReport(StrictModel):
@@ -334,32 +327,3 @@ def made(request: RecordRequest, source: str, device: str) -> dict[str, Any]:
         "prompts": source,
         "versions": environment("transformers", "peft"),
     }
-
-
-CHECKER_MAIN = """import sys
-
-if sys.version_info < (3, 11):
-    sys.stderr.write("Python %d.%d runs this checker, expected 3.11 or later.\\n" % sys.version_info[:2])
-    sys.exit(2)
-from loraover_serve.judge.command import run
-
-run()
-"""
-"""First file of the checker, which older versions of Python can read as well."""
-
-
-def write_checker(path: Path) -> None:
-    """Write the checker as a file that Python runs."""
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        room = Path("loraover_serve", "judge")
-        shutil.copytree(JUDGE, root / room, ignore=shutil.ignore_patterns("__pycache__"))
-        for module in CLIENT:
-            file = root / loraover.__name__ / module
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(loraover.__file__).parent / module, file)
-        for folder in {above for file in root.rglob("*.py") for above in file.relative_to(root).parents}:
-            (root / folder / "__init__.py").touch()
-        (root / "__init__.py").unlink()
-        (root / "__main__.py").write_text(CHECKER_MAIN)
-        zipapp.create_archive(root, path, compressed=True)
