@@ -23,15 +23,16 @@ ABSENT = ("torch", "transformers", "peft", "onnxruntime")
 MODEL = "owner/base"
 NAMES = ("loraover", "loraover-export", "loraover-serve")
 ROOT = TESTS.parent
-HERE = {"my-adapter ": f"{GOLDEN / 'adapter'} ", "--model base": f"--model {GOLDEN / 'base'}"}
-"""What stands for the README's adapter and base model here."""
+BASE = GOLDEN / "base"
+HERE = {" my-adapter ": f" {GOLDEN / 'adapter'} ", " merged ": f" {BASE} ", "--model base": f"--model {BASE}"}
+"""What stands here for the folders in the README's commands."""
 
 
 def commands(address: str) -> Iterator[tuple[str, int, str]]:
     """Command lines, the exit code of each, and a text that it prints."""
     from loraover.common.extras import INSTALL
 
-    adapter, base = GOLDEN / "adapter", GOLDEN / "base"
+    adapter, base = GOLDEN / "adapter", BASE
     for name in NAMES:
         yield f"{name} --version", 0, "version"
     yield f"loraover check {adapter} --model {base}", 0, "check passed"
@@ -56,20 +57,26 @@ def commands(address: str) -> Iterator[tuple[str, int, str]]:
 
 def readme_commands(address: str) -> Iterator[tuple[str, int, str]]:
     """Command lines of the README: those that need more than a base installation name the extra."""
+    from loraover.common.extras import INSTALL
+
     blocks = "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))
     lines = [f"{line.partition('#')[0].strip()} " for line in blocks.splitlines() if line.startswith("loraover ")]
     for line in lines:
         for name, place in HERE.items():
             line = line.replace(name, place)
         if line.startswith(("loraover check", "loraover export vllm")):
-            yield f"{line}--model {GOLDEN / 'base'}", 0, "passed"
+            yield f"{line}--model {BASE}", 0, "passed"
         elif line.startswith("loraover verify"):
             named = line.replace("http://localhost:8000", address).rpartition("--served-name")[0]
             yield f"{named}--base-name base --served-name right", 0, "as trained"
-        elif line.startswith(("loraover doctor", "loraover serve watch")):
+        elif line.startswith("loraover export inspect-merge"):
+            yield line, 1, "not merged"
+        elif line.startswith(("loraover doctor", "loraover serve ")):
             yield f"{line}--help", 0, "Usage"
+        elif line.startswith("loraover record"):
+            yield f"{line}-o other.json.gz", 2, INSTALL.format("serve")
         else:
-            yield line, 2, "pip install"
+            yield f"{line}--model {BASE}", 2, "pip install"
 
 
 def show_every_help() -> int:
