@@ -242,9 +242,11 @@ def test_the_readme_is_short_and_answers_in_the_order_in_which_readers_ask() -> 
     """Its two commands come first, since nothing is shown without them."""
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 700
-    order = ("make demo", "make test", "Train adapters with more", "caught.svg", "comparison.md", "pip install")
-    order += ("**Check a server**", "**Serve any adapter**", "**Train, and watch", "## Does it train", "answer.svg")
-    order += ("**Never run: a GPU", "measured here")
+    order = [
+        *("make demo", "make test", "Train adapters with more", "caught.svg", "comparison.md", "pip install"),
+        *("**Check a server**", "**Serve any adapter**", "**Train, and watch", "## Does it train", "answer.svg"),
+        *("**Never run: a GPU", "measured here"),
+    ]
     places = [text.index(one) for one in order]
     assert places == sorted(places)
     blocks = re.findall(r"^```(?:sh|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
