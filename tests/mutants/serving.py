@@ -162,10 +162,10 @@ SERVING = (
         "verify-weak-adapter-passes",
         "allowed):\n        return None"
         "\n    reason = passes_as_well(case)\n    if case.prompts < ENOUGH_PROMPTS:\n"
-        '        reason += f"; prompts',
+        '        reason += f": give',
         "allowed) or True:\n        return None"
         "\n    reason = passes_as_well(case)\n    if case.prompts < ENOUGH_PROMPTS:\n"
-        '        reason += f"; prompts',
+        '        reason += f": give',
         Selection("test_verify.py", "below_the_noise"),
     ),
     Mutant(

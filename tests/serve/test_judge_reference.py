@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from loraover.reporting.html_page import clauses
 from loraover_serve.engines import engine_class
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import ADAPTER
@@ -60,9 +61,11 @@ def test_an_engine_has_verifys_verdict(name: str, asked: Case, reference: Refere
     assert (found["verdict"], found["fault"]) == expected, found["reason"]
     assert name not in FAULTS or FAULTS[name].words in found["reason"]
     alone = judge(Evidence(reference, replace(answers, base={}, is_one_model=True)))
+    for reason in (found["reason"], alone["reason"]):
+        assert clauses(reason) == [reason], "a verdict is one sentence"
     if name == "another base model":
         assert (alone["verdict"], alone["fault"]) == ("differs", None)
-        assert "one model under both names: it may be another base model" in alone["reason"]
+        assert "one model under both names, which may be another base model" in alone["reason"]
     elif name in HIDDEN_BY_ONE_MODEL:
         assert alone["verdict"] in ("as trained", "inconclusive")
     else:
@@ -84,7 +87,7 @@ def test_a_scaling_is_named_before_a_fault_that_noise_lets_through(recorded: Pat
     )
     found = judge(Evidence(reference, Answers(one, other)), "int4")
     assert re.match(rf"{SCALED}: every delta_W is multiplied by 0\.(69|7)", found["reason"])
-    assert "other faults that give the same answers within noise: a layer is missing" in "; ".join(found["not_checked"])
+    assert "other faults that would give the same answers: a layer is missing" in "; ".join(found["not_checked"])
 
 
 @pytest.mark.parametrize(

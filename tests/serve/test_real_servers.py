@@ -65,7 +65,7 @@ def test_llama_server_with_several_adapters_needs_its_own_protocol(
         )
     assert own.verdict == "as trained", own.reason
     assert (openai.verdict, openai.fault) == ("differs", None), openai.reason
-    assert openai.reason.endswith("llama-server answers for each alone with protocol llama-server")
+    assert openai.reason.endswith("(llama-server answers for each alone with protocol llama-server)")
 
 
 def gguf_of(model: Path, output: Path) -> Path:

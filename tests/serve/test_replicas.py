@@ -73,7 +73,7 @@ def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference
         assert re.fullmatch("[0-9a-f]+", told["x-request-id"])
     share = replicas.bad / replicas.answers
     assert replicas.requests[0]["x-request-id"] in found["reason"]
-    assert found["reason"].endswith(f"; to meet one again, ask about {requests_that_reach(share)} times")
+    assert found["reason"].endswith(f", to be met again in about {requests_that_reach(share)} requests)")
     assert {asked.count(prompt) for prompt in asked} == {REPEATS}
     places = len(reference.places)
     assert len({*asked[:places]}) < 0.9 * places, "the order is random, and not one round after the other"
@@ -192,7 +192,7 @@ def test_ten_right_servers_with_noise_are_one(reference: Reference) -> None:
     found, _ = checked(fleet(reference, right(reference)), reference)
     assert (found["verdict"], found["fault"], found["replicas"]) == ("as trained", None, None), found["reason"]
     share = share_in_percent(found["visible_share"])
-    unseen = f"a server without the adapter that gives less than {share} of the answers; --repeats asks more often"
+    unseen = f"a server without the adapter that gives less than {share} of the answers (--repeats asks more often)"
     pods = [f"pod-{index}" for index in range(10)]
     others = f"servers other than those that answered (x-served-by: {', '.join(pods)})"
     assert [each for each in found["not_checked"] if "server" in each] == [unseen, others]

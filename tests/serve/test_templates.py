@@ -133,7 +133,7 @@ def test_a_system_prompt_of_the_servers_own_is_another_template(tells: str, told
         assert (found["verdict"], found["fault"]) == ("as trained", None)
         return
     assert (found["verdict"], found["fault"]) == ("differs", TEMPLATE), found["reason"]
-    alone = "answers to prompts that no template touches are as trained: judge them alone with --without-template"
+    alone = "answers to prompts that no template touches are as trained (judge them alone with --without-template)"
     assert alone in found["reason"]
     assert "this is so in 3 of 5 chats" in found["reason"], "two have a system prompt"
     if "number" in tells:
@@ -219,7 +219,7 @@ def test_another_template_is_told_beside_another_fault_or_alone(told: dict[str, 
     reply = Chatting(right(reference, AS_BASE), with_template(SYSTEM), "ids")
     found = checked(reference, reply)
     assert (found["verdict"], found["fault"]) == ("differs", "served as base")
-    assert f"; besides, {TEMPLATE}: prompt differs at token 1" in found["reason"]
+    assert f", and besides, {TEMPLATE}: prompt differs at token 1" in found["reason"]
     alone = checked(reference, Chatting(right(reference), with_template(SYSTEM), "ids"), without_template=True)
     assert (alone["verdict"], alone["template"]) == ("as trained", None)
     assert "the chat template: the option --without-template leaves it out" in alone["not_checked"]

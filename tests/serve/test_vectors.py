@@ -214,7 +214,7 @@ def test_each_fault_of_a_classifier_is_named(classifier: Recorded, serve: Serve,
 
 @pytest.mark.parametrize(
     ("protocol", "message"),
-    [("tei", "names the classes LABEL_0, LABEL_1, LABEL_2, and the reference good, bad"), ("vllm", "calls it 'LABEL_")],
+    [("tei", "names the classes LABEL_0, LABEL_1, LABEL_2, expected good, bad"), ("vllm", "calls it 'LABEL_")],
 )
 def test_classes_of_other_names_are_named(classifier: Recorded, protocol: str, message: str) -> None:
     found = classifier.checked(Serve(names=("LABEL_0", "LABEL_1", "LABEL_2")), protocol)

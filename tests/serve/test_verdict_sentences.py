@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loraover.client.speaker import Response
+from loraover_serve.judge import names
 from loraover_serve.judge.case import Case
 from loraover_serve.judge.churn import Meanwhile, judge_churn
 from loraover_serve.judge.estimates import Interval, in_percent, share_in_percent
@@ -20,13 +21,19 @@ from loraover_serve.judge.models import Answers, AskedOnce, Model, Rows
 from loraover_serve.judge.names import CROSSED
 from loraover_serve.judge.owners import Said
 from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.remedies import REMEDIES
 from loraover_serve.judge.results import Churn, Off
 from loraover_serve.judge.rules import judge, too_far
 from loraover_serve.judge.warm_probe import Asked
 
+from support.drawn_reference import drawn_reference
 from support.long_questions import LongCase
 
 ALLOWED = (1 - EXACT_STRENGTH, 1 + EXACT_STRENGTH)
+
+
+IN_THE_SENTENCE = {names.LEAKS, names.CHANGED, names.CHANGED_BY_OTHER, names.CUT}
+"""Faults whose sentence says what to do."""
 
 
 def rows_of(model: Model, noise: Callable[[int], float] = lambda place: 0.0) -> Rows:
@@ -68,7 +75,7 @@ def test_too_few_quick_answers_are_counted(reference: Reference) -> None:
     found = judge(Evidence(reference, Answers({}, rows, rounds=[once(rows)])), is_quick=True)
     assert (found["verdict"], found["reason"]) == (
         "inconclusive",
-        "too few answers show whether the adapter is applied (1)",
+        "too few answers show whether the adapter is applied (1, and 3 are needed): check without --quick",
     )
 
 
@@ -78,7 +85,7 @@ def test_the_list_names_what_was_left_out(reference: Reference) -> None:
     assert [each for each in alone["not_checked"] if "requests for both models at the same time" in each]
     mixed = {BASE: base, ADAPTER: rows}
     found = judge(Evidence(reference, Answers(base, rows, mixed=mixed)))
-    assert "requests for two adapters at the same time: there is no other adapter" in found["not_checked"]
+    assert "requests for two adapters at the same time: the server has no other adapter" in found["not_checked"]
     both = judge(Evidence(reference, Answers(base, rows, mixed=mixed | {"other": rows})))
     assert not [each for each in both["not_checked"] if "at the same time" in each]
     assert not [each for each in found["not_checked"] if "chat template" in each]
@@ -160,3 +167,24 @@ def test_a_template_that_is_left_out_is_listed(reference: Reference) -> None:
         answers = Answers(base, rows, without_template=is_left_out)
         found = judge(Evidence(reference, answers))["not_checked"]
         assert ("the chat template: the option --without-template leaves it out" in found) == is_left_out
+
+
+def test_each_fault_has_a_remedy_on_its_line_or_in_its_sentence() -> None:
+    others = {names.COARSE_CACHE, names.NOT_APPLIED_DETAIL}
+    faults = {value for name, value in vars(names).items() if name.isupper() and isinstance(value, str)} - others
+    assert faults == REMEDIES.keys() | IN_THE_SENTENCE
+    assert not REMEDIES.keys() & IN_THE_SENTENCE
+    assert all(0 < len(each) < 200 and ";" not in each for each in REMEDIES.values())
+
+
+def test_a_coarse_server_is_told_to_record_its_weights() -> None:
+    """Four bits that shrink the adapter in PyTorch hide how much of it a server applies."""
+    reference, draw = drawn_reference(Random(1)), Random(0)
+    reference.formats["int4"]["strength"] = 0.66
+    base, adapter = (
+        {place: {i: value + draw.gauss(0, 0.5) for i, value in row.items()} for place, row in enumerate(model.rows)}
+        for model in (reference.base, reference.adapter)
+    )
+    found = judge(Evidence(reference, Answers(base, adapter)), "int4")
+    assert found["verdict"] == "inconclusive", found["reason"]
+    assert found["reason"].endswith(": record the adapter on the weights that the server has, with --base-weights")

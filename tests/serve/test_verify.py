@@ -23,6 +23,7 @@ from loraover_serve.judge.case import allowed_distance, sure_errors
 from loraover_serve.judge.limits import ADAPTER, FLOOR, SURE
 from loraover_serve.judge.models import Answers, Greedy
 from loraover_serve.judge.names import ENDS_EARLY
+from loraover_serve.judge.remedies import REMEDIES
 from loraover_serve.judge.results import LogprobDistance
 from loraover_serve.verify.by_pytorch import verify_engine
 from loraover_serve.verify.faults import permuted
@@ -228,7 +229,7 @@ LOST = engine_result("vllm", "differs", "a: b; c", fault="wrong scaling", suspec
     ("result", "tone", "expected"),
     [
         (engine_result("onnx", "as trained", WHOLE), "good", f"onnx: as trained. {WHOLE}."),
-        (LOST, "bad", "vllm: differs. A: b. C."),
+        (LOST, "bad", f"vllm: differs. A: b. C.\nwhat to do: {REMEDIES[SCALED.fault]}"),
         (engine_result("torch", "inconclusive", "a (b; c); d"), "open", "torch: inconclusive. A (b; c). D."),
         (
             EngineResult(engine="vllm", verdict="failed", reason="the server ended with code 1.", seconds=2),
@@ -247,6 +248,7 @@ def test_several_engines_begin_with_the_worst() -> None:
     assert found.word == "differs"
     assert [line.partition(".")[0] for line in found.sentence.split("\n")] == [
         "vllm: differs",
+        f"what to do: {REMEDIES[SCALED.fault]}".partition(".")[0],
         "llamacpp: failed",
         "onnx: as trained",
     ]
@@ -256,4 +258,5 @@ def test_the_page_and_the_terminal_list_what_was_not_checked() -> None:
     report, shown = verification(LOST), io.StringIO()
     assert "<h2>Not checked: vllm</h2>\n<ul>\n<li>d; e</li>\n</ul>" in to_page(report).html
     show_report(report, VerifyRequest(Path("shop"), engines=["torch"]), Console(file=shown, width=200))
-    assert "\nvllm: differs. A: b. C.\n  not checked:\n  - d; e\n" in shown.getvalue()
+    remedy = f"  what to do: {REMEDIES[SCALED.fault]}"
+    assert f"\nvllm: differs. A: b. C.\n{remedy}\n  not checked:\n  - d; e\n" in shown.getvalue()

@@ -149,7 +149,7 @@ def test_a_reload_in_place_is_named_and_one_to_a_new_path_passes(long_case: Long
 def test_a_reload_of_the_same_weights_shows_nothing(long_case: LongCase) -> None:
     found = reloaded(long_case, BY_NAME, long_case.adapter)
     assert (found.verdict, found.fault) == ("inconclusive", None)
-    assert "no stale answer could be seen; serve its earlier version before" in found.reason
+    assert "no stale answer could be seen (serve its earlier version before" in found.reason
 
 
 def test_verify_runs_the_command_of_a_reload(long_case: LongCase, recorded: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_server_that_fails_in_mixed_batches_is_judged_by_the_rest(
     found = ask(lambda body: 500 if len(body["prompt"]) == 1 else served(body))
     assert (found.verdict, found.mixed) == ("inconclusive", None), "it was asked for"
     assert found.reason.startswith("100 % of the adapter is applied (")
-    assert found.reason.endswith("; without_mixed judges the other answers alone")
+    assert found.reason.endswith(": judge the other answers alone with without_mixed")
     assert found.mixed_failure is not None
     assert "the server answered 500" in found.mixed_failure
     assert f"requests for both models at the same time: {found.mixed_failure}" in found.not_checked

@@ -90,6 +90,7 @@ FEATURES = ("plain", "rsLoRA", "rank pattern", "alpha pattern", "embeddings", "t
 """Columns of the matrix: kinds of adapters, and batches with requests for the base model and the adapter."""
 REASON_SHOWN = 300  # characters
 _PATH = re.compile(r"(?<!\S)/[^\s:,]*/")
+_MEASURED = re.compile("; |, so that |, and no known fault ")
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ def _reasons(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _shown(reason: str) -> str:
     """A reason without its measurements and the folders of the test, and not longer than a few lines."""
-    text = " ".join(_PATH.sub("", reason.partition("; ")[0]).split()).replace("|", "\\|")
+    known = _MEASURED.split(reason, maxsplit=1)[0]
+    text = " ".join(_PATH.sub("", known).split()).replace("|", "\\|")
     return text if len(text) <= REASON_SHOWN else f"{text[:REASON_SHOWN].rpartition(' ')[0]} ..."
 
 

@@ -87,7 +87,7 @@ LOST: dict[str, Any] = {
 
 STRENGTH = "33.3 % of the adapter is applied (33.1 to 33.5 %), where 99.8 to 100.2 % is right"
 WHOLE = "100 % of the adapter is applied (99.9 to 100.1 %), and nothing else differs"
-NEAREST = f"wrong scaling: {SCALED.detail}; {STRENGTH}"
+NEAREST = f"wrong scaling: {SCALED.detail}, so that {STRENGTH}"
 UNCHECKED = ["generated texts: the server does not tell which tokens it generates", "servers without the adapter"]
 
 
@@ -278,7 +278,7 @@ def canary(now: float, text: str | None = None) -> Canary:
         for hour in range(24 if verdict else 0):
             fault = "the scaling is left out" if verdict == "differs" else None
             distance = None if verdict == "failed" else 0.01 * (1 + hour % 3)
-            at, reason = now - 3600.0 * (24 - hour), text or f"{STRENGTH}; no known fault explains it"
+            at, reason = now - 3600.0 * (24 - hour), text or f"{STRENGTH}, and no known fault explains it"
             found.end(target, Check(*target.key, at, str(verdict), text or fault, reason, distance, 0.05, 1.0, 2.5, 0))
     return found
 

@@ -40,7 +40,7 @@ from loraover_serve.judge.warm_probe import MOST_SLOTS, Asked, Reloaded, WarmPro
 NO_SLOTS: dict[str, Any] = {
     "verdict": "inconclusive",
     "reason": "prompts that llama-server's host memory kept were not asked for, since it does not tell its number of "
-    f"slots, or has too many; let /props be read, and start it with at most {MOST_SLOTS}",
+    f"slots, or has too many: let /props be read, and start it with at most {MOST_SLOTS}",
 }
 
 HALF_WAY = 0.5
@@ -177,39 +177,39 @@ def _undecided(
     if not hits:
         told = "does not tell" if hits is None else "found none"
         return (
-            f"no prompt was seen to come from the cache (the server {told}); start vLLM with --enable-prefix-caching "
-            "and --enable-prompt-tokens-details, or let /metrics be read; start llama-server with its cache of prompts"
+            f"no prompt was seen to come from the cache (the server {told}), so start llama-server with its cache of "
+            "prompts, and vLLM with --enable-prefix-caching and --enable-prompt-tokens-details, or let /metrics be read"
         )
     if few := [each for each in asked if case.lacking(each) >= FEW_AS_BASE]:
         return (
             f"{case.lacking(few[0])} answers of {_named(few[0].arm)} {few[0].after} share no token with those without "
-            "the cache, so too few were compared; let the server tell more logprobs of each token"
+            "the cache, so too few were compared, and the server has to list more logprobs of each token"
         )
     if reloaded is not None and not reloaded.is_kept:
         told = "does not tell whether it had kept" if reloaded.is_kept is None else "had kept nothing of"
         return (
-            f"the server {told} the base model's prompts from before the command, so no stale answer could be seen; "
-            f"load the adapter without a restart of the server{_after(reloaded)}"
+            f"the server {told} the base model's prompts from before the command, so no stale answer could be seen "
+            f"(load the adapter without a restart of the server){_after(reloaded)}"
         )
     if reloaded is not None and shown.reload is not None and not case.is_changed(reloaded.before):
         return (
-            "the adapter gives the same answers before and after the command, so no stale answer could be seen; serve "
-            f"its earlier version before the command{_after(reloaded)}"
+            "the adapter gives the same answers before and after the command, so no stale answer could be seen (serve "
+            f"its earlier version before the command){_after(reloaded)}"
         )
     if unclear := sorted({fault for answers in shown.warm for fault in case.unclear(answers)}):
         return (
-            f"a {', a '.join(unclear)} would not be seen, since the server's noise hides it; check a server with a "
-            "finer number format"
+            f"a {', a '.join(unclear)} would not be seen, since the server's noise hides it (check a server with a "
+            "finer number format)"
         )
     return None
 
 
 def _after(reloaded: Reloaded) -> str:
-    """Sentence about the folder that the server names after a reload, to be added to a reason."""
+    """Clause about the folder that the server names after a reload, to be added to a reason."""
     before, root = reloaded.roots
     if root is None:
         return ""
-    return f"; the server names the {'same' if root == before else 'new'} path {root} after the command"
+    return f", and the server names the {'same' if root == before else 'new'} path {root} after the command"
 
 
 def _named(arm: str) -> str:

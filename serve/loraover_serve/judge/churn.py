@@ -232,23 +232,24 @@ def _undecided_in_churn(
     said, failed = len(meanwhile.said), len(meanwhile.failures)
     asked, cached = said + sum(meanwhile.absent.values()) + failed, sum(case.is_cached)
     if any(each.questions for each in found):
-        return f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance; ask for longer"
+        return f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance, so ask for longer"
     if meanwhile.command:
         return meanwhile.command
     if cached and cached / said >= share_found(said):
-        return f"{cached} of {said} answers come from a cache of responses, and show nothing"
+        return f"{cached} of {said} answers come from a cache of responses, so let requests pass it by"
     if failed and failed / asked >= share_found(asked):
         return f"{failed} of {asked} requests failed, and show nothing"
     if meanwhile.is_silent:
         return "the server answers nothing at the end, and refuses no connection"
     if begun.command is not None and not is_moved:
         return (
-            "nothing showed that an adapter was loaded; let the command load other versions or folders, so that it can "
+            "nothing showed that an adapter was loaded, so let the command load other versions or folders, which can "
             "be seen"
         )
     if any(each.unseen or not each.shown.answers for each in found):
         return (
-            "some wrong answers would not have been seen; ask for longer, or check a server with a finer number format"
+            "some wrong answers would not have been seen, so ask for longer, or check a server with a finer number "
+            "format"
         )
     return None
 

@@ -30,6 +30,7 @@ from loraover_serve.judge.churn import ChurnRequest, ask_in_churn
 from loraover_serve.judge.evidence import Evidence
 from loraover_serve.judge.limits import EXIT_CODES, NUMBER_FORMATS, REPEATS
 from loraover_serve.judge.reference import Reference
+from loraover_serve.judge.remedies import to_do
 from loraover_serve.judge.results import listed
 from loraover_serve.judge.rules import judge
 from loraover_serve.judge.user_command import UserCommand
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = check_reference(read_any_reference(given.reference), endpoint, given.served_name, options)
     except LoraOverError as error:
         found = unanswered(error)
-    lines = [f"{found['verdict']}: {found['reason']}", *listed(found["not_checked"])]
+    lines = [f"{found['verdict']}: {found['reason']}", *to_do(found["fault"]), *listed(found["not_checked"])]
     print(json.dumps(found, indent=1, default=asdict) if given.json else "\n".join(lines))
     return EXIT_CODES[found["verdict"]]
 

@@ -81,8 +81,8 @@ class Split(NamedTuple):
         ids = (next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad)
         where += [f"such as request {each}" for each in ids if each][:1]
         times = requests_that_reach(self.share)
-        again = f"; to meet one again, ask about {times} times" if times > 1 else ""
-        return self.counted + (f" ({', '.join(where)})" if where else "") + again
+        where += [f"to be met again in about {times} requests"] if times > 1 else []
+        return self.counted + (f" ({', '.join(where)})" if where else "")
 
     def shown(self) -> Replicas:
         """The wrong answers, as verify.json has them."""
@@ -184,7 +184,7 @@ def unseen_servers(case: Case) -> Iterator[str]:
         return
     shown = share_found(sum(map(len, case.as_base)))
     share = f" that gives less than {share_in_percent(shown)} of the answers" if shown < 1 else " beside right ones"
-    yield f"a server without the adapter{share}; {case.option('repeats')} asks more often"
+    yield f"a server without the adapter{share} ({case.option('repeats')} asks more often)"
     told = [each.told for each in case.evidence.answers.responses]
     for name, values in servers_seen(told).items():
         more = ", ..." if len(values) > SHOWN else ""

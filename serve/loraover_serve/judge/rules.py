@@ -1,5 +1,8 @@
 """The verdict on one engine. The first of these rules that finds something decides.
 
+Each reason is one sentence, which says what was found, and what is right; what the user can do about a fault stands in
+`remedies`. What was not looked at is in the list `not_checked`.
+
 1. Requests for the base model are answered with the adapter, or its error has the direction of a known fault.
 2. The base model is further off than any number format explains: it is another base model, or has other weights than
    the quantised ones that were recorded, which is *inconclusive*.
@@ -39,6 +42,7 @@ from loraover_serve.judge.limits import (
     FLOOR,
     NUMBER_FORMATS,
     OTHER,
+    PLAIN,
     SEEN,
     Verdict,
 )
@@ -120,7 +124,7 @@ def judge(
     if found.verdict != "differs":
         found = found.with_unchecked(*_unseen(case))
     if evidence.models.weights is not None:
-        found = found._replace(reason=f"{found.reason}; compared on the weights of {evidence.models.weights}")
+        found = _with_weights(found, evidence.models.weights)
     template = evidence.answers.template
     found = _with_template(found, template, option)
     return _told(found, evidence) | {
@@ -156,6 +160,12 @@ def _told(found: RuleFinding, evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def _with_weights(found: RuleFinding, weights: str) -> RuleFinding:
+    """Finding of a rule, with the served weights on which it was made in its reason."""
+    known = "" if weights in found.reason else f" (compared on the weights of {weights})"
+    return found._replace(reason=f"{found.reason}{known}")
+
+
 def _unseen(case: Case) -> Iterator[str]:
     """Yield what the answers cannot show, in words."""
     if case.greedy is None:
@@ -163,7 +173,7 @@ def _unseen(case: Case) -> Iterator[str]:
     if case.is_one_model:
         yield ONE_MODEL
     if case.mixed and OTHER not in case.mixed:
-        yield "requests for two adapters at the same time: there is no other adapter"
+        yield "requests for two adapters at the same time: the server has no other adapter"
     if case.evidence.answers.without_template:
         yield f"the chat template: the option {case.option('without_template')} leaves it out"
     yield from unseen_servers(case)
@@ -175,8 +185,8 @@ def _named_by_chats(found: RuleFinding, chats: Sequence[ReadChat] | None) -> Rul
     if found.verdict != "differs" or found.fault not in (None, *OF_PROMPTS) or 2 * len(others) <= len(chats or ()):
         return found
     reason = (
-        f"{TEMPLATE}: in {len(others)} of {len(chats or ())} chats the server reads other tokens than PyTorch, such as "
-        f"{others[0].read} in place of {others[0].expected} different ones"
+        f"{TEMPLATE}: in {len(others)} of {len(chats or ())} chats the server reads other tokens than the adapter's "
+        f"template gives, in one of them {others[0].read} in place of {others[0].expected}"
     )
     return found._replace(reason=reason, fault=TEMPLATE)
 
@@ -191,23 +201,24 @@ def _with_template(found: RuleFinding, template: TemplateReading | None, option:
     if not template.is_other and not template.is_unclear:
         return found
     if found.verdict == "differs":
-        return found._replace(reason=f"{found.reason}; besides, {TEMPLATE}: {template.words}")
+        return found._replace(reason=f"{found.reason}, and besides, {TEMPLATE}: {template.words}")
     if found.verdict != "as trained":
         found = found.with_unchecked(f"the adapter: {found.reason}")
     alone = (
-        f"answers to prompts that no template touches are {found.verdict}: judge them alone with "
-        f"{option('without_template')}"
+        f"while answers to prompts that no template touches are {found.verdict} (judge them alone with "
+        f"{option('without_template')})"
     )
     if template.is_unclear:
-        return found._replace(verdict="inconclusive", reason=f"{template.words}; {alone}")
-    return found._replace(verdict="differs", reason=f"{TEMPLATE}: {template.words}; {alone}", fault=TEMPLATE)
+        return found._replace(verdict="inconclusive", reason=f"{template.words}, {alone}")
+    return found._replace(verdict="differs", reason=f"{TEMPLATE}: {template.words}, {alone}", fault=TEMPLATE)
 
 
-ALIKE = "other faults that give the same answers within noise"
+ALIKE = "other faults that would give the same answers"
 """Thing that is not known of a fault, with the other faults."""
 
 ONE_MODEL = (
-    "how exactly the server computes, and requests for both models at the same time: it has one model under both names"
+    "answers without the adapter, and requests for both models at the same time: the server has one model under both "
+    "names"
 )
 """Things that a server without a base model does not show."""
 
@@ -225,7 +236,10 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
     found = find_base_fault(case)
     if found is None:
         return None
-    reason = f"{found.fault}: {found.detail}, which explains {in_percent(found.share)} of the base model's error"
+    reason = (
+        f"{found.fault}: {found.detail}, which explains {in_percent(found.share)} of what sets the base model's "
+        "answers apart from the right ones"
+    )
     return RuleFinding("differs", reason, found.fault, explains_base=True)
 
 
@@ -245,8 +259,8 @@ def base_is_another(case: Case) -> RuleFinding | None:
 def _of_other_weights(case: Case) -> str:
     """Reason why a server cannot be judged by a reference on quantised weights that it does not have."""
     return (
-        f"the server has other weights than the recorded ones ({case.evidence.models.weights}); record the adapter on "
-        "those that it has, with --base-weights"
+        f"the server has other weights than the recorded ones ({case.evidence.models.weights}): record the adapter on "
+        f"those that it has, with {case.option('base_weights')}"
     )
 
 
@@ -281,17 +295,17 @@ def _nearest(case: Case, found: str) -> RuleFinding:
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
-        reason = f"{found}; no known fault explains it"
+        reason = f"{found}, and no known fault explains it: "
         if case.is_one_model:
             reason += (
-                "; the server has one model under both names: it may be another base model, or several adapters may be "
-                f"applied at once; llama-server answers for each alone with {case.option('protocol')} llama-server"
+                "the server has one model under both names, which may be another base model, or have several adapters "
+                f"at once (llama-server answers for each alone with {case.option('protocol')} llama-server)"
             )
         else:
-            reason += "; another adapter may be served, which verify can name if its folder lies beside this one"
+            reason += "another adapter may be served, which verify names if its folder lies beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
-    reason = f"{nearest.fault}: {nearest.detail}; {found}"
+    reason = f"{nearest.fault}: {nearest.detail}, so that {found}"
     also = [f"{ALIKE}: {', '.join(others)}"] if others else []
     return RuleFinding("differs", reason, nearest.fault, compared, not_checked=also)
 
@@ -303,7 +317,7 @@ def some_are_far(case: Case) -> RuleFinding | None:
         return None
     reason = (
         f"the answers to {len(far)} of {case.prompts} prompts are wrong, and the others are right: some requests do "
-        "not get the adapter as it was trained"
+        "not get the adapter as it was trained, so ask again, and look for what these prompts have in common"
     )
     return RuleFinding("differs", reason)
 
@@ -316,7 +330,7 @@ def generated_is_wrong(case: Case) -> RuleFinding | None:
     as_base, others = split_base(case.evidence.decoded())
     if len(as_base) >= FEW_AS_BASE:
         clear = len(as_base) + len(others)
-        reason = f"{len(as_base)} of {clear} tokens have the base model's logprobs, though prompts get the adapter"
+        reason = f"{len(as_base)} of {clear} generated tokens have the base model's logprobs, and prompts the adapter's"
         return RuleFinding("differs", f"{DECODED}: {reason}", DECODED)
     if greedy.gap > greedy.allowed:
         reason = "the engine generates other tokens than its own logprobs make likely"
@@ -345,8 +359,8 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
     for name, (fault, subject) in subjects.items():
         if name in case.mixed and case.is_apart(name):
             reason = (
-                f"{fault}: {subject} answered wrongly; requests for one model at a time are answered right: send them "
-                f"so, and judge them alone with {case.option('without_mixed')}"
+                f"{fault}: {subject} answered wrongly, while requests for one model at a time are answered right: send "
+                f"them so, and judge them alone with {case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -374,8 +388,9 @@ def few_are_compared(case: Case) -> RuleFinding | None:
     if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:
         return None
     reason = (
-        f"the answers to {case.prompts} of {asked} prompts could be compared, which is too little to judge by; a "
-        "server that takes token ids and lists 20 logprobs lets all be compared (vLLM: --max-logprobs 20)"
+        f"the answers to {case.prompts} of {asked} prompts could be compared, and "
+        f"{min(FEW_PROMPTS, math.ceil(asked / 2))} are needed: start the server so that it takes token ids and lists "
+        "20 logprobs (vLLM: --max-logprobs 20)"
     )
     return RuleFinding("inconclusive", reason)
 
@@ -395,7 +410,9 @@ def strength_is_unclear(case: Case) -> RuleFinding | None:
         return None
     reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
-        reason += f"; prompts are few ({case.prompts}): give {ENOUGH_PROMPTS} or more"
+        reason += f": give {ENOUGH_PROMPTS} prompts or more, in place of {case.prompts}"
+    elif case.number_format not in PLAIN and case.evidence.models.weights is None:
+        reason += f": record the adapter on the weights that the server has, with {case.option('base_weights')}"
     return RuleFinding("inconclusive", reason)
 
 
@@ -424,13 +441,13 @@ def format_is_undeclared(case: Case) -> RuleFinding | None:
             return None
         reason = (
             f"{case.strength.plainly}, but the server's base model has the weights of {models.weights}, which are "
-            f"coarser than {known}; if it is to be served in {models.coarseness}, say so with "
+            f"coarser than {known}: if it is to be served in {models.coarseness}, say so with "
             f"{case.option('served_format')}"
         )
         return RuleFinding("inconclusive", reason)
     reason = (
         f"{case.strength.plainly}, but the base model answers as if it were rounded to {case.number_format}, or were "
-        f"another model; if it is served in {case.number_format}, say so with {case.option('served_format')} "
+        f"another model: if it is served in {case.number_format}, say so with {case.option('served_format')} "
         f"{case.number_format}"
     )
     return RuleFinding("inconclusive", reason)
@@ -441,8 +458,8 @@ def mixed_is_missing(case: Case) -> RuleFinding | None:
     if case.evidence.answers.mixed_failure is None:
         return None
     reason = (
-        f"{case.strength.plainly}, but requests for both models at the same time were not answered; "
-        f"{case.option('without_mixed')} judges the other answers alone"
+        f"{case.strength.plainly}, but requests for both models at the same time were not answered: judge the other "
+        f"answers alone with {case.option('without_mixed')}"
     )
     return RuleFinding("inconclusive", reason)
 
@@ -488,7 +505,11 @@ def quick(case: Case) -> RuleFinding:
         return silent
     clear = len(as_base) + len(others)
     if clear < FEW_AS_BASE or case.effect <= FLOOR:
-        return RuleFinding("inconclusive", f"too few answers show whether the adapter is applied ({clear})")
+        reason = (
+            f"too few answers show whether the adapter is applied ({clear}, and {FEW_AS_BASE} are needed): check "
+            f"without {case.option('quick')}"
+        )
+        return RuleFinding("inconclusive", reason)
     found = RuleFinding("as trained", f"the adapter is applied: {len(others)} of {clear} answers show it")
     if as_base:
         found = found.with_unchecked(

@@ -261,14 +261,14 @@ def read_template(endpoint: Endpoint, model: str, conversations: Conversations) 
     faults = [each for each in others if not each.asked.tools] or without_tools
     if faults:
         words = _likely(faults[0], known) + faults[0].words(endpoint, conversations.pieces)
-        words += f"; this is so in {len(others)} of {len(known)} chats"
+        often = f"this is so in {len(others)} of {len(known)} chats"
         if not faults[0].told.is_counted or without_tools == faults or _is_system_prompt(known):
-            return TemplateReading(words, is_other=True)
+            return TemplateReading(f"{words} ({often})", is_other=True)
         offs = {each.off for each in known}
         gateway = "adds to each number" if len(offs) == 1 else "counts with another tokenizer"
         return TemplateReading(
-            f"the chat template may be another one, or a gateway {gateway}: {words}; the server does not return the "
-            "tokens",
+            f"the chat template may be another one, or a gateway {gateway}: {words} ({often}, and the server returns "
+            "no tokens, only their number)",
             is_unclear=True,
         )
     is_counted = all(each.told.is_counted for each in known)

@@ -99,7 +99,7 @@ class RolloutJudge:
             return found
         reason = (
             "the adapter is applied, but the noise that was learned is more than rounding to bfloat16 makes, so "
-            "another base model, template or temperature can hide in it; give the noise if you know it"
+            "another base model, template or temperature can hide in it, so give the noise if you know it"
         )
         return replace(found, verdict="applied, scale not known yet", reason=reason)
 

@@ -51,7 +51,7 @@ def sentence_of(report: RolloutReport) -> str:
     decisive, last = report.decisive, report.steps[-1]
     if report.verdict == "differs":
         named = "no known fault explains it" if report.fault is None else report.fault
-        over = "" if last.verdict == "differs" else f"; the last step is {last.word}"
+        over = "" if last.verdict == "differs" else f", and the last step is {last.word}"
         return f"from step {decisive.step}, {named}{over}"
     if report.verdict == "as trained":
         return f"at step {last.step} the engine samples from the policy that is trained, and no step differs"

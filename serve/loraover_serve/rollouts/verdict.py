@@ -137,8 +137,9 @@ def _other_prompts(tokens: SampledTokens, read: Sequence[Hashable]) -> str | Non
     if not others:
         return None
     return (
-        f"the engine has read other tokens than the trainer for {len(others)} of {len({*tokens.prompts})} prompts: "
-        "compare chat template, system prompt and first token; logprobs after other prompts cannot be compared"
+        f"the engine has read other tokens than the trainer for {len(others)} of {len({*tokens.prompts})} prompts, "
+        "after which logprobs cannot be compared: see that it has the trainer's chat template, system prompt and first "
+        "token"
     )
 
 
@@ -212,7 +213,7 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
             is_first = case.fit_from(_model_of(case, found[0].detail), case.fitted).interval.low > HALF_WAY
         found.insert(0 if is_first else 1, fitted)
     if not found or not found[0].explains:
-        return Finding("differs", f"{what}; no known fault explains it", None, found)
+        return Finding("differs", f"{what}, and no known fault explains it", None, found)
     near, model = found[0], _model_of(case, found[0].detail)
     others = [
         each.detail
@@ -225,7 +226,7 @@ def _adapter_is_beyond(case: RolloutCase) -> Finding | None:
         others += [f"{name} (not computed)" for name in case.factors]
     if near.fault == NOT_APPLIED:
         others += case.twins
-    named = f"{near.fault}: " if near.detail == near.fault else f"{near.fault}: {near.detail}; "
+    named = f"{near.fault}: " if near.detail == near.fault else f"{near.fault}: {near.detail}, so that "
     return Finding("differs", named + what, near.fault, found, not_excluded=others)
 
 
@@ -260,7 +261,8 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
     share = base.reliable
     if share <= 0:
         reason = (
-            "the adapter changes the sampled tokens less than noise does; later steps will show whether it is applied"
+            "the adapter changes the sampled tokens less than noise does, so later steps have to show whether it is "
+            "applied"
         )
         return Finding("too early", reason, needed=None)
     if not math.isfinite(case.along.half):
@@ -268,7 +270,7 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
         return Finding("too early", reason, needed=None)
     tokens = len(case.tokens.engine)
     needed = math.ceil(tokens * max(1.0, (2 * case.along.half / share) ** 2))
-    reason = f"{tokens} tokens do not show yet whether the adapter is applied; about {needed} like these would"
+    reason = f"{tokens} tokens do not show yet whether the adapter is applied, and about {needed} like these would"
     return Finding("too early", reason, needed=needed)
 
 

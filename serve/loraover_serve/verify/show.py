@@ -24,6 +24,7 @@ from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, Shape, short
 from loraover.reporting.table import Column, Table, percent
 from loraover_serve.judge.limits import EXIT_CODES
+from loraover_serve.judge.remedies import to_do
 from loraover_serve.judge.results import Churn, ChurnAnswers, LogprobDistance, Suspect, listed
 from loraover_serve.verify.by_reference import endpoint_of
 from loraover_serve.verify.report import KEPT_PREFIX, REPORT_FILE, EngineResult, VerifyReport, copy_logs
@@ -39,14 +40,14 @@ LOWEST = 1e-6  # nats, below which a distance is drawn at the left end
 
 
 def show_report(report: VerifyReport, request: VerifyRequest, console: Console) -> None:
-    """Print one table for all engines, each verdict in a line, what was not checked below it, and the output."""
+    """Print one table for all engines, each verdict in a line, below it its remedy and what was not checked."""
     console.print(distances_table(report.engines, report.reference))
     for result in report.engines:
         if result.churn is not None:
             console.print(churn_table(result.churn))
     for result in report.engines:
         print_line(console, f"{result.engine}: {result.plainly}", terminal_color(result.verdict))
-        for line in listed(result.not_checked):
+        for line in (*to_do(result.fault), *listed(result.not_checked)):
             print_line(console, f"  {line}")
         if result.known_faults:
             known = "; ".join(result.known_faults)
@@ -110,8 +111,12 @@ def to_page(report: VerifyReport) -> Page:
 
 
 def verdict_of(report: VerifyReport) -> Verdict:
-    """Return the verdict on all engines in plain words: a line for each, the worst first."""
-    lines = [f"{result.engine}: {result.plainly}" for result in _worst_first(report.engines)]
+    """Return the verdict on all engines in plain words, the worst first: a line for each, and one for its remedy."""
+    lines = [
+        line
+        for result in _worst_first(report.engines)
+        for line in (f"{result.engine}: {result.plainly}", *to_do(result.fault))
+    ]
     return Verdict(tone_of(report.verdict), report.verdict, "\n".join(lines))
 
 
@@ -329,6 +334,8 @@ def to_junit(report: VerifyReport) -> bytes:
             suite, "testcase", {"classname": "verify", "name": result.engine, "time": f"{result.seconds:.3f}"}
         )
         if result.verdict in kinds:
-            ElementTree.SubElement(case, kinds[result.verdict], {"message": result.reason, "type": result.fault or ""})
+            told = {"message": result.reason, "type": result.fault or ""}
+            below = ElementTree.SubElement(case, kinds[result.verdict], told)
+            below.text = "\n".join((*to_do(result.fault), *listed(result.not_checked))) or None
     found: bytes = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
     return found

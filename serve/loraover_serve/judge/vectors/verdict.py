@@ -129,7 +129,7 @@ def _of_other_names(reference: VectorReference, answers: VectorAnswers) -> RuleF
     if named is None:
         return None
     mine = ", ".join(reference.labels)
-    reason = f"{LABELS}: the server names the classes {', '.join(named):.200}, and the reference {mine:.200}"
+    reason = f"{LABELS}: the server names the classes {', '.join(named):.200}, expected {mine:.200}"
     return RuleFinding("differs", reason, LABELS)
 
 
@@ -138,7 +138,7 @@ def _of_sure_classes(read: AnswerReader) -> RuleFinding | None:
     if not read.hides_logits:
         return None
     reason = "the server answers with probabilities, and probabilities of 0 or 1 hide the logits"
-    return RuleFinding("inconclusive", f"{reason}; let it answer with logits, or record texts of less certain classes")
+    return RuleFinding("inconclusive", f"{reason}: let it answer with logits, or record texts of less certain classes")
 
 
 def _of_another_size(read: AnswerReader) -> RuleFinding | None:
@@ -150,22 +150,24 @@ def _of_another_size(read: AnswerReader) -> RuleFinding | None:
         (wrong, right), classes = read.wrong_sizes[0], len(reference.labels)
         some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have classes of other tokens than recorded"
         tokens = f"{wrong / classes:.4g} tokens, where {right // classes} are right"
-        reason = f"{DIMENSION}: {some}, such as {tokens}; the server cuts inputs, or leaves special tokens out"
+        reason = f"{DIMENSION}: {some}, such as {tokens}, so the server cuts inputs, or leaves special tokens out"
         return RuleFinding("differs", reason, DIMENSION)
     if not size:
         found = " or ".join(map(str, sorted({wrong for wrong, _ in read.wrong_sizes})))
         some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have {found:.60} numbers, and {right} are right"
-        return RuleFinding("differs", f"{DIMENSION}: {some}; another server, or another model, gives them", DIMENSION)
+        return RuleFinding("differs", f"{DIMENSION}: {some}, so another model gives them", DIMENSION)
     what = "a vector" if reference.task == "embed" else "an answer"
     if reference.task != "embed" or size > right:
         reason = f"{DIMENSION}: {what} has {size} numbers, expected {right}"
-        return RuleFinding("differs", f"{reason}; the server has another model, or another head", DIMENSION)
+        return RuleFinding("differs", f"{reason}, so the server has another model, or another head", DIMENSION)
     short = VectorSetting(DIMENSION, f"the first {size} of {right} numbers", reference.right.rows, dimensions=size)
     case = Case(read.evidence(short))
     reason = f"{DIMENSION}: a vector has {size} numbers, expected {right}"
     if case.number_format is None:
-        return RuleFinding("differs", f"{reason}; they are not the first {size} of the right vector", DIMENSION)
-    return RuleFinding("differs", f"{reason}; they are its first ones, and {case.strength.plainly}", DIMENSION)
+        return RuleFinding("differs", f"{reason}, and they are not the first {size} of the right ones", DIMENSION)
+    return RuleFinding(
+        "differs", f"{reason}, which are the first of the right ones, and {case.strength.plainly}", DIMENSION
+    )
 
 
 def numbers_differ(whole: VectorCase) -> RuleFinding | None:
@@ -184,7 +186,7 @@ def setting_is_another(whole: VectorCase) -> RuleFinding | None:
     if whole.setting is None:
         return None
     setting, case = whole.setting
-    reason = f"{setting.fault}: {setting.detail}; so computed, {case.strength.plainly}"
+    reason = f"{setting.fault}: {setting.detail}, and so computed, {case.strength.plainly}"
     return RuleFinding("differs", reason, setting.fault)
 
 
@@ -199,7 +201,7 @@ def input_is_cut(whole: VectorCase) -> RuleFinding | None:
         most, least = max(off[place] for place in near), min(off[place] for place in far)
         if short < long and least > CUT_SHARE * SIZE and least > CUT_TIMES * most:
             reason = f"answers to texts of {long} tokens and more are off, and those to texts of up to {short} are not"
-            return RuleFinding("differs", f"{CUT}: {reason}; raise the server's largest length", CUT)
+            return RuleFinding("differs", f"{CUT}: {reason}, so raise the server's largest length", CUT)
     return None
 
 
@@ -253,9 +255,9 @@ def adapter_is_wrong(whole: VectorCase) -> RuleFinding | None:
     compared = suspects(case)
     nearest = compared[0]
     if not nearest.explains:
-        reason = f"{found}; no known fault explains it, so another adapter may be served"
+        reason = f"{found}, and no known fault explains it, so another adapter may be served"
         return RuleFinding("differs", reason, None, compared)
-    return RuleFinding("differs", f"{nearest.fault}: {nearest.detail}; {found}", nearest.fault, compared)
+    return RuleFinding("differs", f"{nearest.fault}: {nearest.detail}, so that {found}", nearest.fault, compared)
 
 
 def some_texts_are_far(whole: VectorCase) -> RuleFinding | None:
@@ -264,7 +266,7 @@ def some_texts_are_far(whole: VectorCase) -> RuleFinding | None:
     if len(far) < FEW_AS_BASE:
         return None
     text = whole.reference.questions[far[0]].text
-    reason = f"the answers to {len(far)} texts are far off, such as that to {text!r:.60}; the others are right"
+    reason = f"the answers to {len(far)} texts are far off, such as that to {text!r:.60}, and the others are right"
     return RuleFinding("differs", reason, None)
 
 
@@ -275,7 +277,7 @@ def strength_is_wide(whole: VectorCase) -> RuleFinding | None:
         return None
     reason = passes_as_well(case)
     if case.prompts < ENOUGH_PROMPTS:
-        reason += f"; texts are few ({case.prompts}): record {ENOUGH_PROMPTS} or more"
+        reason += f": record {ENOUGH_PROMPTS} texts or more, in place of {case.prompts}"
     return RuleFinding("inconclusive", reason)
 
 
@@ -285,8 +287,8 @@ def mixed_differ(whole: VectorCase) -> RuleFinding | None:
     for arm, fault in ((BASE, LEAKS), (ADAPTER, CHANGED)):
         if arm in case.mixed and case.is_apart(arm):
             reason = (
-                f"{fault}: these answers differ from those sent alone; requests for one model at a time are answered "
-                f"right: send them so, or judge them with {case.option('without_mixed')}"
+                f"{fault}: these answers differ from those sent alone, while requests for one model at a time are "
+                f"answered right: send them so, and judge them alone with {case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -300,7 +302,7 @@ def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
         return None
     reason = (
         f"{case.strength.plainly}, but the base model answers as if it were rounded to {found}, were another model, or "
-        f"read other inputs (such as behind a prefix); if it is served in {found}, say so with "
+        f"read other inputs (such as behind a prefix): if it is served in {found}, say so with "
         f"{case.option('served_format')} {found}"
     )
     return RuleFinding("inconclusive", reason)
