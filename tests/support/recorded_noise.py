@@ -86,6 +86,11 @@ class Recorded:
         adapter = self._kept["adapter"] + wrong * (factor - 1) * self.effect
         return self._with(self._kept | {"adapter": adapter}, self.bias)
 
+    def beside_another(self) -> Recorded:
+        """The engine with another adapter of the same size: its change of each prompt is that of the prompt before."""
+        adapter = self._kept["adapter"] + np.roll(self.effect, 1, axis=0) - self.effect
+        return self._with(self._kept | {"adapter": adapter}, self.bias)
+
     def _with(self, kept: dict[str, Floats], bias: float) -> Recorded:
         found = copy(self)
         found._kept, found.bias = kept, bias
@@ -102,12 +107,18 @@ class Recorded:
         effect: Floats = self._kept["effect"]
         return effect
 
+    @property
+    def likely(self) -> Floats:
+        """PyTorch's logprobs of the base model; 0 where no token was kept."""
+        likely: Floats = self._kept["likely"]
+        return likely
+
     def change(self, arm: str) -> Floats:
         """What the engine's answers to an arm change in those of its base model."""
-        found: Floats = self._off(arm) + self.effect - self._kept["base"]
+        found: Floats = self.off(arm) + self.effect - self._kept["base"]
         return found
 
-    def _off(self, arm: str) -> Floats:
+    def off(self, arm: str) -> Floats:
         """How far the answers to an arm are from those of PyTorch's adapter."""
         found: Floats = self._kept[arm] - (0 if arm in ADAPTERS else self.effect)
         return found
@@ -127,12 +138,12 @@ class Recorded:
     def excess(self, arm: str) -> Floats:
         """Logarithm of each prompt's excess."""
         there = self.sensitivity * _rms(self._kept["base"]) + FLOOR
-        ratios: Floats = np.log(_rms(self._off(arm)) + FLOOR) - np.log(there)
+        ratios: Floats = np.log(_rms(self.off(arm)) + FLOOR) - np.log(there)
         return ratios
 
     def multiples(self, arm: str, chosen: NDArray[np.int64]) -> Floats:
         """What most positions of each prompt are off by at least, in multiples of the noise there or of all prompts."""
-        off = np.sort(np.sqrt(np.square(self._off(arm)).mean(-1)), axis=-1)
+        off = np.sort(np.sqrt(np.square(self.off(arm)).mean(-1)), axis=-1)
         middle, base = off[:, (off.shape[1] - 1) // 2][chosen], _rms(self._kept["base"])[chosen]
         usual = np.sqrt(np.square(base).mean(-1, keepdims=True))
         found: Floats = (middle + FLOOR) / (self.sensitivity * np.maximum(base, usual) + FLOOR)
