@@ -248,8 +248,11 @@ class OnnxRequest(Request):
     check: bool = option(
         "Compare ONNX Runtime's outputs with PyTorch's before anything is left at the output.", default=True
     )
-    check_device: str = request_fields.device("Device that PyTorch runs on for the check, wherever the graph will run.")
-    compute_dtype: str = request_fields.compute_dtype("Data type that PyTorch runs in for the check.")
+    record: bool = records("each swappable adapter", ", on the graph's own weights if they are int4")
+    check_device: str = request_fields.device(
+        "Device that PyTorch runs on for check and reference, wherever the graph will run."
+    )
+    compute_dtype: str = request_fields.compute_dtype("Data type that PyTorch runs in for check and reference.")
     force: bool = replaces("ONNX export")
 
     def faults(self) -> Iterator[str]:
@@ -260,6 +263,9 @@ class OnnxRequest(Request):
                 yield f"{merged} takes one adapter, found {len(self.sources)}; export each alone, or use {swappable}."
             if given := self.given("names", "graph", "web"):
                 yield f"{given}: for {swappable} only. A merged graph runs in onnxruntime-web as it is."
+            if self.record:
+                given = self.named("record")
+                yield f"{given}: for {swappable} only, since a merged graph has no base model; leave it out."
         else:
             names, option = self.adapter_names, self.named("names")
             if len(names) != len(self.sources):
@@ -274,7 +280,10 @@ class OnnxRequest(Request):
                 yield f"two sources are named {twice[0]!r}; give each another name with {option}, in their order."
         if self.web and self.device == "cuda":
             yield f"{self.named('web')} is for onnxruntime-web's CPU operators, found {self.named('device', 'cuda')}."
-        yield from check_faults(self, "check", "check_device", "compute_dtype")
+        if self.record:
+            choose_compute(self.check_device, self.compute_dtype)
+        else:
+            yield from check_faults(self, "check", "check_device", "compute_dtype")
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -311,6 +320,7 @@ class GgufRequest(Request):
     threads: int | None = option(
         "Number of threads for llama.cpp on that file.", default=None, default_text="one for each core", least=1
     )
+    record: bool = records("the adapter", ", on the weights of that file if they are quantised")
     force: bool = replaces("GGUF adapter")
 
     def faults(self) -> Iterator[str]:

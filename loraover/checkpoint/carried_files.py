@@ -145,12 +145,32 @@ def keep_reference(
         say(f"the reference is left out: {reason}; record it again with `loraover record`")
         return
     publish_file(place, lambda draft: shutil.copyfile(reference, draft))
+    _name_files(place, files)
+
+
+def record_for_export(source: Path, written: Path, files: Sequence[str], *, stem: str, **options: Any) -> None:
+    """Record the reference of an adapter for the files of its export, in place of one that was kept there.
+
+    Args:
+        source: Folder of the adapter.
+        written: Folder of the export.
+        files: Paths of the adapter's files in this folder.
+        stem: Beginning of the reference's name.
+        **options: Further arguments of `record_adapter`, such as the weights of the base model that a server has.
+    """
+    place = written / f"{stem}.{REFERENCE_FILE}"
+    later_step("record")(source, output=place, force=True, **options)
+    _name_files(place, files)
+
+
+def _name_files(reference: Path, files: Sequence[str]) -> None:
+    """Write beside the reference of an export the digests of the files that it holds for, which lie in its folder."""
     kept = KeptReference(
         reference=sha256_of(reference),
         adapter=reference_digests(reference)["adapter"],
-        files={name: sha256_of(written / name) for name in files},
+        files={name: sha256_of(reference.parent / name) for name in files},
     )
-    publish_text(_kept_beside(place), kept.model_dump_json(indent=1) + "\n")
+    publish_text(_kept_beside(reference), kept.model_dump_json(indent=1) + "\n")
 
 
 def record_beside(adapter: Path, **options: Any) -> None:

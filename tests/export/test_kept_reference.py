@@ -13,13 +13,18 @@ import pytest
 from loraover.checkpoint.carried_files import KEPT_FILE, misfit
 from loraover.checkpoint.files import REFERENCE_FILE, TEMPLATE_FILE
 from loraover.common.command_line import run
+from loraover.models.load import load_model, resolve_model
 from loraover_export import prepare_adapter
 from loraover_export.cli import cli
+from loraover_export.formats.gguf.base import write_base
+from loraover_serve.judge.reference import read_reference
 
+from benchmarks.verify_noise import quantise
 from support.exports import ADAPTERS
 from support.make_checkpoint import SERVABLE, edit_json, make_checkpoint
 from support.plain_adapter import make_adapter
 from support.recorded import write_reference
+from support.verified import save_adapter, save_base
 
 pytestmark = pytest.mark.usefixtures("quick_builder")
 
@@ -145,6 +150,42 @@ def test_fold_records_beside_what_it_writes(first: Path, tmp_path: Path) -> None
     assert misfit(tmp_path / "folded" / REFERENCE_FILE) is None
     assert not (tmp_path / "folded" / KEPT_FILE).exists()
     assert (tmp_path / "folded" / REFERENCE_FILE).stat().st_size > 1000
+
+
+def weights_of(reference: Path) -> str | None:
+    """Weights on which a reference that an export wrote was recorded, in words."""
+    assert misfit(reference) is None
+    return read_reference(reference).weights
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_a_swappable_graph_is_recorded_on_its_own_weights(precision: str, first: Path, tmp_path: Path) -> None:
+    words = ["onnx", str(first), "-o", str(tmp_path / "graph"), "--mode", "swappable", "--precision", precision]
+    assert run(cli, [*words, "--name", "shop", "--no-check", "--record", "--check-device", "cpu"]) == 0
+    found = weights_of(tmp_path / "graph" / f"shop.{REFERENCE_FILE}")
+    assert found is None if precision == "fp32" else str(found).startswith("ONNX int4 (")
+
+
+def test_a_merged_graph_is_not_recorded(first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["onnx", str(first), "-o", str(tmp_path / "graph"), "--mode", "merged", "--record"]
+    assert run(cli, words) == 2
+    assert "--record: for --mode swappable only, since a merged graph has no base model" in capsys.readouterr().err
+    assert not (tmp_path / "graph").exists()
+
+
+@pytest.mark.engine
+def test_a_gguf_adapter_is_recorded_on_the_file_of_its_base_model(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp_py_sync", reason="llama.cpp is not installed")
+    base = save_base(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    write_base(load_model(resolve_model(str(base))), tmp_path / "F32.gguf")
+    quantise(tmp_path / "F32.gguf", tmp_path / "Q4_0.gguf", "Q4_0")
+    for kind, expected in (("F32", None), ("Q4_0", "GGUF Q4_0 (")):
+        words = ["gguf", str(adapter), "-o", str(tmp_path / f"{kind}-shop.gguf"), "--record"]
+        assert run(cli, [*words, "--base-gguf", str(tmp_path / f"{kind}.gguf"), "--threads", "1"]) in (0, 3)
+        found = weights_of(tmp_path / f"{kind}-shop.{REFERENCE_FILE}")
+        assert found is expected or str(found).startswith(str(expected))
 
 
 @pytest.mark.engine

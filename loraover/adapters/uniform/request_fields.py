@@ -121,9 +121,14 @@ def dtype_option(description: str, dtypes: Mapping[str, str], default: str = "fp
     return option(description, default=default, choices=tuple(dtypes), also=also)
 
 
-def records(product: str) -> Any:
-    """Declare the field `record`, with which a verb also records the reference of the adapter that it writes."""
-    return option(f"Also record the reference of {product} beside it, as `loraover record` does.", default=False)
+def records(product: str, where: str = "") -> Any:
+    """Declare the field `record`, with which a verb also records the reference of the adapter that it writes.
+
+    Args:
+        product: The adapter, in words.
+        where: Words that follow, on the weights that are recorded.
+    """
+    return option(f"Also record the reference of {product} beside it, as `loraover record` does{where}.", default=False)
 
 
 def device(description: str, default: str = "auto") -> Any:

@@ -20,7 +20,7 @@ from loraover.adapters.prompts import logits_of, read_prompts
 from loraover.adapters.show import in_one_line, show_left_out, show_place, show_verdict, undecided
 from loraover.adapters.verdict import CheckVerdict, ExportVerdict, Proof, largest, verdict_on
 from loraover.checkpoint.adapter_config import write_config
-from loraover.checkpoint.carried_files import keep_chat_template, keep_reference
+from loraover.checkpoint.carried_files import keep_chat_template, keep_reference, record_for_export
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir, read_on_base
 from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import AbandonedError, check_file_writable, check_free, publish_file
@@ -39,6 +39,8 @@ from loraover_export.formats.gguf.write import write_adapter
 from loraover_export.publishing import base_of, certified
 from loraover_export.requests import GgufRequest
 
+FLOATS = {"F32", "F16", "BF16"}
+"""Storage types of GGUF files that quantise nothing."""
 NOISE_FACTOR = 6.0
 ARITHMETIC = 2.0**-16
 """Error of 256 successive roundings to float32, as a share of the adapter's effect."""
@@ -115,7 +117,8 @@ def export_gguf(request: GgufRequest) -> GgufReport:
     Raises:
         ConfigError: Arguments that cannot be used, or a base model that cannot be loaded.
         CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: A model family that is not known here, or an adapter that llama.cpp cannot apply.
+        ExportError: A model family that is not known here, or an adapter that llama.cpp cannot apply; or one that no
+            reference can be recorded of, which is written all the same.
         EngineError: A GGUF file of the base model that llama.cpp cannot run.
         ModuleNotFoundError: `base_gguf` is given, and llama-cpp-py-sync is not installed.
         FoldError: An element beyond the range of `dtype`.
@@ -163,6 +166,11 @@ def export_gguf(request: GgufRequest) -> GgufReport:
         stem = name.removesuffix(".gguf")
         keep_reference(request.source, folder, request.report.line, (name,), stem=stem)
         keep_chat_template(request.source, folder, stem=stem)
+        if request.record:
+            known = () if request.base_gguf is None else (request.base_gguf,)
+            weights = [file for file in known if {*read_header(file).weight_types} - FLOATS]
+            how = {"model": request.model, "report": request.report}
+            record_for_export(request.source, folder, (name,), stem=stem, base_weights=weights, **how)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -15,7 +16,7 @@ import torch
 from loraover.adapters.numerics.delta import read_deltas
 from loraover.adapters.numerics.matrix_certificate import MatrixCertificate, matrix_facts
 from loraover.adapters.prompts import BUILT_IN_PROMPTS
-from loraover.checkpoint.carried_files import keep_chat_template
+from loraover.checkpoint.carried_files import keep_chat_template, record_for_export
 from loraover.checkpoint.peft_adapter import saved_labels
 from loraover.common.errors import ConfigError, ExportError
 from loraover.common.provenance import environment, hardware
@@ -54,7 +55,8 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
         ConfigError: Arguments that cannot be used, a base model that cannot be loaded, or memory that does not
             suffice for the check; the message says what would fit.
         CheckpointError: An adapter that cannot be trusted, or that belongs to another base model.
-        ExportError: A model or an adapter that no graph can be written for.
+        ExportError: A model or an adapter that no graph can be written for; or an adapter that no reference can be
+            recorded of, which is written all the same.
         FoldError: An element beyond the range of the graph's data type.
         OutputError: An output that cannot be written, or that exists and may not be replaced.
     """
@@ -75,13 +77,16 @@ def export_onnx(request: OnnxRequest) -> OnnxReport:
             facts[name] = f"{check.error:.2e}, allowed {check.bound:.2e}"
         facts |= matrix_facts(result.matrices) | inputs.base.facts()
         draft.describe(result.base_model, inputs.base.revision, facts)
+        written: dict[str, list[str]] = {}
         for name, adapter in inputs.adapters.items():
             own = {file.name for graph in graphs for file in adapter_files(Path(name), graph, graphs)}
             found = [path for path in draft.folder.iterdir() if path.is_file()]
-            files = [  # of a merged export, every file with numbers holds some of the adapter
+            written[name] = [  # of a merged export, every file with numbers holds some of the adapter
                 path.name for path in found if (path.suffix not in (".json", ".md") if is_merged else path.name in own)
             ]
-            draft.keep_reference(adapter.path, files, stem=name)
+            draft.keep_reference(adapter.path, written[name], stem=name)
+    if request.record and result.verdict != "failed":
+        export.record(written)
     return result
 
 
@@ -162,6 +167,24 @@ class Export:
             versions=environment("onnx", "onnxruntime", "onnxruntime-genai"),
             hardware=hardware(),
         )
+
+    def record(self, written: Mapping[str, Sequence[str]]) -> None:
+        """Record the reference of each swappable adapter beside it; of int4 decoders, on the weights of the graph.
+
+        Args:
+            written: Names of the files of each adapter in the output.
+        """
+        request = self.request
+        is_quantised = self.plan.precision == "int4" and self.task == "CAUSAL_LM"
+        how = {
+            "base_weights": [request.graph or request.output] if is_quantised else [],
+            "model": request.model,
+            "device": request.check_device,
+            "compute_dtype": request.compute_dtype,
+            "report": request.report,
+        }
+        for name, adapter in self.inputs.adapters.items():
+            record_for_export(adapter.path, request.output, written[name], stem=name, **how)
 
     def _load(self) -> None:
         """Load the base model and its tokenizer, and check that every adapter fits."""
