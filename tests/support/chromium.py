@@ -38,7 +38,9 @@ function long(text) {
   const sentences = text.textContent.trim().split(/(?<=[.!?])\\s+/)
   text.replaceChildren(...sentences.map(each => Object.assign(document.createElement("div"), {textContent: each})))
   const line = parseFloat(getComputedStyle(text).lineHeight)
-  const isLong = each => each.getBoundingClientRect().height > 2.5 * line
+  const isPhone = text.ownerDocument.documentElement.clientWidth < 480
+  const most = text.matches(".sentence") && isPhone ? 4.5 : 2.5  // a verdict is one sentence, with what is right
+  const isLong = each => each.getBoundingClientRect().height > most * line
   return [...text.children].filter(isLong).map(each => each.textContent)
 }
 onload = () => {
