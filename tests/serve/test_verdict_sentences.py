@@ -95,7 +95,7 @@ class OneFarPrompt:
     """Evidence of which one prompt is far off by both models, so that the root mean squares are nearly equal."""
 
     models, answers, adapter, base = (
-        SimpleNamespace(sensitivity=1.0),
+        SimpleNamespace(sensitivity=1.0, sensitivity_in=lambda names: 1.0, rounding=lambda name: 1.0),
         SimpleNamespace(is_one_model=False),
         ADAPTER,
         BASE,

@@ -108,6 +108,12 @@ class Recorded:
         return effect
 
     @property
+    def base_off(self) -> Floats:
+        """How far the base model's answers are from PyTorch's."""
+        off: Floats = self._kept["base"]
+        return off
+
+    @property
     def likely(self) -> Floats:
         """PyTorch's logprobs of the base model; 0 where no token was kept."""
         likely: Floats = self._kept["likely"]
