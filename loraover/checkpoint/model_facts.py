@@ -353,10 +353,10 @@ def _contradictions(config: _Config, shapes: Mapping[str, tuple[int, ...]], is_t
         return
     kinds = config.layer_types if len(config.layer_types or ()) == count else None
     first: dict[str, dict[str, tuple[int, ...]]] = {}
-    for number in range(count):
-        kind = "" if kinds is None else kinds[number]
-        if first.setdefault(kind, layers[str(number)]) != layers[str(number)]:
-            yield f"its layer {number} has other tensors than the layers before"
+    for index in range(count):
+        kind = "" if kinds is None else kinds[index]
+        if first.setdefault(kind, layers[str(index)]) != layers[str(index)]:
+            yield f"its layer {index} has other tensors than the layers before"
 
 
 def _needs_torch(source: ModelSource, why: str) -> ConfigError:

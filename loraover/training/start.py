@@ -40,6 +40,7 @@ from loraover.checkpoint.base_model import move
 from loraover.checkpoint.model_facts import read_facts
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.checkpoint.tensor_file import open_tensors, save_tensors
+from loraover.common.arrays import as_tensor
 from loraover.common.atomic_output import publish_file, publish_text
 from loraover.common.errors import CheckpointError, ConfigError, ExportError, FoldError
 from loraover.common.paths import without_secrets
@@ -237,7 +238,7 @@ def _started(
         for path, module in plain.modules.items():
             delta, target, certificates = read_delta(exact, path), drawn[path], certified.get(path, [])
             if not certificates and (module.rank, module.scaling) == (len(target.a), target.scaling):
-                a, b = map(exact.stored, module.keys)
+                a, b = (as_tensor(exact.stored(key)) for key in module.keys)
                 norm = product_norm(delta.b.value.double(), delta.a.value.double())
                 found[path] = _Module(a, b, norm, 0.0)
             else:
