@@ -229,7 +229,7 @@ LOST = engine_result("vllm", "differs", "a: b; c", fault="wrong scaling", suspec
     ("result", "tone", "expected"),
     [
         (engine_result("onnx", "as trained", WHOLE), "good", f"onnx: as trained. {WHOLE}."),
-        (LOST, "bad", f"vllm: differs. A: b. C.\nwhat to do: {REMEDIES[SCALED.fault]}"),
+        (LOST, "bad", f"vllm: differs. A: b. C.\nWhat to do: {REMEDIES[SCALED.fault]}."),
         (engine_result("torch", "inconclusive", "a (b; c); d"), "open", "torch: inconclusive. A (b; c). D."),
         (
             EngineResult(engine="vllm", verdict="failed", reason="the server ended with code 1.", seconds=2),
@@ -248,7 +248,7 @@ def test_several_engines_begin_with_the_worst() -> None:
     assert found.word == "differs"
     assert [line.partition(".")[0] for line in found.sentence.split("\n")] == [
         "vllm: differs",
-        f"what to do: {REMEDIES[SCALED.fault]}".partition(".")[0],
+        f"What to do: {REMEDIES[SCALED.fault]}".partition(".")[0],
         "llamacpp: failed",
         "onnx: as trained",
     ]

@@ -39,7 +39,7 @@ function long(text) {
   text.replaceChildren(...sentences.map(each => Object.assign(document.createElement("div"), {textContent: each})))
   const line = parseFloat(getComputedStyle(text).lineHeight)
   const isPhone = text.ownerDocument.documentElement.clientWidth < 480
-  const most = text.matches(".sentence") && isPhone ? 4.5 : 2.5  // a verdict is one sentence, with what is right
+  const most = text.matches(".sentence, .reason") && isPhone ? 4.5 : 2.5  // a verdict is one sentence, with what is right
   const isLong = each => each.getBoundingClientRect().height > most * line
   return [...text.children].filter(isLong).map(each => each.textContent)
 }

@@ -10,8 +10,8 @@ from loraover_serve.judge import names
 
 _ANEW = "export the adapter anew for this engine, and load the new files"
 _RELOAD = (
-    "load each version of the adapter under a path of its own, or restart the server when it changes (llama-server: "
-    "start it with --cache-ram 0)"
+    "load each version of the adapter from another path, or restart the server when it changes (llama-server: start it "
+    "with --cache-ram 0)"
 )
 _BASE = "serve the base model that the adapter was trained with, in the same revision"
 _OUT_OF_DEFAULTS = "take it out of the server's defaults, which may come from the model's generation_config.json"
@@ -19,8 +19,8 @@ _OUT_OF_DEFAULTS = "take it out of the server's defaults, which may come from th
 REMEDIES = {
     names.NOT_APPLIED: "load the adapter, look into the server's log for a reason why it is left out, and ask for it "
     "by the name under which the server lists it",
-    names.SCALED: "compare lora_alpha, r and use_rslora in adapter_config.json with what the server has loaded, and "
-    "see that the adapter is not merged and applied as well",
+    names.SCALED: "compare lora_alpha, r and use_rslora in adapter_config.json with the server's, and see that the "
+    "adapter is not merged and applied as well",
     names.TRANSPOSED: _ANEW,
     names.PERMUTED: f"{_ANEW}, since llama.cpp keeps these rows in another order than PEFT",
     names.LEFT_OUT: "look into the server's log for modules that it leaves out, or merge the adapter into the base "

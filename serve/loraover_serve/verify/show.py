@@ -18,7 +18,7 @@ from loraover.common.atomic_output import publish_directory, publish_file, publi
 from loraover.common.errors import OutputError, UnwrittenReportError
 from loraover.common.provenance import today
 from loraover.reporting.figures import Band, FigureRow, Key, Point, rows_figure
-from loraover.reporting.html_page import Origin, Page, Verdict, make_page
+from loraover.reporting.html_page import Origin, Page, Verdict, in_sentences, make_page
 from loraover.reporting.palette import terminal_color, tone_of
 from loraover.reporting.reporter import print_line
 from loraover.reporting.svg import Axis, Figure, Shape, short
@@ -115,7 +115,7 @@ def verdict_of(report: VerifyReport) -> Verdict:
     lines = [
         line
         for result in _worst_first(report.engines)
-        for line in (f"{result.engine}: {result.plainly}", *to_do(result.fault))
+        for line in (f"{result.engine}: {result.plainly}", *map(in_sentences, to_do(result.fault)))
     ]
     return Verdict(tone_of(report.verdict), report.verdict, "\n".join(lines))
 
