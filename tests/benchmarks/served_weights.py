@@ -14,10 +14,12 @@ import click
 import numpy as np
 from scipy import stats
 
+from loraover.common.atomic_output import publish_text
+
+from benchmarks.page import replaced
 from support.recorded_noise import NOISE, Recorded
 
 PAGE = Path(__file__).parents[2] / "docs" / "verify.md"
-START, END = "<!-- begin served -->", "<!-- end served -->"
 PROMPTS, RUNS, WRONG_RUNS, BATCH = 32, 40_000, 500, 500
 HEADS = ("engine", "weights", "base off by", "strength", "format", "right", "passes", "0.8 times", "1.2 times")
 
@@ -52,10 +54,8 @@ def main() -> None:
         click.echo("\n".join(lines[-2:]))
     most = 1 / float(stats.beta.ppf(0.95, 1, RUNS))
     click.echo(f"0 of {RUNS} is at most 1 in {most:.0f} (95 % confidence)")
-    before_, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
     table = "\n".join(lines)
-    PAGE.write_text(f"{before_}{START}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    publish_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), "served_weights", f"\n{table}\n", PAGE))
 
 
 if __name__ == "__main__":
