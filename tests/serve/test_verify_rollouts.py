@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerControl, TrainerState
 
 import loraover
 from loraover import LoraOverCallback, LoraOverConfig
@@ -112,6 +113,18 @@ def test_a_fault_that_begins_later_ends_a_run_that_stops(llama: Path, tmp_path: 
     assert json.loads((tmp_path / FAILURE_FILE).read_text())["step"] == 4
 
 
+def one_reads_for_all(trainer: Any, checkpoint: Path, known: RolloutJudge) -> None:
+    """Restore the judge in a process that cannot read the checkpoint."""
+    content, judge = (checkpoint / STATE_FILE).read_bytes(), RolloutJudge()
+    verify = VerifyRollouts(trainer, merged=False, judge=judge)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "is_main_process", False)
+        patch.setattr("loraover_serve.rollouts.trl.broadcast_object_list", lambda found: [content])
+        trainer.args.resume_from_checkpoint = str(checkpoint.parent / "elsewhere")
+        verify.on_train_begin(trainer.args, TrainerState(global_step=3), TrainerControl())
+    assert judge.noise == known.noise
+
+
 def test_a_resumed_run_keeps_what_the_judge_has_learned(llama: Path, tmp_path: Path) -> None:
     with planted():
         first = online_trainer("GRPO", llama, tmp_path, steps=3, save_strategy="steps", save_steps=3)
@@ -124,6 +137,7 @@ def test_a_resumed_run_keeps_what_the_judge_has_learned(llama: Path, tmp_path: P
         assert judge.noise == known.noise
         assert verify.finding is not None
         assert verify.finding.tokens > 16 * 8  # of earlier steps as well
+        one_reads_for_all(online_trainer("GRPO", llama, tmp_path, steps=4), tmp_path / "checkpoint-3", known)
         (tmp_path / "checkpoint-3" / STATE_FILE).write_text('{"schema": 1, "judge": {}}')
         trainer = online_trainer("GRPO", llama, tmp_path, steps=4)
         VerifyRollouts(trainer, merged=False)

@@ -188,20 +188,30 @@ class VerifyRollouts(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the judge from the checkpoint that a run is resumed from."""
+        """Restore the judge from the checkpoint that a run is resumed from; one process reads it for all."""
         if state.global_step == 0:
             return
         named = args.resume_from_checkpoint
         folder = Path(named) if isinstance(named, str) else checkpoint_folder(args, state)
+        found: list[Any] = [None]
+        if self.trainer.accelerator.is_main_process:
+            try:
+                found = [(folder / STATE_FILE).read_bytes()]
+            except OSError as error:
+                found = [error]
+        (text,) = broadcast_object_list(found)
+        if isinstance(text, FileNotFoundError):
+            logger.warning("%s has no %s: the judge of rollouts begins anew", folder, STATE_FILE)
+            return
         try:
-            kept = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            if isinstance(text, OSError):
+                raise text
+            kept = json.loads(text)
             if kept["schema"] != SCHEMA:
                 raise ValueError(f"found schema {kept['schema']!r}, expected {SCHEMA}")
             self.judge.load_state_dict(kept["judge"])
             self._alarms, self._checks = int(kept["alarms"]), int(kept["checks"])
-        except FileNotFoundError:
-            logger.warning("%s has no %s: the judge of rollouts begins anew", folder, STATE_FILE)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / STATE_FILE}: {error}; remove it, and the judge begins anew.") from error
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
