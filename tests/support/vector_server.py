@@ -197,13 +197,14 @@ class Asked:
 
 @contextmanager
 def vector_server(
-    service: Service, serve: Serve | None = None, protocol: str = "vllm", below: str = ""
+    service: Service, serve: Serve | None = None, protocol: str = "vllm", below: str = "", absent: int = 404
 ) -> Iterator[Asked]:
     """Answer as vLLM, TEI or Infinity do, during a block.
 
     Args:
         protocol: vllm, tei or infinity.
         below: Beginning of every path.
+        absent: HTTP status of the answer at any other path.
     """
     served, draw = serve or Serve(), np.random.default_rng(5)
     paths = {"vllm": _of_vllm, "tei": _of_tei, "infinity": _of_infinity}[protocol](service, served, draw)
@@ -218,7 +219,10 @@ def vector_server(
             body = json.loads(self.body())
             asked.requests.append((self.path, body))
             answer = paths.get(self.path.removeprefix(below)) if self.path.startswith(below) else None
-            if answer is None or body.get("model", BASE) not in served.arms:
+            if answer is None:
+                self.answer(absent, b"{}", {"Content-Type": "application/json"})
+                return
+            if body.get("model", BASE) not in served.arms:
                 self.answer(404, b"{}")
                 return
             name = body.get("model", BASE)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loraover.client.at_once import at_once
-from loraover.client.endpoint import AbsentError, Endpoint, NotJsonError, OtherModelError, UnfitRequestError
+from loraover.client.endpoint import AbsentError, Endpoint, NotJsonError, UnansweredError, UnfitRequestError
 from loraover.client.speaker import find_models
 from loraover.common.errors import EngineError, printable
 from loraover_serve.judge.case import flag
@@ -273,7 +273,9 @@ class VectorSpeaker:
         for form in FORMS[self._reference.task]:
             try:
                 self._asked(form, model, 0)
-            except (UnfitRequestError, AbsentError, NotJsonError, OtherModelError) as error:  # TEI names its own model
+            except EngineError as error:  # also of another model, since TEI names its own
+                if _is_silent(error):
+                    raise
                 refusals.append(error)
             else:
                 return form
@@ -304,6 +306,13 @@ class VectorSpeaker:
         self._check_size(model, len(said.numbers), place)
         label = None if said.label is None else self._shown(said.label)
         return VectorAnswer(said.numbers, label, tuple(map(self._shown, said.names))), told
+
+
+def _is_silent(error: EngineError) -> bool:
+    """Whether a server answered nothing, or wants to be asked later, so that another path is of no use."""
+    if not isinstance(error, UnansweredError) or isinstance(error, NotJsonError):
+        return False
+    return error.is_limit or not error.is_status
 
 
 WANTED: Mapping[VectorTask, str] = {
