@@ -278,8 +278,8 @@ class Subject:
                 for name, values in told.items():
                     found[name][index, step, : len(values)] = values
         case = Case(Evidence(self.models, Answers(answers[BASE], answers[ADAPTER])))
-        format_ = str(case.number_format)
-        return found | {"number_format": format_, "bias": case.bias, "sensitivity": self.models.sensitivity}
+        format_, bias = str(case.number_format), case.bias_in(case.number_format)
+        return found | {"number_format": format_, "bias": bias, "sensitivity": self.models.sensitivity}
 
     def _told(self, place: int, rows: Mapping[str, Row]) -> dict[str, NDArray[np.float64]]:
         """The arrays' values at one place."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,22 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loraover import LoraOverConfig, OverParameterization, write_checkpoint
 from loraover.client.endpoint import Endpoint
 from loraover.common.errors import ConfigError, DataError, LoraOverError
 from loraover_export import fold_checkpoint
-from loraover_serve import record_adapter
+from loraover_serve import record_adapter, verify_adapter
 from loraover_serve.judge.command import CheckOptions, check_vectors
 from loraover_serve.judge.vectors.asking import VectorAsker
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
+from loraover_serve.judge.vectors.verdict import judge_vectors
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_recorder import read_texts
 
+from support.drawn_vectors import answered
 from support.tiny_hub import save_llama
 from support.tiny_models import fill_b
 from support.vector_server import BASE, SHOP, Serve, Service, save_encoder, save_vector_adapter, vector_server
@@ -208,3 +213,48 @@ def test_a_classifier_whose_head_would_be_random_is_refused(tmp_path: Path) -> N
     adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
     with pytest.raises(LoraOverError, match=r"is a LlamaForCausalLM, whose head for classes would be random"):
         recorded(adapter, save_llama(tmp_path / "plain"))
+
+
+def test_models_that_no_reference_can_hold_are_refused(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("same", "same"))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=r"cannot be recorded: .*labels with different names.* Give each class"):
+        recorded(adapter, base)
+    with pytest.raises(ConfigError, match=r"cannot be recorded: .*labels with different names"):
+        verify_adapter(adapter, model=str(base), engines=("torch",))
+
+
+def change_weights(base: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change a tensor in the weights of a model."""
+    tensors = load_file(base / "model.safetensors")
+    (key,) = [key for key in tensors if key.endswith(name)]
+    save_file(tensors | {key: change(tensors[key]).contiguous()}, base / "model.safetensors", {"format": "pt"})
+
+
+def test_answers_that_are_not_numbers_are_not_recorded(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, TASK)
+    adapter = save_vector_adapter(base, tmp_path / SHOP, TASK, target_modules=["q_proj"])
+    change_weights(base, "layers.1.mlp.down_proj.weight", lambda weight: weight * math.nan)
+    with pytest.raises(ConfigError, match=r"cannot be recorded: a number is not finite"):
+        recorded(adapter, base)
+
+
+def test_a_number_format_in_which_the_model_overflows_explains_nothing(tmp_path: Path) -> None:
+    """Embeddings beyond the range of fp16, which the next layer divides by their size."""
+    base = save_encoder(tmp_path, TASK, decoder=False)
+    change_weights(base, "word_embeddings.weight", lambda weight: weight * 1e6)
+    adapter = save_vector_adapter(base, tmp_path / SHOP, TASK, target_modules=["query", "value"])
+    reference = recorded(adapter, base)
+    assert reference.formats["fp16"]["distance"] < 1e-6 < reference.formats["bf16"]["distance"]
+    assert reference.sensitivities["fp16"] == 1
+    right = {arm: np.array([reference.answer(row) for row in reference.rows[arm]]) for arm in (BASE, "adapter")}
+    assert judge_vectors(reference, answered(*right.values()))["verdict"] == "as trained"
+    assert judge_vectors(reference, answered(-right[BASE], -right["adapter"]))["verdict"] == "differs"
+
+
+def test_both_texts_of_a_pair_are_shortened_until_the_model_reads_them(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path, "SEQ_CLS", ("relevant",))
+    adapter = save_vector_adapter(base, tmp_path / SHOP, "SEQ_CLS", target_modules=["q_proj"])
+    tokenizer = Service(base, adapter, "SEQ_CLS").tokenizer
+    lengths = [len(tokenizer(each.text, each.pair)["input_ids"]) for each in recorded(adapter, base).questions]
+    assert max(lengths) <= 256

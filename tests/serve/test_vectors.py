@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -97,21 +98,28 @@ def test_a_right_server_of_vectors_is_as_trained(embedder: Recorded, protocol: s
 
 
 @pytest.mark.parametrize(
-    ("of", "protocol"),
-    [(name, protocol) for name in ("embedder", "classifier", "reranker") for protocol in ("vllm", "infinity", "tei")]
-    + [("tagger", "vllm")],
+    ("of", "protocol", "absent"),
+    [(of, protocol, 404) for of in ("embedder", "classifier", "reranker") for protocol in ("vllm", "infinity", "tei")]
+    + [("tagger", "vllm", status) for status in (404, 403, 500, 200)],
 )
 def test_servers_whose_paths_are_below_v1_are_asked_there(
-    of: str, protocol: str, request: pytest.FixtureRequest
+    of: str, protocol: str, absent: int, request: pytest.FixtureRequest
 ) -> None:
+    """A gateway may forbid other paths, fail on them, or answer something else there."""
     recorded: Recorded = request.getfixturevalue(of)
     names = ("good", "bad", "odd") if of == "classifier" else None
-    with vector_server(recorded.service, Serve(names=names), protocol, below="/v1") as server:
+    with vector_server(recorded.service, Serve(names=names), protocol, below="/v1", absent=absent) as server:
         asker = VectorAsker.of(recorded.reference, Endpoint(server.url, repeats=False), SHOP, BASE)
         found = check_vectors(asker, CheckOptions(repeats=1))
     assert found["verdict"] == "as trained", found["reason"]
     assert found["vectors"].path.startswith("/v1/")
     assert len(server.requests) <= recorded.reference.most_requests(1)
+
+
+def test_a_server_that_wants_to_be_asked_later_is_asked_on_one_path_alone(tagger: Recorded) -> None:
+    with vector_server(tagger.service, below="/v1", absent=429) as server, pytest.raises(EngineError, match="429"):
+        VectorAsker.of(tagger.reference, Endpoint(server.url, repeats=False), SHOP, BASE)
+    assert {path for path, _ in server.requests} == {"/pooling"}
 
 
 OF_VECTORS = {
@@ -323,17 +331,20 @@ def test_base64_that_holds_no_numbers_is_refused(embedder: Recorded) -> None:
         embedder.checked(Serve(change=change))
 
 
-@pytest.mark.parametrize("served_format", ["bf16", "int8"])
-def test_each_number_format_has_its_own_sensitivity(served_format: str) -> None:
-    """Rounding to int8 may move the adapted model three times as far as the base model, where bfloat16 does not."""
+@pytest.mark.parametrize(("sensitive", "served_format"), [("int8", "bf16"), ("int8", "int8"), ("fp16", "bf16")])
+def test_each_number_format_has_its_own_sensitivity(sensitive: str, served_format: str) -> None:
+    """Rounding to int8 may move the adapted model three times as far as the base model, where bfloat16 does not.
+
+    Nor is the noise of bfloat16 that of fp16, a finer format.
+    """
     content = drawn_content()
     for name, further in (("without", 1.0), ("with", 4.0)):
-        content["formats"]["int8"] = {"distance": 1e-2, "strength": 1.0, "sensitivity": further}
+        content["formats"][sensitive]["sensitivity"] = further
         reference, draw = VectorReference(content), np.random.default_rng(4)
         base, adapter = (rows_of(content, arm) for arm in (BASE, "adapter"))
         noise = [size * draw.standard_normal(base.shape) for size in (6e-3, 18e-3)]
         found = judge_vectors(reference, answered(base + noise[0], adapter + noise[1]), served_format)
-        is_known = name == "with" and served_format == "int8"
+        is_known = name == "with" and (sensitive, served_format) == ("int8", "int8")
         assert (found["number_format"], found["verdict"]) == ("bf16", "as trained" if is_known else "differs"), name
 
 
@@ -380,7 +391,8 @@ def test_some_answers_of_another_dimension_are_named(part: str, more: int) -> No
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_sure_classes_are_judged_by_their_probabilities_unless_these_are_0_or_1(activation: str) -> None:
     size = 8.0 if activation == "softmax" else 2.0
-    content = drawn_content(task="classify", labels=[f"class {i}" for i in range(24)], activation=activation)
+    labels = [f"class {i}" for i in range(24)]
+    content = drawn_content(task="classify", labels=labels, activation=activation, pooling=None)
     logits = {arm: size * rows_of(content, arm) for arm in (BASE, "adapter")}
     content["rows"] = {arm: encoded(rows) for arm, rows in logits.items()}
     powers = {arm: np.exp(rows) for arm, rows in logits.items()}
@@ -456,7 +468,15 @@ BROKEN: dict[str, dict[str, Any]] = {
         "variants": [{"fault": "a", "detail": "b", "questions": 2, "adapter": {"scales": "AAAAAA==", "levels": "AA=="}}]
     },
     "no distance": {"formats": {name: {"distance": 0, "strength": 1} for name in drawn_content()["formats"]}},
+    "no pooling": {"pooling": None},
+    "an unknown pooling": {"pooling": "sum"},
+    "a pooling of classes": {"task": "classify", "labels": [f"class {i}" for i in range(24)]},
     "a small sensitivity": {"sensitivity": 0.5},
+    "an infinite sensitivity": {"sensitivity": math.inf},
+    "an infinite sensitivity of a format": {
+        "formats": {name: {**each, "sensitivity": math.inf} for name, each in drawn_content()["formats"].items()}
+    },
+    "no strength": {"formats": {name: {"distance": 1, "strength": math.nan} for name in drawn_content()["formats"]}},
     "a small sensitivity of a format": {
         "formats": {name: {**each, "sensitivity": 0.5} for name, each in drawn_content()["formats"].items()}
     },

@@ -120,25 +120,29 @@ class Case:
             self._roundings[name] = self.evidence.models.rounding(name)
         return self._roundings[name]
 
-    @cached_property
-    def bias(self) -> float:
-        """Strength of the right adapter if PyTorch computes in the number format of the base model."""
-        return (
-            self.evidence.models.bias("bf16" if self.number_format in (None, *PLAIN) else str(self.number_format))
-            or 1.0
-        )
+    def bias_in(self, name: str | None) -> float:
+        """Strength of the right adapter if PyTorch computes in a number format; None stands for an unknown one."""
+        return self.evidence.models.bias("bf16" if name in (None, *PLAIN) else str(name)) or 1.0
 
-    @property
+    @cached_property
     def allowed(self) -> tuple[float, float]:
-        """Interval of the strengths that a right adapter can have."""
-        return allowed_strength(self.number_format, self.bias)
+        """Interval of the strengths that a right adapter can have.
+
+        A single model shows its number format by the adapter's answers, which rounding may move further than the base
+        model's. So it may also have a finer format, down to the declared one.
+        """
+        found, finer = self.number_format, tuple[str, ...]()
+        if self.is_one_model and found is not None:
+            finer = NUMBER_FORMATS[NUMBER_FORMATS.index(self.served_format) : NUMBER_FORMATS.index(found)]
+        lows, highs = zip(*(allowed_strength(name, self.bias_in(name)) for name in (found, *finer)), strict=True)
+        return min(lows), max(highs)
 
     @cached_property
     def sensitivity(self) -> float:
         """Ratio by which rounding moves the adapted model further, in any number format that the engine may hold."""
         known = (self.number_format or NUMBER_FORMATS[0], self.served_format)
-        coarsest = max(map(NUMBER_FORMATS.index, known))
-        return self.evidence.models.sensitivity_in(NUMBER_FORMATS[1 : coarsest + 1])
+        found, served = map(NUMBER_FORMATS.index, known)
+        return self.evidence.models.sensitivity_in(NUMBER_FORMATS[max(1, found) : max(found, served) + 1])
 
     @property
     def limit(self) -> float:

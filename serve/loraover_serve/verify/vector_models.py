@@ -14,18 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraover.checkpoint.peft_adapter import AdapterDir, saved_labels
-from loraover.common.errors import ConfigError
+from loraover.common.errors import ConfigError, DataError
 from loraover.common.request import as_written
 from loraover.models.load import AUTO_CLASSES, ModelSource, load_config, load_encoder, load_model
 from loraover.models.model_file import MODULES_FILE, embeds_texts, find_model_file
 from loraover.reference import reference_model
 from loraover_serve.comparison.adapters import OF_VECTORS
 from loraover_serve.comparison.rounding import NumberFormat, rounding
-from loraover_serve.judge.vectors.reference import VectorReference, VectorTask
+from loraover_serve.judge.vectors.reference import POOLINGS, VectorReference, VectorTask
 from loraover_serve.verify.variants import adding, read_lora
-
-POOLINGS = ("mean", "cls", "last", "max")
-"""Ways to make one vector of those of tokens: their mean, the first or the last one, or the largest numbers."""
 
 OF_POOLING = {
     "pooling_mode_mean_tokens": "mean",
@@ -72,7 +69,11 @@ class Reading:
     with_special: bool = True
 
     def encode(self, tokenizer: Any, text: str, pair: str | None) -> dict[str, Tensor]:
-        """Inputs of the model for a text or a pair, each of shape (1, tokens)."""
+        """Inputs of the model for a text or a pair, each of shape (1, tokens).
+
+        Raises:
+            DataError: A text without tokens.
+        """
         texts = [self.prefix + text] if pair is None else [self.prefix + text, pair]
         found = tokenizer(
             *texts,
@@ -81,6 +82,8 @@ class Reading:
             max_length=self.longest,
             add_special_tokens=self.with_special,
         )
+        if not found["input_ids"].shape[1]:
+            raise DataError(f"the text {text!r:.60} has no tokens; give other prompts.")
         return {name: ids for name, ids in found.items() if ids.shape[1]}
 
 

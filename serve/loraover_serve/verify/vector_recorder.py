@@ -34,7 +34,7 @@ from loraover_serve.judge.names import (
     SPECIAL,
     multiplied,
 )
-from loraover_serve.judge.vectors.reference import KIND, LEVELS, SIZE, VectorReference, VectorTask
+from loraover_serve.judge.vectors.reference import KIND, LEVELS, MOST_SENSITIVE, SIZE, VectorReference, VectorTask
 from loraover_serve.verify.power import power_of
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import NO_LIMIT, Reading, Rows, VectorRunner, read_reading
@@ -103,7 +103,11 @@ def load_recording(request: RecordRequest, adapter: AdapterDir, base: ModelSourc
 def content_of(
     recording: VectorRecording, request: RecordRequest, base: ModelSource, digests: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Contents of the reference of loaded models and texts; see `record_vectors`."""
+    """Contents of the reference of loaded models and texts; see `record_vectors`.
+
+    Raises:
+        ConfigError: Models whose answers no reference can hold.
+    """
     device, say = str(choose_device(request.device)), request.report.line
     runner, reading = recording.runner, recording.reading
     say(f"running both models on {len(recording.texts)} texts: {words_of(reading)}")
@@ -133,9 +137,17 @@ def content_of(
         "words": words_of(reading),
         "made": {"device": device},
     }
+    try:
+        reference = VectorReference(content)
+    except ValueError as error:
+        raise ConfigError(
+            f"{request.adapter}: {base.name} and the adapter cannot be recorded: {error}. Give each class its own name "
+            f"in id2label of config.json, and try {request.named('compute_dtype', 'fp32')}."
+        ) from error
     say(f"running both models in {', '.join(FORMATS)}, and the known faults of serving")
-    measured = _measure(recording, VectorReference(content), request.compute_dtype)
-    return content | measured | {"settings": [*recording.settings()], "variants": [*recording.variants()]}
+    measured = _measure(recording, reference, request.compute_dtype)
+    settings, variants = (filter(None, each) for each in (recording.settings(), recording.variants()))
+    return content | measured | {"settings": [*settings], "variants": [*variants]}
 
 
 def find_vector_task(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> VectorTask:
@@ -194,13 +206,13 @@ def check_lengths(texts: Texts, reading: Reading, tokenizer: Any, *, is_own: boo
     found, whole = list[tuple[str, str | None]](), replace(reading, longest=NO_LIMIT)
 
     def tokens_of(text: str, pair: str | None) -> int:
-        return max((ids.shape[1] for ids in whole.encode(tokenizer, text, pair).values()), default=0)
+        return max(ids.shape[1] for ids in whole.encode(tokenizer, text, pair).values())
 
     for number, (text, pair) in enumerate(texts, 1):
         tokens = tokens_of(text, pair)
         if is_own and tokens > reading.longest:
             raise DataError(f"text {number} has {tokens} tokens, and the model reads {reading.longest}; shorten it.")
-        while tokens_of(text, pair) > reading.longest and " " in text:
+        while tokens_of(text, pair) > reading.longest and " " in text + (pair or ""):
             text, pair = _shortened(text), None if pair is None else _shortened(pair)
         found.append((text, pair))
     return found
@@ -238,10 +250,7 @@ class VectorRecording:
 
     def inputs(self, reading: Reading, number: int | None = None) -> list[Any]:
         """Inputs of the first texts, or of all."""
-        found = [reading.encode(self.tokenizer, *each) for each in self.texts[:number]]
-        if not all(found):
-            raise DataError("a text has no tokens; give other prompts.")
-        return found
+        return [reading.encode(self.tokenizer, *each) for each in self.texts[:number]]
 
     def right(self) -> dict[str, Rows]:
         """Rows of both right models, by arm; those by other poolings are kept for `settings`."""
@@ -325,10 +334,13 @@ def _measure(recording: VectorRecording, reference: VectorReference, dtype: str)
     formats, ratio, half = dict[str, Any](), 1.0, math.inf
     for name in FORMATS:
         found = recording.rounded(name, dtype)
+        if not _are_finite(found):  # the model overflows in this format, which then explains no server's answers
+            formats[name] = {"distance": TINY, "strength": 1.0, "sensitivity": 1.0}
+            continue
         rows = {arm: [models.row(reference.answer(row.tolist())) for row in each] for arm, each in found.items()}
         off = {arm: _far(rows[arm], right[arm]) / SIZE for arm in rows}
         strength = strength_along(_changes(rows, right))
-        further = max(1.0, off[ADAPTER] / off[BASE]) if off[BASE] > 0 else 1.0
+        further = min(max(1.0, off[ADAPTER] / off[BASE]), MOST_SENSITIVE) if off[BASE] > 0 else 1.0
         formats[name] = {"distance": max(off[BASE], TINY), "strength": strength.value, "sensitivity": further}
         if name == "bf16":
             ratio = further
@@ -358,10 +370,19 @@ def _floats(rows: Sequence[NDArray[np.float64]]) -> str:
     return base64.b64encode(np.concatenate(rows).astype("<f4").tobytes()).decode()
 
 
+def _are_finite(found: Mapping[str, Rows]) -> bool:
+    return all(np.isfinite(row).all() for rows in found.values() for row in rows)
+
+
 def _packed(
     right: Mapping[str, Rows], found: Mapping[str, Rows], fault: str, detail: str, factor: float | None = None
 ) -> dict[str, Any]:
-    """A fault as the file has it: for each arm a scale for each row, and the differences in its 127ths."""
+    """A fault as the file has it: for each arm a scale for each row, and the differences in its 127ths.
+
+    It is empty if the model overflows.
+    """
+    if not _are_finite(found):
+        return {}
     packed: dict[str, Any] = {"fault": fault, "detail": detail, "factor": factor}
     for arm, rows in found.items():
         off = [row - exact for row, exact in zip(rows, right[arm], strict=False)]

@@ -32,6 +32,12 @@ VectorTask = Literal["embed", "classify", "score", "token_classify"]
 VECTOR_TASKS: tuple[VectorTask, ...] = ("embed", "classify", "score", "token_classify")
 """Tasks: the vector of a text, its classes, the score of a pair of texts, and the classes of every token."""
 
+POOLINGS = ("mean", "cls", "last", "max")
+"""Ways to make one vector of those of tokens: their mean, the first or the last one, or the largest numbers."""
+
+MOST_SENSITIVE = 1e3
+"""Largest ratio by which rounding moves the adapted model further than the base model."""
+
 SIZE = 10.0
 """RMS value of a component of right answers, in the units of the judge."""
 
@@ -116,7 +122,9 @@ class VectorReference:
         if (self.task == "embed") != (not self.labels) or len({*self.labels}) < len(self.labels):
             raise ValueError("a classifier needs labels with different names, and a vector has none")
         self.is_normalised, self.prefix = bool(content["normalised"]), str(content["prefix"])
-        self.pooling = None if content["pooling"] is None else str(content["pooling"])
+        self.pooling: str | None = content["pooling"]
+        if self.pooling not in (POOLINGS if self.task == "embed" else (None,)):
+            raise ValueError("a vector needs a pooling that is known, and anything else has none")
         self.questions = [_question(each, is_pair=self.task == "score") for each in content["questions"]]
         self.sensitivity, self.device = float(content["sensitivity"]), str(content["made"]["device"])
         self._lengths = [int(each["numbers"]) for each in content["questions"]]
@@ -132,16 +140,16 @@ class VectorReference:
         self.sensitivities = {
             name: float(content["formats"][name].get("sensitivity", self.sensitivity)) for name in self.formats
         }
-        if not all(0 < each["distance"] < math.inf for each in self.formats.values()):
-            raise ValueError("a number format has no distance")
+        if not all(0 < each["distance"] < math.inf > abs(each["strength"]) for each in self.formats.values()):
+            raise ValueError("a number format has no distance or no strength")
         self._models: dict[tuple[str, str], VectorModels] = {}
         self._far: dict[tuple[str, str, str], list[float]] = {}
         self._settings = [self._recorded(each, (BASE, ADAPTER)) for each in content["settings"]]
         self._variants = [self._recorded(each, (ADAPTER,)) for each in content["variants"]]
         if not 0 < self.unit < math.inf or not all(
-            each >= 1 for each in (self.sensitivity, *self.sensitivities.values())
+            1 <= each <= MOST_SENSITIVE for each in (self.sensitivity, *self.sensitivities.values())
         ):
-            raise ValueError("all rows are zero, or the sensitivity is below 1")
+            raise ValueError(f"all rows are zero, or the sensitivity is below 1 or above {MOST_SENSITIVE:g}")
 
     def _recorded(self, found: Mapping[str, Any], arms: Sequence[str]) -> tuple[VectorSetting, float | None]:
         """A recorded fault, with its factor; its differences are checked now, and added to the right rows on demand."""
