@@ -325,7 +325,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # TypeError: transformers 4, if the files are missing
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # TypeError: transformers 4, if the files are missing; AttributeError: a file that holds no object.
         raise ConfigError(f"model: {source.origin} has no tokenizer: {error}") from error
     with suppress(ConfigError):  # models of texts, or without a processor
         if tokenizer.chat_template is None and takes_images(source):

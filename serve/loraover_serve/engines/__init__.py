@@ -85,7 +85,8 @@ class EngineRequest(ServerRequest, ABC):
     """Arguments that verify and parity share."""
 
     graph: AnyPath | None = option(
-        "Folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs with the adapters.",
+        "Folder of an earlier swappable ONNX export, whose graph ONNX Runtime runs with the adapters; `verify "
+        "--reference` takes any graph of vectors, classes or scores.",
         default=None,
         default_text="graphs that are built for the run",
     )

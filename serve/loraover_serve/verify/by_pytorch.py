@@ -55,7 +55,6 @@ MOST_EARLIER = 8
 def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
     """Ask PyTorch, then each engine; the engines' logs exist during the block."""
     assert request.adapter is not None
-    check_installed(request)
     with signals_as_interrupts(), tempfile.TemporaryDirectory(prefix="loraover-verify-") as folder:
         scratch = Path(folder)
         if (reason := why_convert(request.adapter, {})) is None:
@@ -72,6 +71,7 @@ def by_pytorch(request: VerifyRequest) -> Iterator[Found]:
             setting = replace(setting, adapters={ADAPTER: adapter.path.resolve()})
             yield by_vectors(request, adapter, base, setting)
             return
+        check_installed(request)
         check_task(adapter, base, "verify")
         longest, device = _longest(base, request), str(choose_device(request.device))
         confusable = [read_adapter_dir(path) for path in request.confusable]

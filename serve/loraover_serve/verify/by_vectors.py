@@ -5,24 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from loraover.checkpoint.peft_adapter import AdapterDir, read_adapter_dir
-from loraover.common.errors import ConfigError, LoraOverError
+from loraover.common.errors import ConfigError, EngineError, LoraOverError
+from loraover.common.extras import install
 from loraover.models.device import choose_device
 from loraover.models.load import ModelSource, load_tokenizer, resolve_model
 from loraover.reference import reference_name
-from loraover_serve.engines import ENDPOINT, ENGINES, engine_class
-from loraover_serve.engines.base import Setting
+from loraover_serve.engines import ENDPOINT, ENGINES
+from loraover_serve.engines.base import Setting, engine_errors
 from loraover_serve.engines.installed import machine, versions
 from loraover_serve.engines.onnx import OnnxArm, merged_arms, swappable_arms
 from loraover_serve.judge.command import CheckOptions, check_reference, unanswered
 from loraover_serve.judge.vectors.reference import VectorReference, read_any_reference
 from loraover_serve.judge.vectors.verdict import judge_vectors
-from loraover_serve.verify.by_reference import endpoint_of, named_files
+from loraover_serve.verify.by_reference import check_seals, endpoint_of, named_files
 from loraover_serve.verify.report import faults_known_of
 from loraover_serve.verify.request import Found, RecordRequest, VerifyRequest
 from loraover_serve.verify.vector_engines import GraphVectors, TorchVectors, VectorEngine, exported_arms
@@ -43,6 +43,7 @@ def by_vectors(request: VerifyRequest, adapter: AdapterDir, base: ModelSource, s
 
     Raises:
         ConfigError: Options of generated text, or engines that are not started here for vectors.
+        EngineError: ONNX Runtime is not installed, or every engine failed.
     """
     if given := request.given(*OF_TEXT):
         raise ConfigError(f"{given}: for generated text, and {adapter.path} has none; leave it out.")
@@ -51,6 +52,8 @@ def by_vectors(request: VerifyRequest, adapter: AdapterDir, base: ModelSource, s
             f"{request.named('engines', others[0])}: not started here for vectors, classes and scores. Start "
             f"{ENGINES[others[0]].title} with the adapter, and name it with {request.named('endpoint')}."
         )
+    if "onnx" in request.asked and GraphVectors.installed() is None:
+        raise EngineError(f"{request.named('engines', 'onnx')} is not installed here; install it: {install('export')}.")
     same = {name: getattr(request, name) for name in ("model", "prompts", "device", "compute_dtype")}
     asked = RecordRequest(adapter.path, force=True, report=request.report, **same)
     recording = load_recording(asked, adapter, base)
@@ -96,7 +99,8 @@ def _verify_one(
         scratch.mkdir()
         engine = GraphVectors(_arms(replace(setting, scratch=scratch)), reading)
     request.report.line(f"asking {name} for both models")
-    return _judged(engine, request, reference, recording.inputs(reading)) | {"seconds": time.perf_counter() - start}
+    found = _judged(engine, request, reference, recording.inputs(reading))
+    return {"engine": name} | found | {"seconds": time.perf_counter() - start}
 
 
 def _arms(setting: Setting) -> Mapping[str, OnnxArm]:
@@ -115,39 +119,56 @@ def by_graph(request: VerifyRequest) -> Found:
     """Compare an ONNX export of a classifier or a model of vectors with references, without the base model.
 
     Raises:
-        ConfigError: A reference of generated text.
-        CheckpointError: A file that is no reference, or a folder without a graph.
+        CheckpointError: No file is a reference, or a published one seals another file.
+        ConfigError: References of generated text alone.
     """
-    assert request.graph is not None
-    known, results = list[dict[str, Any]](), list[dict[str, Any]]()
+    check_seals(request)
+    known, results, failures = list[dict[str, Any]](), list[dict[str, Any]](), list[LoraOverError]()
     for name, file in named_files(request):
-        reference = read_any_reference(file)
-        if not isinstance(reference, VectorReference):
-            raise ConfigError(
-                f"{file}: has logprobs of generated text; verify {request.named('graph')} with "
-                f"{request.named('adapter')} in place of a reference."
-            )
-        known.append(reference.facts)
-        results.append(_of_graph(request, request.graph, reference, name))
-    own = {"reference": "the reference", "prompt_source": "those of the reference"}
-    facts = known[0] | own | {"adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known))}
-    return Found(facts | {"versions": versions(["onnx"]), "hardware": machine()}, results)
+        start, shown = time.perf_counter(), name or str(file)
+        try:
+            reference = read_any_reference(file)
+            if not isinstance(reference, VectorReference):
+                raise ConfigError(
+                    f"{file}: has logprobs of generated text; verify {request.named('graph')} with "
+                    f"{request.named('adapter')} in place of a reference."
+                )
+            known.append(reference.facts)
+            shown = name or reference.adapter_name
+            found = _of_graph(request, reference, name)
+        except LoraOverError as error:
+            failures.append(error)
+            found = unanswered(error)
+        results.append({"engine": shown, "seconds": time.perf_counter() - start} | found)
+    if not known:
+        raise failures[0]
+    facts = known[0] | {
+        "adapter": ", ".join(dict.fromkeys(one["adapter"] for one in known)),
+        "sensitivity": max(one["sensitivity"] for one in known),
+        "reference": "the reference",
+        "prompt_source": "those of the reference",
+        "versions": versions(["onnx"]),
+        "hardware": machine(),
+    }
+    return Found(facts, results, failures)
 
 
-def _of_graph(request: VerifyRequest, graph: Path, reference: VectorReference, name: str | None) -> dict[str, Any]:
-    """Result of an export's graph."""
-    start = time.perf_counter()
+def _of_graph(request: VerifyRequest, reference: VectorReference, name: str | None) -> dict[str, Any]:
+    """Result of an export's graph; the name is that of the adapter's file, if the user gave one."""
+    graph = request.graph
+    assert graph is not None
     request.report.line(f"asking the graph in {graph} for {reference.adapter_name}")
-    reading, tokenizer = reading_of(reference), load_tokenizer(resolve_model(str(graph)))
-    engine = GraphVectors(exported_arms(graph, name or reference.adapter_name), reading)
-    inputs = [reading.encode(tokenizer, each.text, each.pair) for each in reference.questions]
-    return _judged(engine, request, reference, inputs) | {"seconds": time.perf_counter() - start}
+    arms, reading = exported_arms(graph, reference.adapter_name, name), reading_of(reference)
+    tokenizer = load_tokenizer(resolve_model(str(graph)))
+    with engine_errors(GraphVectors.name):
+        inputs = [reading.encode(tokenizer, each.text, each.pair) for each in reference.questions]
+    return _judged(GraphVectors(arms, reading), request, reference, inputs)
 
 
 @torch.inference_mode()
 def _judged(engine: VectorEngine, request: VerifyRequest, reference: VectorReference, inputs: Any) -> dict[str, Any]:
     """The verdict on an engine, with its version."""
-    answers, version = engine.answers(reference, inputs), engine_class(engine.name).installed()
+    answers, version = engine.answers(inputs), engine.installed()
     found = judge_vectors(reference, answers, request.declared_format, request.named)
     told = faults_known_of(None if version is None else (engine.name, version))
-    return {"engine": engine.name} | told | found
+    return told | found | {"not_checked": [*found["not_checked"], *engine.not_checked]}

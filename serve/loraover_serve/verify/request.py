@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from loraover.adapters.uniform.request_fields import compute_dtype, device, given_adapter, max_memory
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.common.errors import LoraOverError
-from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, option
+from loraover.common.request import AnyName, AnyNames, AnyPath, AnyPaths, Request, argument, declarations, option
 from loraover.models.device import choose_compute
 from loraover_serve.engines import ENDPOINT, ENGINES, EngineRequest
 from loraover_serve.judge.limits import MOST_BASES, NUMBER_FORMATS, REPEATS
@@ -20,16 +20,21 @@ from loraover_serve.vllm.request import SET_BY_SERVE
 OF_SERVERS = ("headers", "ca_file", "protocol", "check_timeout_s", "caches", "reload", "churn_s")
 """Fields of a check of a running server without PyTorch."""
 
+OF_GRAPHS = ("references", "graph", "published", "engines", "served_name", "served_format", "junit", "output")
+"""Fields of a check of a graph by references."""
+
 
 @dataclass(frozen=True)
 class VerifyRequest(EngineRequest):
     """Verify that engines answer as an adapter was trained, and name the likely fault if one does not.
 
-    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model. An engine gets it in the form
-    that it needs, and answers the same prompts as PyTorch. Its distance from PyTorch on the base model is its noise.
+    ADAPTER is a LoRA-Over checkpoint or any plain PEFT LoRA of a causal language model, or of a model of vectors,
+    classes or scores. An engine gets it in the form that it needs, and answers the same prompts as PyTorch. Its
+    distance from PyTorch on the base model is its noise.
 
     With --reference, a running server is compared with what `loraover record` wrote, without PyTorch, ADAPTER and
-    the base model.
+    the base model, or an ONNX graph of vectors, classes or scores. Vectors of another pooling, length or prefix than
+    the model's files say are recorded first, since `record` has the options for these.
 
     Words after -- are passed to `vllm serve`, except options that this command sets itself.
 
@@ -174,9 +179,10 @@ class VerifyRequest(EngineRequest):
         choices=NUMBER_FORMATS,
     )
     prompts: AnyPath | None = option(
-        "UTF-8 text file, one prompt a line; the first 256 tokens of each are used.",
+        "UTF-8 text file, one prompt a line. Of each, the first 256 tokens are used; for vectors, classes and scores "
+        "the whole text, which has to fit the model.",
         default=None,
-        default_text="eight built-in prompts",
+        default_text="eight built-in prompts, or 32 texts",
     )
     new_tokens: int = option(
         "Length of PyTorch's greedy answers, in tokens; servers are compared at each of these tokens.",
@@ -250,6 +256,10 @@ class VerifyRequest(EngineRequest):
             yield f"{references} needs {endpoint}, or {graph} of vectors, classes or scores, which is missing."
         if self.references and self.endpoint is not None and self.graph is not None:
             yield f"{references} is compared with one of {endpoint} and {graph}; leave the other one out."
+        if self.references and self.endpoint is None and self.graph is not None:
+            others = (name for name in declarations(type(self)) if name not in (*OF_GRAPHS, "adapter"))
+            if given := self.given(*others):
+                yield f"{given}: of no use where {references} judges a graph; leave it out."
         if self.served_name and self.endpoint is None and not (self.references and self.graph is not None):
             yield f"{self.named('served_name')} needs {endpoint}, which is missing."
         if self.references and self.engines and (self.graph is None or self.engines != ("onnx",)):

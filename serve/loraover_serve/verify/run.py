@@ -22,16 +22,17 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
 
     Each engine gets the adapter in the form that it needs, and answers the same prompts with the base model and with
     the adapter. Its answers are compared with those of PyTorch in float32: of the unfolded model for a LoRA-Over
-    checkpoint, of PEFT for any other adapter of a causal language model, which is converted for the engines if it is no
-    plain LoRA. The engine's distance on the base model is its noise. A server is asked for each of the two models again
-    while it answers for the other one. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter
-    moves the answers less than the noise, or "failed" if an engine failed after another had answered.
+    checkpoint, of PEFT for any other adapter, which is converted for the engines if it is no plain LoRA. The engine's
+    distance on the base model is its noise. A server is asked for each of the two models again while it answers for the
+    other one. The report's `verdict` is "as trained", "differs", "inconclusive" if the adapter moves the answers less
+    than the noise, or "failed" if an engine failed after another had answered.
 
-    With references, a running server is compared with PyTorch's answers that they hold, and PyTorch is not imported.
+    With references, a running server is compared with PyTorch's answers that they hold, and PyTorch is not imported;
+    with a graph, ONNX Runtime answers here, and PyTorch runs no model.
 
     Raises:
-        ConfigError: Arguments that cannot be used, a task that is not a causal language model, or a base model that
-            cannot be loaded.
+        ConfigError: Arguments that cannot be used, a task that is neither a causal language model nor one of vectors,
+            classes or scores, or a base model that cannot be loaded.
         CheckpointError: Files that cannot be read as an adapter, a checkpoint, a reference or an ONNX export.
         DataError: A file of prompts that cannot be read.
         EngineError: An engine that is not installed, or every engine failed; the message names the logs that are kept.
@@ -44,7 +45,7 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
     if request.junit is not None:
         check_file_writable(request.junit)
     if request.adapter is None:
-        found = _without_pytorch(request)
+        found = _without_adapter(request)
         from loraover_serve.verify.show import publish
 
         return publish(request, found)
@@ -55,10 +56,10 @@ def verify_adapter(request: VerifyRequest) -> VerifyReport:
         return publish(request, found)
 
 
-def _without_pytorch(request: VerifyRequest) -> Found:
-    """Findings of a verification without ADAPTER; PyTorch computes nothing in it."""
+def _without_adapter(request: VerifyRequest) -> Found:
+    """Findings of a verification without ADAPTER, in which PyTorch runs no model."""
     if request.references and request.endpoint is None:
-        from loraover_serve.verify.by_vectors import by_graph  # with the tokenizer's packages
+        from loraover_serve.verify.by_vectors import by_graph  # with PyTorch, for its tensors
 
         return by_graph(request)
     return by_references(request) if request.references else by_itself(request)

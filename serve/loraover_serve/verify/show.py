@@ -105,6 +105,7 @@ def to_page(report: VerifyReport) -> Page:
         caches=caches,
         suspects=suspects,
         table=distances_table(results, report.reference),
+        units=_units(results),
         tables=[(result.engine, _suspects_table(result)) for result in suspected],
         churned=[(result.engine, churn_table(result.churn)) for result in results if result.churn is not None],
     )
@@ -208,8 +209,8 @@ def _suspects(result: EngineResult) -> Figure:
 def distances_table(results: Sequence[EngineResult], reference: str) -> Table[EngineResult]:
     """Return a table of all engines, with their distances from the reference."""
 
-    def rms(found: LogprobDistance | None) -> str:
-        return short(found.rms if found else None)
+    def rms(found: LogprobDistance | None, of_vectors: float | None) -> str:
+        return short(found.rms if found else of_vectors)
 
     def strength(r: EngineResult) -> str:
         return "-" if r.strength is None else f"{r.strength.value:.3f} [{r.strength.low:.3f}, {r.strength.high:.3f}]"
@@ -219,11 +220,11 @@ def distances_table(results: Sequence[EngineResult], reference: str) -> Table[En
             Column("verdict", lambda r: r.verdict, "verdict"),
             Column("engine", lambda r: r.engine, "name"),
             Column("strength", strength),
-            Column("noise", lambda r: rms(r.base)),
+            Column("noise", lambda r: rms(r.base, r.vectors.noise if r.vectors else None)),
             Column("as", lambda r: r.number_format or "-", "word", is_wide=True),
-            Column("adapter", lambda r: rms(r.adapter)),
+            Column("adapter", lambda r: rms(r.adapter, r.vectors.off if r.vectors else None)),
             Column("allowed", lambda r: short(r.allowed), is_wide=True),
-            Column("effect", lambda r: short(r.effect)),
+            Column("effect", lambda r: short(r.vectors.effect if r.vectors else r.effect)),
             Column("same\ntext", lambda r: "-" if r.greedy is None else percent(r.greedy.equal)),
             Column("largest gap", lambda r: short(r.greedy.gap if r.greedy else None), is_wide=True),
             Column("mixed batch", lambda r: short(r.mixed.rms if r.mixed else None), is_wide=True),
@@ -231,8 +232,14 @@ def distances_table(results: Sequence[EngineResult], reference: str) -> Table[En
             Column("seconds", lambda r: f"{r.seconds:.0f}", is_wide=True),
         ],
         results,
-        f"RMS distance of logprobs from {reference}, in nats",
+        f"RMS distance from {reference}, {_units(results)}",
     )
+
+
+def _units(results: Iterable[EngineResult]) -> str:
+    """Units of the distances in a table, in words."""
+    has_vectors = any(result.vectors for result in results)
+    return "of vectors or logits, relative to their RMS size" if has_vectors else "of logprobs, in nats"
 
 
 def churn_table(churn: Churn) -> Table[ChurnAnswers]:

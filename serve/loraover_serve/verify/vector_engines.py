@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import CheckpointError, ConfigError, EngineError
 from loraover.common.request import as_written
 from loraover_serve.engines.base import engine_errors
+from loraover_serve.engines.installed import installed_version
 from loraover_serve.engines.onnx import OnnxArm
 from loraover_serve.judge.limits import ADAPTER, BASE
-from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAnswers
-from loraover_serve.judge.vectors.reference import VectorReference
+from loraover_serve.judge.vectors.asking import VectorAnswer, VectorAnswers, checked_numbers
 from loraover_serve.verify.vector_models import Reading, VectorRunner, pooled
 
 Inputs = Sequence[Mapping[str, Tensor]]
@@ -31,35 +31,54 @@ STATES = ("last_hidden_state", "token_embeddings")
 VECTOR = "sentence_embedding"
 """Output with the vector of a text, which the graph pools itself."""
 
+PADDING = "padding: the graph was given one text at a time"
+POOLED_HERE = "pooling, length of vectors and prefix: they were applied here, and not by the graph"
+
 
 class VectorEngine(ABC):
     """A running engine with a base model and an adapter, or with the adapter alone."""
 
     name: str
+    distributions: ClassVar[tuple[str, ...]]
     has_base = True
+    not_checked: tuple[str, ...] = ()
 
     @abstractmethod
     def rows(self, arm: str, inputs: Inputs) -> list[NDArray[np.float64]]:
-        """Return a vector, or logits, of each text.
+        """Return the answer to each text as a server would give it: a vector, or logits.
 
         Raises:
             EngineError: An engine that fails, or that gives something else.
         """
 
-    def answers(self, reference: VectorReference, inputs: Inputs) -> VectorAnswers:
-        """Answers of both models to the texts of a reference, as a server would give them.
+    @classmethod
+    def installed(cls) -> str | None:
+        """Version that is installed; None if it is missing."""
+        return installed_version(cls.distributions)
+
+    def answers(self, inputs: Inputs) -> VectorAnswers:
+        """Answers of both models to texts.
 
         Args:
             inputs: Tokens of the texts, with masks.
+
+        Raises:
+            EngineError: An engine that fails, or whose answers are not finite numbers.
         """
         found = {
-            arm: {
-                place: VectorAnswer(reference.answer(row.tolist())) for place, row in enumerate(self.rows(arm, inputs))
-            }
+            arm: dict(enumerate(map(self._answer, self.rows(arm, inputs))))
             for arm in ((BASE, ADAPTER) if self.has_base else (ADAPTER,))
         }
         rounds = [{place: (said, dict[str, str]()) for place, said in found[ADAPTER].items()}]
         return VectorAnswers(self.name, found.get(BASE, {}), rounds, is_one_model=not self.has_base, is_here=True)
+
+    def _answer(self, row: NDArray[np.float64]) -> VectorAnswer:
+        try:
+            return VectorAnswer(checked_numbers(row.tolist()))
+        except ValueError as error:
+            raise EngineError(
+                f"{self.name}: an answer cannot be read, since {error}; a model in fp16 may overflow: run one in fp32."
+            ) from error
 
 
 @final
@@ -71,6 +90,7 @@ class TorchVectors(VectorEngine):
     """
 
     name = "torch"
+    distributions = ("peft",)
 
     def __init__(self, runner: VectorRunner, adapter: AdapterDir, reading: Reading) -> None:
         from peft import PeftModel
@@ -88,7 +108,7 @@ class TorchVectors(VectorEngine):
             else:
                 with self._model.disable_adapter():
                     found = self._runner.rows(self._model, inputs, self._reading)
-        return found[self._reading.pooling or self._reading.task]
+        return [_normalised(row, self._reading) for row in found[self._reading.pooling or self._reading.task]]
 
 
 @final
@@ -98,35 +118,45 @@ class GraphVectors(VectorEngine):
     Args:
         arms: Graph and adapter of each arm; the base model is missing if there is only a merged graph.
         reading: How the graph's outputs become vectors.
+
+    Raises:
+        EngineError: A graph without an output that is known.
     """
 
     name = "onnx"
+    distributions = ("onnxruntime", "onnxruntime-gpu")
 
     def __init__(self, arms: Mapping[str, OnnxArm], reading: Reading) -> None:
         from loraover_export.formats.onnx.kinds.base import GraphSession
 
         self.has_base, self._reading = BASE in arms, reading
         self._sessions = {arm: GraphSession(_graph_in(each.graph), "cpu", each.adapter) for arm, each in arms.items()}
+        outputs = self._sessions[ADAPTER].outputs
+        names = (VECTOR, *STATES) if reading.task == "embed" else ("logits",)
+        found = [name for name in names if name in outputs]
+        if not found:
+            shown = ", ".join(outputs)
+            raise EngineError(f"onnx: the graph has the outputs {shown:.200}, expected {' or '.join(names)}.")
+        self._output = found[0]
+        self.not_checked = (PADDING, POOLED_HERE) if self._output in STATES else (PADDING,)
 
     def rows(self, arm: str, inputs: Inputs) -> list[NDArray[np.float64]]:
-        return [self._row(self._sessions[arm], each).double().numpy() for each in inputs]
+        with engine_errors(self.name):
+            return [self._row(self._sessions[arm], each) for each in inputs]
 
-    def _row(self, session: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _row(self, session: Any, inputs: Mapping[str, Tensor]) -> NDArray[np.float64]:
         ids = inputs["input_ids"]
         known = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
-        known["position_ids"] = torch.arange(ids.shape[1])[None]
-        outputs = session.run({**known, **inputs})
-        if self._reading.task != "embed":
-            return self._output(outputs, ("logits",))[0].flatten()
-        found = self._output(outputs, (VECTOR, *STATES))[0]
-        return found if found.ndim == 1 else pooled(found)[str(self._reading.pooling)]
+        known |= {"position_ids": torch.arange(ids.shape[1])[None]} | session.empty_cache(1)
+        found = session.run({**known, **inputs}, (self._output,))[self._output][0].double()
+        if self._output not in STATES:
+            return np.asarray(found.flatten().numpy())
+        return _normalised(pooled(found)[str(self._reading.pooling)].flatten().numpy(), self._reading)
 
-    def _output(self, outputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-        for name in names:
-            if name in outputs:
-                return outputs[name].float()
-        shown = ", ".join(outputs)
-        raise EngineError(f"onnx: the graph has the outputs {shown:.200}, expected {' or '.join(names)}.")
+
+def _normalised(row: NDArray[np.float64], reading: Reading) -> NDArray[np.float64]:
+    """A vector that was pooled here, with the length 1 if the reading says so."""
+    return row / (np.linalg.norm(row) or 1.0) if reading.is_normalised else row
 
 
 def _graph_in(folder: Path) -> Path:
@@ -136,28 +166,33 @@ def _graph_in(folder: Path) -> Path:
     return found
 
 
-def exported_arms(folder: Path, name: str) -> dict[str, OnnxArm]:
+def exported_arms(folder: Path, adapter_name: str, served_name: str | None = None) -> dict[str, OnnxArm]:
     """Arms of an ONNX export, merged or swappable, or of a graph that another tool wrote.
 
     Args:
         folder: Folder of the export.
-        name: Name of the adapter's file beside a swappable graph; the only file there may have another name.
+        adapter_name: Name of the adapter, which its file beside the graph has; the only file may have another one.
+        served_name: Name of the adapter's file in place of that; None if the user gave none.
 
     Raises:
         CheckpointError: No graph in the folder.
-        ConfigError: Adapters beside a swappable graph, none of which has the name.
+        ConfigError: No adapter of that name beside the graph.
     """
     from loraover_export.formats.onnx.report import LAYOUT_FILE
 
-    _graph_in(folder)
-    if not (folder / LAYOUT_FILE).is_file():
+    # Beside a graph that has no LoRA inputs of ours, a safetensors file may hold the weights of a model.
+    is_ours = (folder / LAYOUT_FILE).is_file()
+    places = dict.fromkeys((folder, _graph_in(folder).parent))
+    endings = ("onnx_adapter", "safetensors") if is_ours else ("onnx_adapter",)
+    beside = {path.stem: path for ending in endings for place in places for path in place.glob(f"*.{ending}")}
+    if served_name is None and not beside and not is_ours:
         return {ADAPTER: OnnxArm(folder)}
-    beside = {path.stem: path for ending in ("onnx_adapter", "safetensors") for path in folder.glob(f"*.{ending}")}
-    file = next(iter(beside.values())) if len(beside) == 1 else beside.get(name)
+    is_alone = served_name is None and len(beside) == 1
+    file = next(iter(beside.values())) if is_alone else beside.get(served_name or adapter_name)
     if file is None:
         shown = ", ".join(sorted(beside)) or "none"
         raise ConfigError(
-            f"{folder}: beside the swappable graph are the adapters {shown}, expected {name}; choose with "
-            f"{as_written('served_name')}."
+            f"{folder}: beside the graph are the adapters {shown}, expected {served_name or adapter_name}; choose with "
+            f"{as_written('served_name')}, and leave it out for a graph that has the adapter in its weights."
         )
     return {BASE: OnnxArm(folder), ADAPTER: OnnxArm(folder, file)}

@@ -6,7 +6,7 @@ A graph runs in a `GraphSession` of ONNX Runtime.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from loraover_export.formats.onnx.swappable import lora_feed
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+TYPES = FLOATS | {"tensor(int32)": torch.int32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
 GraphRunner = Callable[["ComparedTokens"], Tensor]
 """Function from `ComparedTokens` to their logits: (batch, tokens, vocabulary), or (batch, labels)."""
 
@@ -209,10 +210,14 @@ class GraphSession:
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise ExportError(f"{graph}: ONNX Runtime cannot load it: {error}") from error
         self.inputs: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
-        self._outputs = [o.name for o in self._session.get_outputs()]
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
 
-    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the graph and return its outputs by name; inputs that the graph lacks are left out.
+    def run(self, feed: Mapping[str, Tensor], wanted: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Run the graph and return its outputs by name.
+
+        Args:
+            feed: Inputs, of which those that the graph lacks are left out; the others get its data types.
+            wanted: Names of the outputs; none means all.
 
         Raises:
             ExportError: ONNX Runtime refuses the inputs.
@@ -220,13 +225,15 @@ class GraphSession:
         options = ort.RunOptions()
         if self._adapter is not None:
             options.add_active_adapter(self._adapter)
-        arrays = {name: tensor.numpy() for name, tensor in feed.items() if name in self.inputs}
-        arrays |= self._lora
+        arrays = {}
+        for name in feed.keys() & self.inputs.keys():
+            arrays[name] = feed[name].to(TYPES.get(self.inputs[name].type, feed[name].dtype)).numpy()
+        names = list(wanted or self.outputs)
         try:
-            outputs = self._session.run(self._outputs, arrays, options)
+            outputs = self._session.run(names, arrays | self._lora, options)
         except Exception as error:  # as above
             raise ExportError(f"ONNX Runtime cannot run the graph: {error}") from error
-        return {name: torch.from_numpy(value) for name, value in zip(self._outputs, outputs, strict=True)}
+        return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
     def empty_cache(self, batch: int, head_size: int = 0) -> dict[str, Tensor]:
         """Return an empty KV cache; `head_size` is used where the graph leaves it free."""
