@@ -119,7 +119,9 @@ def one_reads_for_all(trainer: Any, checkpoint: Path, known: RolloutJudge) -> No
     verify = VerifyRollouts(trainer, merged=False, judge=judge)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer.accelerator), "is_main_process", False)
-        patch.setattr("loraover_serve.rollouts.trl.broadcast_object_list", lambda found: [content])
+        first = [content]  # of the process that reads
+        broadcast = "loraover_serve.rollouts.trl.broadcast_object_list"
+        patch.setattr(broadcast, lambda found: first if found == [None] else found)
         trainer.args.resume_from_checkpoint = str(checkpoint.parent / "elsewhere")
         verify.on_train_begin(trainer.args, TrainerState(global_step=3), TrainerControl())
     assert judge.noise == known.noise
