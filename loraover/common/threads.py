@@ -45,9 +45,14 @@ def one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _blas() -> list[Any]:
-    """Return the libraries by which NumPy multiplies matrices; their threads otherwise spin while they wait."""
-    from threadpoolctl import ThreadpoolController
+    """Return the libraries by which NumPy multiplies matrices, whose threads otherwise spin while they wait.
 
+    None are returned without threadpoolctl, which vLLM's environment lacks; folds of large adapters then take longer.
+    """
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return []
     return [library for library in ThreadpoolController().lib_controllers if library.user_api == "blas"]
 
 
