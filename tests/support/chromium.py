@@ -38,8 +38,9 @@ function long(text) {
   const sentences = text.textContent.trim().split(/(?<=[.!?])\\s+/)
   text.replaceChildren(...sentences.map(each => Object.assign(document.createElement("div"), {textContent: each})))
   const line = parseFloat(getComputedStyle(text).lineHeight)
+  // A verdict is one sentence, with what is right.
   const isPhone = text.ownerDocument.documentElement.clientWidth < 480
-  const most = text.matches(".sentence, .reason") && isPhone ? 4.5 : 2.5  // a verdict is one sentence, with what is right
+  const most = text.matches(".sentence, .reason") && isPhone ? 4.5 : 2.5
   const isLong = each => each.getBoundingClientRect().height > most * line
   return [...text.children].filter(isLong).map(each => each.textContent)
 }
