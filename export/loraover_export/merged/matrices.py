@@ -93,8 +93,7 @@ def _bf16(raw: Bytes, out: Numbers) -> None:
     halves = raw.view("<u2").reshape(out.shape)
     if out.dtype == np.float32 and out.flags.c_contiguous:
         bits = out.view(np.uint32)
-        np.copyto(bits, halves)
-        np.left_shift(bits, np.uint32(16), out=bits)
+        np.left_shift(halves, np.uint32(16), out=bits, dtype=np.uint32)
     else:
         out[...] = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
 

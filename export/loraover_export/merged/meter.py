@@ -28,8 +28,9 @@ SAMPLED = 2**20
 READ_AT_ONCE = 2**20
 """Elements that a thread reads at once."""
 
-ELEMENTS = 2**16
-"""Number of elements that a thread measures at once, so that some ten arrays fit in the processor's cache."""
+ELEMENTS = 2**19
+"""Number of elements that a thread measures at once, some ten arrays of 2 MiB. Of smaller blocks, which stay in a
+processor's own cache, two threads measure fewer than one, since they wait for Python's lock after each operation."""
 
 
 class Meter:
