@@ -32,7 +32,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INNER),
 }
 PIECE = 2**24
-RUNS = 3
+RUNS = 9
 
 
 def make(folder: Path, size: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> None:

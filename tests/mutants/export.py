@@ -57,9 +57,21 @@ EXPORT = (
     ),
     Mutant(
         "merged-excess-forgets-the-target",
-        "excess = squares + 2 * _runs(off, error)",
-        "excess = squares",
+        "by_row = [squares + 2 * _runs(off, error), squares]",
+        "by_row = [squares, squares]",
         Selection("test_inspect_merge.py", "sums_are_those"),
+    ),
+    Mutant(
+        "merged-rows-with-few-differences-are-not-judged",
+        "return found.excess <= share and not self.torn(",
+        "return found.excess <= share or self.torn(",
+        Selection("test_inspect_merge.py", "part_of_a_row"),
+    ),
+    Mutant(
+        "merged-rounding-without-differences-forgets-the-delta",
+        "sums.yy - 2 * c * sums.dy + c * c * sums.dd - found.excess",
+        "sums.yy + c * c * sums.dd - found.excess",
+        Selection("test_inspect_merge.py", "sums_are_those or large_weights_are"),
     ),
     Mutant(
         "merged-rows-stay-interleaved",

@@ -25,11 +25,11 @@ MEAN, LARGEST = 1e-8, 1e9
 SAMPLED = 2**20
 """Number of elements measured in a weight that equals the base model's, to see if a right merge would change it."""
 
-READ_AT_ONCE = 2**20
+READ_AT_ONCE = 2**21
 """Elements that a thread reads at once."""
 
-ELEMENTS = 2**19
-"""Number of elements that a thread measures at once, some ten arrays of 2 MiB. Of smaller blocks, which stay in a
+ELEMENTS = 2**20
+"""Number of elements that a thread measures at once, seven arrays of 4 MiB. Of smaller blocks, which stay in a
 processor's own cache, two threads measure fewer than one, since they wait for Python's lock after each operation."""
 
 
@@ -57,7 +57,7 @@ class Meter:
         """
         total, narrow = Sums(), delta.to(_precision(places, delta))
         work = partial(self._rows, (narrow, delta), hypotheses)
-        at_once = READ_AT_ONCE if share == 1 else ELEMENTS
+        at_once = READ_AT_ONCE if share == 1 else SAMPLED // 16
         runs = [(place, *rows) for place in places for rows in _blocks(place, 0, place.rows, at_once)]
         for sums in self._pool.map(lambda run: work(*run), runs[::share]):
             total.add(sums)
@@ -101,10 +101,10 @@ class Meter:
     ) -> Sums:
         """Return the sums over some common rows; blocks that float32 cannot sum are measured in float64."""
         raws, total = self._read(place, start, stop), Sums()
-        for k, (first, last) in enumerate(_blocks(place, start, stop)):
+        for first, last in _blocks(place, start, stop):
             for delta in deltas:
                 parts = tuple(raw[first - start : last - start] for raw in raws)
-                sums = self._block(delta, hypotheses, place, parts, place.at[0] + first, looks_at_erasure=not k)
+                sums = self._block(delta, hypotheses, place, parts, place.at[0] + first)
                 if math.isfinite(sums.yy + sums.dd + sum(sums.moments) + sums.size):
                     break
             else:
@@ -119,8 +119,6 @@ class Meter:
         place: Overlap,
         parts: Sequence[Bytes],
         at: int,
-        *,
-        looks_at_erasure: bool,
     ) -> Sums:
         """Return the sums over a block, given its bytes in both files and its first row in the module's weight."""
         shape, dtype, room = (len(parts[0]), place.base.shape[1]), delta.left.dtype, self._room()
@@ -139,7 +137,6 @@ class Meter:
                 reach=IMPRECISION**2 * delta.reach(at, at + shape[0]),
                 is_quantised=place.merged.is_quantised,
                 holds_base=holds_base,
-                looks_at_erasure=looks_at_erasure,
                 room=room,
             )
 

@@ -36,9 +36,7 @@ from loraover_export.merged.weights import Weights
 from loraover_export.requests import InspectMergeRequest
 
 MAX_WORKERS = 10
-
-READING = 2
-"""Threads beyond the number of processors, which compute while others wait for the disk."""
+"""Largest number of threads; more than there are processors would wait for one another."""
 
 
 @verb(InspectMergeRequest)
@@ -74,7 +72,7 @@ def inspect_merge(request: InspectMergeRequest) -> InspectMergeReport:
         if isinstance(base, GgufWeights):
             base.check_exact()
         changes = files.enter_context(read_changes(request.adapter, base))
-        pool = files.enter_context(ThreadPoolExecutor(min(MAX_WORKERS, (os.cpu_count() or 1) + READING)))
+        pool = files.enter_context(ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1)))
         meter = Meter(pool, changes.origin)
         modules, norms, used = _measured(changes, base, merged, meter, request)
         beside = Beside(changes, base, merged, meter, used)

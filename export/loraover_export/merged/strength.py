@@ -64,6 +64,9 @@ FAINT = 0.01
 VIA: Mapping[str, Rounding] = {"BF16": nearest_bf16, "F16": nearest_f16}
 """Formats in which mergers may compute sums before they store them in another format."""
 
+SEARCHED = 16
+"""One of so many elements is searched for erasure where sums are in float32."""
+
 FEW = 1 / 8
 """Share of elements that differ, below which these are taken out and summed alone."""
 
@@ -243,7 +246,6 @@ def measure(
     reach: NDArray[np.float64] | None = None,
     is_quantised: bool = False,
     holds_base: bool = False,
-    looks_at_erasure: bool = True,
     room: Room | None = None,
 ) -> Sums:
     """Return the sums over the elements of a block; all arrays have the same shape and dtype.
@@ -258,7 +260,6 @@ def measure(
         reach: Largest |h| of each row for the factor 1, squared; None to leave rows unjudged.
         is_quantised: Whether elements of M share scales.
         holds_base: Whether the format of M has every number of W's.
-        looks_at_erasure: Whether to add up what a right merge erases.
         room: Memory to compute in.
     """
     run = _run_length(base.shape[-1]) if base.dtype == np.float32 and base.size else 0
@@ -274,17 +275,18 @@ def measure(
     absent: Numbers | None = None
     for hypothesis in hypotheses:
         if hypothesis == ABSENT and holds_base:
-            found, written = Explained(sums.yy, off=sums.yy, different=int(np.count_nonzero(change != 0))), base
+            found, written = Explained(sums.yy, off=sums.yy, different=_nonzero(change)), base
             found.torn = 0 if rows is None else rows.torn(ABSENT, yy, yy, 0 * yy)
         else:
-            found, written = _explain(base, merged, delta, nearest, hypothesis, get, rows)
+            found, written = _explain(base, merged, delta, nearest, hypothesis, get, rows, sums)
             found.shift = sums.dy - found.shift
         sums.explained[hypothesis] = found
         if hypothesis == ABSENT:
             absent = written if written is base else written.copy()
-        elif hypothesis == ONCE and absent is not None and looks_at_erasure:
-            kept = np.multiply(delta, written == absent, out=get("off"))
-            sums.erased, sums.erasable = _dot(kept, kept), sums.dd
+        elif hypothesis == ONCE and absent is not None:
+            first = slice(0, len(delta) if base.dtype == np.float64 else -(-len(delta) // SEARCHED))
+            kept = np.multiply(delta[first], written[first] == absent[first], out=get("off")[first])
+            sums.erased, sums.erasable = _dot(kept, kept), float(dd[first].sum())
     return sums
 
 
@@ -304,6 +306,14 @@ class _Rows(NamedTuple):
     unit: float
     run: int
     is_quantised: bool
+
+    def explain(self, hypothesis: Hypothesis, found: Explained, sums: Sums, *by_row: NDArray[np.float64]) -> bool:
+        """Whether the excess, also by rows, is explained by the part of `Sums.allowed` in which P - T does not occur.
+
+        The excess is then below that of the block's share, so that its sum over blocks is explained too.
+        """
+        share = 4 * (IMPRECISION * hypothesis.factor) ** 2 * sums.dd
+        return found.excess <= share and not self.torn(hypothesis, *by_row, np.zeros(len(self.reach)))
 
     def torn(self, hypothesis: Hypothesis, *runs: NDArray[np.float64]) -> int:
         """Count rows, given the excess, the squares of M - P and those of P - T, by runs or by rows."""
@@ -327,9 +337,46 @@ def _explain(
     hypothesis: Hypothesis,
     get: Any,
     rows: _Rows | None,
+    sums: Sums,
 ) -> tuple[Explained, Numbers]:
     """Return the sums of a hypothesis, with <D, M - P> in place of the shift, and P."""
-    found, start, target, written = Explained(), base, get("target"), get("written")
+    found = Explained()
+    target, found.before = _sum(base, delta, hypothesis, get)
+    written = get("written")
+    if nearest is None:
+        np.copyto(written, target)
+    else:
+        nearest(target, written)
+    differs = np.not_equal(
+        merged, written, out=get("differs", dtype=np.bool_)
+    )  # a mask, which NumPy counts ten times as fast as numbers
+    found.different = int(np.count_nonzero(differs))
+    if nearest is None:
+        found.shift = _dot(delta, merged - written) if found.different else 0.0
+        return found, written
+    rows = rows if hypothesis.via is None else None  # what is rounded before has no bound in a single row
+    few = found.different < FEW * base.size
+    by_row = _add_few(found, merged, written, target, delta, np.flatnonzero(differs), rows) if few else []
+    if few and rows is not None and rows.explain(hypothesis, found, sums, *by_row):
+        c = hypothesis.factor
+        found.error = max(0.0, sums.yy - 2 * c * sums.dy + c * c * sums.dd - found.excess)
+        return found, written
+    error = np.subtract(written, target, out=get("error"))
+    errors = _runs(error, error)
+    found.error = float(errors.sum())
+    if not few:
+        off = np.subtract(merged, written, out=get("off"))
+        squares = _runs(off, off)
+        by_row = [squares + 2 * _runs(off, error), squares]
+        found.shift, found.off, found.excess = _dot(delta, off), float(squares.sum()), float(by_row[0].sum())
+    if rows is not None:
+        found.torn = rows.torn(hypothesis, *by_row, errors)
+    return found, written
+
+
+def _sum(base: Numbers, delta: Numbers, hypothesis: Hypothesis, get: Any) -> tuple[Numbers, float]:
+    """Return the sum T of a hypothesis, and the squares of what is rounded before storage."""
+    start, target = base, get("change")  # whose sums are known by now
     if hypothesis.via is not None:
         start = get("start")
         VIA[hypothesis.via](base, start)
@@ -338,42 +385,33 @@ def _explain(
     else:
         np.multiply(delta, base.dtype.type(hypothesis.factor), out=target)
         target += start
-    if hypothesis.via is not None:
-        held = get("held")
-        VIA[hypothesis.via](target, held)
-        target -= held
-        found.before, target = _dot(target, target), held
-    if nearest is None:
-        np.copyto(written, target)
-    else:
-        nearest(target, written)
-    error = np.subtract(written, target, out=get("error"))
-    errors = _runs(error, error)
-    found.error = float(errors.sum())
-    by_row: list[NDArray[Any]] = []
-    differs = np.not_equal(merged, written)  # a mask, which NumPy counts ten times as fast as numbers
-    found.different = int(np.count_nonzero(differs))
-    if not found.different or nearest is None:
-        found.shift = _dot(delta, merged - written) if found.different else 0.0
-        return found, written
-    if found.different < FEW * base.size:
-        at = np.flatnonzero(differs)
-        off, error, delta = (each.reshape(-1)[at].astype(np.float64) for each in (merged, error, delta))
-        off -= written.reshape(-1)[at]
-        squares, excess = off * off, off * (off + 2 * error)
-        found.different = int(np.count_nonzero(excess))  # two numbers may be equally near
-        if rows is not None:
-            at //= base.size // len(rows.reach)
-            by_row = [np.bincount(at, each, len(rows.reach)) for each in (excess, squares)]
-    else:
-        off = np.subtract(merged, written, out=get("off"))
-        squares = _runs(off, off)
-        excess = squares + 2 * _runs(off, error)
-        by_row = [excess, squares]
-    found.shift, found.off, found.excess = _dot(delta, off), float(squares.sum()), float(excess.sum())
-    if rows is not None and hypothesis.via is None:  # what is rounded before has no bound in a single row
-        found.torn = rows.torn(hypothesis, *by_row, errors)
-    return found, written
+    if hypothesis.via is None:
+        return target, 0.0
+    held = get("held")
+    VIA[hypothesis.via](target, held)
+    target -= held
+    return held, _dot(target, target)
+
+
+def _add_few(
+    found: Explained,
+    merged: Numbers,
+    written: Numbers,
+    target: Numbers,
+    delta: Numbers,
+    at: NDArray[np.intp],
+    rows: _Rows | None,
+) -> list[NDArray[Any]]:
+    """Add up the elements in which M is not P, given their indices; return the excess and the squares by row."""
+    m, p, t, d = (each.reshape(-1)[at].astype(np.float64) for each in (merged, written, target, delta))
+    off = m - p
+    squares, excess = off * off, off * (off + 2 * (p - t))
+    found.different = int(np.count_nonzero(excess))  # two numbers may be equally near
+    found.shift, found.off, found.excess = float(d @ off), float(squares.sum()), float(excess.sum())
+    if rows is None:
+        return []
+    row = at // (merged.size // len(rows.reach))
+    return [np.bincount(row, each, len(rows.reach)) for each in (excess, squares)]
 
 
 @cache
@@ -389,6 +427,11 @@ def _runs(one: Numbers, other: Numbers) -> NDArray[np.float64]:
         return one * other
     found: NDArray[np.float64] = np.vecdot(one, other).astype(np.float64)
     return found
+
+
+def _nonzero(numbers: Numbers) -> int:
+    """Count numbers that are not zero; of whole numbers, NumPy counts them several times as fast."""
+    return int(np.count_nonzero(numbers.view(np.uint32 if numbers.dtype == np.float32 else np.uint64)))
 
 
 def _dot(one: Numbers, other: Numbers) -> float:
