@@ -4,11 +4,12 @@
     cd tests && ../.venv/bin/python -m benchmarks.vector_alarms --work DIR record URL NAME BASE REFERENCE ENGINE
     cd tests && ../.venv/bin/python -m benchmarks.vector_alarms --work DIR round ADAPTER MODEL bf16
     cd tests && ../.venv/bin/python -m benchmarks.vector_alarms --work DIR judge ENGINE --resamples 10000
+    cd tests && ../.venv/bin/python -m benchmarks.vector_alarms --work DIR write
 
 `alarms` makes a tiny model of vectors, one of classes and one of scores, lets PyTorch round them to each number format,
 and judges resamples of that. `record` asks a real server that is right for the vectors of a reference, and keeps how
 far both models are off, alone and in mixed batches; `round` lets PyTorch compute in a number format, and its engine has
-the name of that; `judge` judges resamples of either.
+the name of that; `judge` judges resamples of either; `write` puts all counts into the table of docs/verify.md.
 
 A resample draws as many errors with replacement, both models' of one text together, with a sign by chance. Rounded
 weights move an answer alike whenever it is asked for, and rounded arithmetic anew each time: answers in mixed batches
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from loraover.checkpoint.files import REFERENCE_FILE
 from loraover.checkpoint.source import read_source
 from loraover.client.endpoint import Endpoint
+from loraover.common.atomic_output import publish_text
 from loraover.models.load import resolve_model
 from loraover_serve import record_adapter
 from loraover_serve.comparison.rounding import FORMATS
@@ -45,6 +47,7 @@ from loraover_serve.judge.vectors.verdict import judge_vectors
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_recorder import load_recording
 
+from benchmarks.page import replaced
 from support.drawn_vectors import answered
 from support.vector_server import SHOP, save_encoder, save_vector_adapter
 
@@ -58,6 +61,13 @@ FP32 = 1e-6
 """RMS error of a number that is computed in float32, as a share of a vector's RMS number."""
 AS_MUCH = 0.5
 """Size of the errors of arithmetic, as a share of those of weights in the same format."""
+CAPTION = (
+    "Of vectors, classes and scores, `python -m benchmarks.vector_alarms` counts verdicts on drawn answers of right "
+    "and of faulty servers. Models are tiny, and their noise is that of PyTorch with rounded weights, or was recorded "
+    "on vLLM for CPUs; requests are sent alone and in mixed batches. Faults: the base model answers in the adapter's "
+    "place, and a quarter of the answers in mixed batches are the other model's."
+)
+PAGE = Path(__file__).parents[2] / "docs" / "verify.md"
 TASKS: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "vectors": ("FEATURE_EXTRACTION", (), True),
     "classes": ("SEQ_CLS", ("good", "bad", "odd"), False),
@@ -179,16 +189,26 @@ class Kept:
                 file.write(json.dumps(self._lines[-1]) + "\n")
         return (time.perf_counter() - start) / (AT_ONCE * len(parts)) if parts else 0.0
 
+    def totals(self) -> dict[str, dict[str, Counter[str]]]:
+        """Verdicts on each server of each name, over all parts."""
+        total: dict[str, dict[str, Counter[str]]] = {}
+        for line in self._lines:
+            servers = total.setdefault(line["name"], {})
+            for server, counts in line["found"].items():
+                servers.setdefault(server, Counter()).update(counts)
+        return total
+
     def shown(self, name: str) -> Iterator[str]:
         """Lines with the counts of false alarms, of verdicts and of the faults that were found."""
-        total: dict[str, Counter[str]] = {}
-        for line in (line for line in self._lines if line["name"] == name):
-            for server, counts in line["found"].items():
-                total.setdefault(server, Counter()).update(counts)
-        for server, counts in total.items():
-            alarms = sum(n for verdict, n in counts.items() if verdict.startswith("differs"))
-            told = f"{alarms} of {sum(counts.values())} " + ("false alarms" if server == "right" else "found")
+        for server, counts in self.totals()[name].items():
+            alarms, everything = alarms_of(counts)
+            told = f"{alarms} of {everything} " + ("false alarms" if server == "right" else "found")
             yield f"{name}, {server}: {told}; {dict(counts.most_common())}"
+
+
+def alarms_of(verdicts: Counter[str]) -> tuple[int, int]:
+    """The number of verdicts that are alarms, and of all."""
+    return sum(n for verdict, n in verdicts.items() if verdict.startswith("differs")), verdicts.total()
 
 
 def read_vectors(path: Path) -> VectorReference:
@@ -305,6 +325,23 @@ def judge(work: Path, engine: str, resamples: int, served_format: str) -> None:
     kept.count(engine, read_vectors(Path(found["reference"])), Noise(found["errors"]), resamples, served_format)
     for line in kept.shown(engine):
         click.echo(line)
+
+
+@main.command()
+@click.pass_obj
+def write(work: Path) -> None:
+    """Write the table of all counts into docs/verify.md."""
+    lines = ["| answers of | false alarms | inconclusive | base model found | mixed batches found |"]
+    lines.append(f"| --- {'| ---: ' * 4}|")
+    for file in ("alarms.jsonl", "judged.jsonl"):
+        for name, servers in Kept(work / file).totals().items():
+            right = servers["right"]
+            found = [alarms_of(servers[server]) for server in ("right", "as base", "leaks")]
+            told = [f"{alarms:,} of {everything:,}" for alarms, everything in found]
+            told.insert(1, f"{sum(n for verdict, n in right.items() if verdict.startswith('inconclusive')):,}")
+            lines.append(f"| {' | '.join([name, *told])} |")
+    text = "\n".join(["", CAPTION, "", *lines, ""])
+    publish_text(PAGE, replaced(PAGE.read_text(encoding="utf-8"), "vector_alarms", text, PAGE))
 
 
 if __name__ == "__main__":

@@ -273,9 +273,10 @@ def measure(
     sums.unit, sums.run = UNITS[base.dtype], run
     rows = None if reach is None or not base.size else _Rows(reach, _by_row(ww, reach), sums.unit, run, is_quantised)
     absent: Numbers | None = None
+    changed = _nonzero(change) if holds_base else 0  # before its memory is used again
     for hypothesis in hypotheses:
         if hypothesis == ABSENT and holds_base:
-            found, written = Explained(sums.yy, off=sums.yy, different=_nonzero(change)), base
+            found, written = Explained(sums.yy, off=sums.yy, different=changed), base
             found.torn = 0 if rows is None else rows.torn(ABSENT, yy, yy, 0 * yy)
         else:
             found, written = _explain(base, merged, delta, nearest, hypothesis, get, rows, sums)
@@ -347,9 +348,7 @@ def _explain(
         np.copyto(written, target)
     else:
         nearest(target, written)
-    differs = np.not_equal(
-        merged, written, out=get("differs", dtype=np.bool_)
-    )  # a mask, which NumPy counts ten times as fast as numbers
+    differs = np.not_equal(merged, written, out=get("differs", dtype=np.bool_))
     found.different = int(np.count_nonzero(differs))
     if nearest is None:
         found.shift = _dot(delta, merged - written) if found.different else 0.0
@@ -376,7 +375,7 @@ def _explain(
 
 def _sum(base: Numbers, delta: Numbers, hypothesis: Hypothesis, get: Any) -> tuple[Numbers, float]:
     """Return the sum T of a hypothesis, and the squares of what is rounded before storage."""
-    start, target = base, get("change")  # whose sums are known by now
+    start, target = base, get("change")
     if hypothesis.via is not None:
         start = get("start")
         VIA[hypothesis.via](base, start)
