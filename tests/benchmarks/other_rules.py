@@ -180,8 +180,13 @@ def table(engines: Sequence[Recorded]) -> list[str]:
 
 def engines() -> list[Recorded]:
     """Each recorded engine, on the weights that it serves if these were recorded."""
-    known = {each.name: each for each in Recorded.all()} | {each.name: each for each in Recorded.on_served_weights()}
+    known = {each.name: each for each in (*Recorded.all(), *on_served_weights())}
     return [known[name] for name in sorted(known)]
+
+
+def on_served_weights() -> list[Recorded]:
+    """Engines on the weights that they serve, without PyTorch, which would be compared with itself there."""
+    return [each for each in Recorded.on_served_weights() if not each.name.startswith("torch-")]
 
 
 @click.command()
@@ -189,7 +194,7 @@ def engines() -> list[Recorded]:
 def main(write: bool) -> None:
     """Print the table, and write it if asked to."""
     recorded = engines()
-    on_served = {each.name for each in Recorded.on_served_weights()}
+    on_served = {each.name for each in on_served_weights()}
     names = ", ".join(each.name + (" (served weights)" if each.name in on_served else "") for each in recorded)
     caption = (
         f"Means over engines of {RUNS:,} sets of {PROMPTS} prompts each, with the number format declared: {names}. "
