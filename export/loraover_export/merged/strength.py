@@ -65,7 +65,7 @@ VIA: Mapping[str, Rounding] = {"BF16": nearest_bf16, "F16": nearest_f16}
 """Formats in which mergers may compute sums before they store them in another format."""
 
 SEARCHED = 16
-"""One of so many elements is searched for erasure where sums are in float32."""
+"""Number of parts of a block that is measured in float32, of which the first is searched for erasure."""
 
 FEW = 1 / 8
 """Share of elements that differ, below which these are taken out and summed alone."""
@@ -101,7 +101,9 @@ class Explained:
 
     Args:
         excess: X, in squared units of the weight.
-        error: Sum of squares of P - T.
+        error: Sum of squares of P - T, over the blocks in which it is needed to explain the excess.
+        spared: The same over all other blocks, as |M - T|^2 - X, whose terms are known. No verdict depends on it, since
+            float32 leaves an error of up to gamma_k (|M - W| + |c| |D|)^2.
         off: Sum of squares of M - P.
         before: Sum of squares of the rounding before storage.
         shift: <D, P - W>.
@@ -111,6 +113,7 @@ class Explained:
 
     excess: float = 0.0
     error: float = 0.0
+    spared: float = 0.0
     off: float = 0.0
     before: float = 0.0
     shift: float = 0.0
@@ -358,7 +361,7 @@ def _explain(
     by_row = _add_few(found, merged, written, target, delta, np.flatnonzero(differs), rows) if few else []
     if few and rows is not None and rows.explain(hypothesis, found, sums, *by_row):
         c = hypothesis.factor
-        found.error = max(0.0, sums.yy - 2 * c * sums.dy + c * c * sums.dd - found.excess)
+        found.spared = max(0.0, sums.yy - 2 * c * sums.dy + c * c * sums.dd - found.excess)
         return found, written
     error = np.subtract(written, target, out=get("error"))
     errors = _runs(error, error)

@@ -117,7 +117,7 @@ class Judge:
             interval=(s - half, s + half),
             expected=sums.expected(by if by.factor == 1 else ONCE),
             residual=sums.residual / norm,
-            rounding=math.sqrt(sums.explained[by].error) / norm,
+            rounding=math.sqrt(sums.explained[by].error + sums.explained[by].spared) / norm,
             erased=sums.erased / (sums.erasable or 1.0),
             reason=reason,
         )
