@@ -12,8 +12,9 @@ from loraover.common.command_line import run
 from loraover_export.cli import cli
 from loraover_export.formats.onnx.kinds import decoder
 
+from support.builder_forks import ForkedBuilder
 from support.make_checkpoint import Made, make_checkpoint, tree
-from support.onnx_export import OTHER, ForkedBuilder, OnnxMade, export, tiny_base, tiny_lora
+from support.onnx_export import OTHER, OnnxMade, export, tiny_base, tiny_lora
 from support.onnx_export import quick_builder as quick_builder
 from support.refusals import Refused, only_error
 

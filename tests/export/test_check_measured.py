@@ -18,7 +18,8 @@ from loraover.common.errors import ExportError
 from loraover_export import check_adapter
 from loraover_export.formats.onnx.kinds.decoder import build_decoder
 
-from support.onnx_export import ForkedBuilder, tiny_base
+from support.builder_forks import ForkedBuilder
+from support.onnx_export import tiny_base
 from support.onnx_graph import FEEDS, Graph, torch_logits
 from support.tiny_models import fill_b
 from support.vllm_damage import renamed

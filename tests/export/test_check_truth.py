@@ -33,9 +33,10 @@ from loraover_export.formats.onnx.kinds import decoder
 from loraover_serve.vllm.client import VllmServer
 from loraover_serve.vllm.server import VllmServerConfig
 
+from support.builder_forks import ForkedBuilder
 from support.engine_forms import TINY
 from support.make_checkpoint import edit_json, edit_tensors
-from support.onnx_export import LINEAR, ForkedBuilder, tiny_base
+from support.onnx_export import LINEAR, tiny_base
 from support.onnx_graph import Feed, Graph
 from support.vllm_damage import CONFIG, TENSORS, config, name_all, renamed
 from support.vllm_loading import ENABLE_LORA, load_adapter, serving_loader, unload_adapter

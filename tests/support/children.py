@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+STUCK = 240
+"""Seconds after which a child shows where it is and ends: a lock that a thread held at the fork is never free."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Child:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout = sys.stderr = os.fdopen(write, "w", buffering=1)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            faulthandler.dump_traceback_later(STUCK, exit=True, file=sys.stderr)
             prepare()
             code = command()
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import runpy
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +14,10 @@ from torch import Tensor
 
 from loraover.common.command_line import run
 from loraover_export.cli import cli
-from loraover_export.formats.onnx.builder_process import BUILDER
 from loraover_export.formats.onnx.kinds import decoder
 from loraover_export.formats.onnx.report import OnnxReport
 
+from support.builder_forks import ForkedBuilder, server_address
 from support.children import Child
 from support.compatibility import record
 from support.make_checkpoint import Made, lora_model, make_checkpoint, save_tokenizer
@@ -80,9 +73,6 @@ def tiny_lora(base: Path, folder: Path, **lora: Any) -> Any:
     return model
 
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-
-
 def llama_checkpoint(folder: Path, *, base_options: Mapping[str, Any] | None = None, **lora: Any) -> Made:
     """A LoRA-Over checkpoint of a Llama that the builder takes."""
     options = LLAMA | dict(base_options or {})
@@ -113,6 +103,8 @@ def exported_at_once(
     family: str, requests: Mapping[Path, tuple[Sources, Sequence[str]]], *, quick: bool = True
 ) -> list[OnnxReport]:
     """Run several exports at once, each in its own process: torch's exporter uses one core."""
+    if quick:
+        server_address()  # one server for all of them
     children = {
         output: Child(partial(export, sources, output, *options, quick=quick))
         for output, (sources, options) in requests.items()
@@ -218,43 +210,7 @@ def read_report(output: Path) -> OnnxReport:
     return OnnxReport.model_validate_json((output / "onnx_report.json").read_bytes())
 
 
-class ForkedBuilder:
-    """Stand-in of `decoder.BuilderProcess` that runs the builder in a fork, which spares it its imports."""
-
-    def __enter__(self) -> ForkedBuilder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        import_module(BUILDER)  # once, for all forks
-        child = Child(lambda: _run_builder(arguments), prepare=_prepare_fork)
-        try:
-            ended = child.end()
-        except BaseException:
-            os.kill(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-            raise
-        return subprocess.CompletedProcess([BUILDER, *arguments], ended.code, "", ended.output)
-
-
 @pytest.fixture
 def quick_builder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The builder of decoder graphs runs in a fork, which spares each graph 6 s of imports."""
     monkeypatch.setattr(decoder, "BuilderProcess", ForkedBuilder)
-
-
-def _prepare_fork() -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    # A fork holds its parent's locks, which a program that was started anew would not: it must not outlive it.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _run_builder(arguments: Sequence[str]) -> int:
-    sys.argv = [BUILDER, *arguments]
-    try:
-        runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
