@@ -212,6 +212,28 @@ def in_mlx(source: ModelSource, folder: Path) -> Iterator[Answer]:
 
 
 @contextmanager
+def in_openvino(source: ModelSource, folder: Path) -> Iterator[Answer]:
+    """OpenVINO GenAI in the environment of $LORAOVER_OPENVINO, with int4 weights of optimum-intel in groups of 64."""
+    from loraover.adapters.base_weights import folder_of
+    from loraover_export import export_vllm
+    from loraover_serve.engines.openvino import CONVERT, OpenVinoEngine
+
+    scratch = folder / "openvino"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    words = ["export", "openvino", "--task", "text-generation-with-past", "--disable-convert-tokenizer"]
+    words += ["--weight-format", "int4", "--group-size", "64", "--model", str(folder_of(source).resolve())]
+    subprocess.run([str(OpenVinoEngine.python()), "-I", "-c", CONVERT, *words, str(scratch / BASE)], check=True)
+    adapters: dict[str, str | None] = {BASE: None}
+    for arm in ADAPTERS:
+        export_vllm(folder / arm, scratch / arm)
+        adapters[arm] = str(scratch / arm / TENSORS_FILE)
+    arguments = {"model": str(scratch / BASE), "adapters": adapters}
+    with OpenVinoEngine.run(arguments, scratch / "log", PATIENCE_S) as runner:
+        yield OpenVinoEngine(runner, scratch).logprobs
+
+
+@contextmanager
 def in_nf4(source: ModelSource, folder: Path) -> Iterator[Answer]:
     """PyTorch with a base model that bitsandbytes quantises to nf4."""
     engine = torch_engine(
@@ -231,6 +253,7 @@ ENGINES: dict[str, Callable[..., Any]] = {
     "llamacpp-q4-k-m": partial(in_llamacpp, "Q4_K_M"),
     "mlx-int4": in_mlx,
     "onnx-int4": partial(in_onnx, "int4"),
+    "openvino-int4": in_openvino,
     "torch-nf4": in_nf4,
 }
 """The engines, by the names of their files."""
@@ -243,6 +266,7 @@ SERVED = {
     "llamacpp-q4-k-m": "Q4_K_M.gguf",
     "mlx-int4": "mlx/base",
     "onnx-int4": "onnx-int4",
+    "openvino-int4": "openvino/base",
     "torch-nf4": "nf4",
 }
 """Weights of the base model that engines have, in the folder of the recording."""

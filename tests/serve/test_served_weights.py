@@ -44,6 +44,7 @@ from loraover_serve.judge.reference import read_reference
 from benchmarks.verify_noise import quantise
 from support.openai_server import openai_server
 from support.recorded import record
+from support.served_weights import change_config, parameters, save_wide
 from support.verified import Planted, Served, Tensors, plant, save_adapter, save_base
 
 Wide = npt.NDArray[np.float64]
@@ -58,19 +59,6 @@ def scaled(factor: float) -> Planted:
         return {key: factor * t if "lora_B" in key else t for key, t in tensors.items()}
 
     return Planted("", "", {}, change)
-
-
-def save_wide(folder: Path, **options: Any) -> Path:
-    """A tiny Llama whose rows have whole blocks of each format."""
-    return save_base(folder, hidden_size=64, intermediate_size=128, **options)
-
-
-def parameters(where: Path, base: Path) -> dict[str, Tensor]:
-    """Parameters of a base model into which served weights were put."""
-    model = load_model(resolve_model(str(base)))
-    with open_served_weights(where) as weights:
-        weights.put_into(model)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def to_gguf(base: Path, folder: Path, kind: str) -> Path:
@@ -144,11 +132,6 @@ def write_mlx(base: Path, folder: Path, bits: int, group: int = 32) -> tuple[Pat
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, quantization={"group_size": group, "bits": bits})
     return folder, expected
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -414,7 +397,7 @@ def not_a_model(base: Path, folder: Path) -> Path:
 
 def unknown_method(base: Path, folder: Path) -> Path:
     shutil.copytree(base, folder)
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    change_config(folder, quantization_config={"quant_method": "quip", "bits": 4})
     return folder
 
 
@@ -517,7 +500,7 @@ def broken_gguf(base: Path, folder: Path) -> Path:
     [
         (lambda base, folder: folder, "no such file"),
         (not_a_model, "config.json"),
-        (unknown_method, "quantised by 'gptq', which is not read"),
+        (unknown_method, "quantised by 'quip', which is not read"),
         (with_nan, "q_proj.weight holds NaN"),
         (without_a_matrix, "holds no tensor for model.layers.0.self_attn.q_proj.weight"),
         (with_one_more, "q_proj.bias belongs to no parameter"),

@@ -179,10 +179,53 @@ class Awq(Quantiser):
         return found
 
 
+@final
+class Gptq(Quantiser):
+    """GPTQ's whole numbers less a zero point, times a scale, for groups of columns that `g_idx` may mix.
+
+    Source: `QuantLinear` of AutoGPTQ and GPTQModel. The layout "gptq" stores zero points less 1, "gptq_v2" as they are.
+    """
+
+    markers = ("qweight",)
+
+    def __init__(self, where: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(where, settings)
+        bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
+        if bits not in (2, 4, 8) or layout not in GPTQ_ADDED:
+            raise ConfigError(
+                f"{where}: GPTQ with {bits!r:.20} bits in the layout {layout!r:.80}; 2, 4 and 8 bits in gptq and "
+                "gptq_v2 are read."
+            )
+        self._bits, self._added = int(bits), GPTQ_ADDED[layout]
+        self.format = f"GPTQ int{bits}"
+
+    def dequantise(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
+        numbers = self._unpacked(parts["qweight"].T).T.float()
+        scales, zeros = parts["scales"].float(), self._unpacked(parts["qzeros"]).float() + self._added
+        if zeros.max() == 2**self._bits:
+            raise ConfigError(
+                f"{self.where}: {path} has zero points of {2**self._bits}, which engines read in two ways; quantise "
+                "the model again in the layout gptq_v2."
+            )
+        group = parts.get("g_idx", torch.arange(len(numbers)) // (len(numbers) // len(scales))).long()
+        found: Tensor = ((numbers - zeros[group]) * scales[group]).T.contiguous()
+        return found
+
+    def _unpacked(self, words: Tensor) -> Tensor:
+        """Numbers (rows, columns * 32 / bits) of words (rows, columns), the lowest bits first."""
+        shifts = torch.arange(0, 32, self._bits, dtype=torch.int32)
+        found: Tensor = ((words[..., None] >> shifts) & (2**self._bits - 1)).flatten(-2)
+        return found
+
+
+GPTQ_ADDED = {"gptq": 1, "gptq_v2": 0}
+"""Number that is added to stored zero points, by `checkpoint_format`."""
+
 QUANTISERS: dict[str, type[Quantiser]] = {
     "awq": Awq,
     "bitsandbytes": BitsAndBytes,
     "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
     "mlx": Mlx,
 }
 """Methods that are read, by their names in `quantization_config`."""

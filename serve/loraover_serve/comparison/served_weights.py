@@ -102,7 +102,7 @@ class ServedWeights:
             if not is_held:
                 raise ConfigError(
                     f"{self.where}: holds no tensor for {alike[0]}, which the base model has; name weights of this "
-                    "model, in one of the formats that docs/verify.md lists."
+                    "model, in one of the formats that docs/how-to/check-a-server.md lists."
                 )
         if unused := self.file.unused(parameters):
             raise ConfigError(
@@ -139,8 +139,8 @@ def open_served_weights(where: Path) -> Iterator[ServedWeights]:
     """Open weights that a server has.
 
     Args:
-        where: GGUF file, folder of safetensors files (plain, or quantised by AWQ, bitsandbytes, compressed-tensors or
-            MLX), or ONNX graph or its folder.
+        where: GGUF file, folder of safetensors files (plain, or quantised by AWQ, bitsandbytes, compressed-tensors, GPTQ or
+            MLX), or ONNX graph or model of OpenVINO, or the folder of one.
 
     Raises:
         ConfigError: Weights in a format that is not read, or whose library is not installed.

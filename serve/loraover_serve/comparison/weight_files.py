@@ -1,4 +1,4 @@
-"""Files of served weights: GGUF files, folders of safetensors files, and ONNX graphs, read by their libraries."""
+"""Files of served weights: GGUF files, folders of safetensors files, ONNX graphs, and models of OpenVINO."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from loraover_export.merged.gguf import GgufRows, GgufWeights, is_gguf
 from loraover_export.merged.matrices import StoredMatrix
 from loraover_export.merged.weights import BUFFERS, EXPERT_PARTS, HEAD, STACK
 from loraover_serve.comparison.onnx_weights import GRAPH, OnnxGraph
+from loraover_serve.comparison.openvino_weights import MODEL as OPENVINO
+from loraover_serve.comparison.openvino_weights import OpenVinoModel
 from loraover_serve.comparison.quantisers import QUANTISERS, Quantiser
 
 
@@ -278,21 +280,50 @@ class OnnxFile(WeightFile):
         if found is None:
             return None
         tensor = torch.from_numpy(np.array(found))
-        return tensor - self._added(name, tensor) if name.endswith("norm.weight") else tensor
+        return as_in_file(self._graph.path, name, tensor, self._parameters[name])
 
-    def _added(self, name: str, stored: Tensor) -> float:
-        """Number that the builder has added to a norm, such as Gemma's: 0 or 1, which the base model shows."""
-        own = self._parameters[name].detach().float().cpu()
-        if own.shape != stored.shape:
-            return 0.0  # the caller refuses it
-        found = float((stored - own).median())
-        added = next((each for each in (0.0, 1.0) if abs(found - each) < NEAR), None)
-        if added is None:
-            raise ConfigError(
-                f"{self._graph.path}: {name} is off by {found:.3g} from the base model's, expected 0, or 1 for "
-                "families whose norms lack it; name weights of this model."
-            )
-        return added
+
+class OpenVinoFile(WeightFile):
+    """A model of OpenVINO, as optimum-intel exports them."""
+
+    def __init__(self, path: Path) -> None:
+        with as_broken(str(path)):
+            self._model = OpenVinoModel(path)
+        self.paths, self.format = self._model.files, self._model.format
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def read(self, name: str) -> Tensor | None:
+        found, own = self._model.read(name), self._parameters[name]
+        if found is None:
+            return own.detach().float() if _changes_nothing(name, own) else None
+        return as_in_file(self._model.path, name, found, own)
+
+    def unused(self, names: Collection[str]) -> list[str]:
+        return sorted(name for name in self._model.names() - {*names} if not name.endswith(BUFFERS))
+
+
+def _changes_nothing(name: str, parameter: Tensor) -> bool:
+    """Whether exporters leave the operation out that reads a parameter: a bias of zeros, or a norm's factors of 1."""
+    values = {*parameter.tolist()} if parameter.dim() == 1 else set()
+    return values == {0.0} if name.endswith(".bias") else name.endswith("norm.weight") and values in ({0.0}, {1.0})
+
+
+def as_in_file(path: Path, name: str, stored: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor of a graph without the 1 that families such as Gemma add to norms, which the base model shows."""
+    own = parameter.detach().float().cpu()
+    if not name.endswith("norm.weight") or own.shape != stored.shape:
+        return stored  # the caller refuses another shape
+    found = float((stored - own).median())
+    added = next((each for each in (0.0, 1.0) if abs(found - each) < NEAR), None)
+    if added is None:
+        raise ConfigError(
+            f"{path}: {name} is off by {found:.3g} from the base model's, expected 0, or 1 for families whose norms "
+            "lack it; name weights of this model."
+        )
+    return stored - added
 
 
 NEAR = 0.25
@@ -336,6 +367,11 @@ def open_weight_file(where: Path, files: ExitStack) -> WeightFile:
     graph = where / GRAPH if where.is_dir() else where
     if graph.suffix == ".onnx" and graph.is_file():
         return OnnxFile(graph)
+    graph = where / OPENVINO if where.is_dir() else where
+    if graph.suffix == ".xml" and graph.is_file():
+        return OpenVinoFile(graph)
     if where.is_dir():
         return Folder(where, files)
-    raise ConfigError(f"{where}: neither a GGUF file, an ONNX graph nor a folder of a model; others are not read.")
+    raise ConfigError(
+        f"{where}: no GGUF file, ONNX graph, model of OpenVINO (.xml) or folder of a model; others are not read."
+    )
