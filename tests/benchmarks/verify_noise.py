@@ -91,14 +91,14 @@ def likeliest(rows: Rows) -> dict[int, Row]:
 
 
 @contextmanager
-def in_vllm(source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_vllm(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """The vLLM in $LORAOVER_VLLM, in bfloat16."""
     from loraover_serve.vllm.serve import serve_adapters
 
     from support.vllm_command import vllm_command
 
     options = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "128"]
-    served = [folder / arm for arm in ADAPTERS]
+    served = [folder / arm for arm in arms]
     log = folder / "vllm.log"
     with serve_adapters(served, model=source.location, vllm=vllm_command(), log=log, options=options) as server:
         base = next(name for name in server.models() if name not in server.names)
@@ -108,7 +108,7 @@ def in_vllm(source: ModelSource, folder: Path) -> Iterator[Answer]:
 
 
 @contextmanager
-def in_torch(name: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_torch(name: str, source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """PyTorch with the base model's weights in a coarser number format."""
 
     def load() -> Any:
@@ -118,11 +118,11 @@ def in_torch(name: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
         return model
 
     load().save_pretrained(folder / name)
-    yield torch_engine(load, {arm: folder / arm for arm in ADAPTERS}, None).logprobs
+    yield torch_engine(load, {arm: folder / arm for arm in arms}, None).logprobs
 
 
 @contextmanager
-def in_llamacpp(kind: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_llamacpp(kind: str, source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """llama.cpp with a base model whose matrices are quantised by gguf-py."""
     from loraover_export import export_gguf
     from loraover_export.formats.gguf.base import write_base
@@ -131,13 +131,13 @@ def in_llamacpp(kind: str, source: ModelSource, folder: Path) -> Iterator[Answer
     exact, base = folder / "exact.gguf", folder / f"{kind}.gguf"
     if not exact.exists():
         write_base(load_model(source), exact)
-        for arm in ADAPTERS:
+        for arm in arms:
             export_gguf(folder / arm, folder / f"{arm}.gguf", model=source.name)
     quantise(exact, base, kind)
     with ExitStack() as stack:
         running = {
             arm: stack.enter_context(LlamaCppModel(base, None if arm == BASE else folder / f"{arm}.gguf", threads=2))
-            for arm in (BASE, *ADAPTERS)
+            for arm in (BASE, *arms)
         }
 
         def answer(arm: str, models: TorchModels) -> Rows:
@@ -179,21 +179,20 @@ def quantise(exact: Path, output: Path, kind: str) -> None:
 
 
 @contextmanager
-def in_onnx(precision: str, source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_onnx(precision: str, source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """ONNX Runtime with a swappable graph in fp32, or with matrices that are rounded to int4."""
     from loraover_export import export_onnx
     from loraover_serve.engines.onnx import OnnxArm, OnnxEngine
 
-    graph, names = folder / f"onnx-{precision}", ADAPTERS
-    paths = [folder / arm for arm in names]
+    graph, paths = folder / f"onnx-{precision}", [folder / arm for arm in arms]
     if not graph.exists():
-        export_onnx(paths, graph, mode="swappable", model=source.name, names=names, precision=precision, check=False)
-    arms = {BASE: OnnxArm(graph)} | {name: OnnxArm(graph, graph / f"{name}.onnx_adapter") for name in names}
-    yield OnnxEngine("onnx", arms).logprobs
+        export_onnx(paths, graph, mode="swappable", model=source.name, names=arms, precision=precision, check=False)
+    served = {BASE: OnnxArm(graph)} | {name: OnnxArm(graph, graph / f"{name}.onnx_adapter") for name in arms}
+    yield OnnxEngine("onnx", served).logprobs
 
 
 @contextmanager
-def in_mlx(source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_mlx(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """mlx-lm in the environment of $LORAOVER_MLX, with a base model that its converter quantises to 4 bits."""
     from loraover.adapters.base_weights import folder_of
     from loraover_export.formats.mlx import export_mlx
@@ -204,15 +203,15 @@ def in_mlx(source: ModelSource, folder: Path) -> Iterator[Answer]:
     scratch.mkdir()
     words = ["-m", "mlx_lm", "convert", "-q", "--q-bits", "4", "--hf-path", str(folder_of(source))]
     subprocess.run([str(MlxEngine.python()), *words, "--mlx-path", str(scratch / BASE)], check=True)
-    made = [export_mlx(folder / arm, scratch / arm, model=source.location) for arm in ADAPTERS]
-    adapters = {BASE: None} | {arm: str(scratch / arm) for arm in ADAPTERS}
+    made = [export_mlx(folder / arm, scratch / arm, model=source.location) for arm in arms]
+    adapters = {BASE: None} | {arm: str(scratch / arm) for arm in arms}
     arguments = {"model": str(scratch / BASE), "settings": made[0].lost_settings, "adapters": adapters}
     with MlxEngine.run(arguments, scratch / "log", PATIENCE_S) as runner:
         yield MlxEngine(runner, scratch).logprobs
 
 
 @contextmanager
-def in_openvino(source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_openvino(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """OpenVINO GenAI in the environment of $LORAOVER_OPENVINO, with int4 weights of optimum-intel in groups of 64."""
     from loraover.adapters.base_weights import folder_of
     from loraover_export import export_vllm
@@ -225,7 +224,7 @@ def in_openvino(source: ModelSource, folder: Path) -> Iterator[Answer]:
     words += ["--weight-format", "int4", "--group-size", "64", "--model", str(folder_of(source).resolve())]
     subprocess.run([str(OpenVinoEngine.python()), "-I", "-c", CONVERT, *words, str(scratch / BASE)], check=True)
     adapters: dict[str, str | None] = {BASE: None}
-    for arm in ADAPTERS:
+    for arm in arms:
         export_vllm(folder / arm, scratch / arm)
         adapters[arm] = str(scratch / arm / TENSORS_FILE)
     arguments = {"model": str(scratch / BASE), "adapters": adapters}
@@ -234,10 +233,10 @@ def in_openvino(source: ModelSource, folder: Path) -> Iterator[Answer]:
 
 
 @contextmanager
-def in_nf4(source: ModelSource, folder: Path) -> Iterator[Answer]:
+def in_nf4(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
     """PyTorch with a base model that bitsandbytes quantises to nf4."""
     engine = torch_engine(
-        lambda: load_model(source, quantization="nf4", device="cpu"), {arm: folder / arm for arm in ADAPTERS}, None
+        lambda: load_model(source, quantization="nf4", device="cpu"), {arm: folder / arm for arm in arms}, None
     )
     load_model(source, quantization="nf4", device="cpu").save_pretrained(folder / "nf4")
     yield engine.logprobs
@@ -273,15 +272,31 @@ SERVED = {
 
 
 class Subject:
-    """The adapter in PyTorch, as the judge of verify has it."""
+    """An adapter in PyTorch, as the judge of verify has it.
+
+    Args:
+        folder: The adapter.
+        asked: Token ids of each prompt.
+        weights: Weights of the base model that the engine has; None: those of the base model.
+        steps: Positions of each answer.
+        kept: Tokens that are kept of each position.
+    """
 
     def __init__(
-        self, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]], weights: Path | None = None
+        self,
+        source: ModelSource,
+        folder: Path,
+        asked: Sequence[tuple[int, ...]],
+        weights: Path | None = None,
+        *,
+        steps: int = NEW_TOKENS,
+        kept: int = KEPT,
     ) -> None:
-        adapter = read_source(folder / ADAPTER)
+        adapter = read_source(folder)
         how: dict[str, Any] = {"subject": make_subject(adapter, source)}
         with open_if_given(weights) as served:
-            self.models = make_models(adapter, source, asked, NEW_TOKENS, "cpu", SILENT, weights=served, **how)
+            self.models = make_models(adapter, source, asked, steps, "cpu", SILENT, weights=served, **how)
+        self._shape = (len(asked), steps, kept)
 
     def kept(self, answers: Mapping[str, Rows]) -> dict[str, Any]:
         """What is kept of an engine's answers.
@@ -293,9 +308,8 @@ class Subject:
             stands where fewer tokens are among the 20 likeliest of all arms. And the judge's own numbers:
             `number_format`, its `bias` and `sensitivity`.
         """
-        shape = (len(self.models.questions), NEW_TOKENS, KEPT)
-        names = ("likely", "effect", *ARMS)
-        found: dict[str, Any] = {name: np.full(shape, np.nan, dtype=np.float16) for name in names}
+        names = ("likely", "effect", *answers)
+        found: dict[str, Any] = {name: np.full(self._shape, np.nan, dtype=np.float16) for name in names}
         for place, (index, step) in enumerate(self.models.places):
             if step >= 0:
                 told = self._told(place, {arm: rows[place] for arm, rows in answers.items()})
@@ -309,7 +323,7 @@ class Subject:
         """The arrays' values at one place."""
         shared = set.intersection(*({*row} for row in rows.values()))
         expected = {arm: self.models.expected[arm].at(*self.models.position(place)) for arm in (BASE, ADAPTER)}
-        ids = [id_ for id_ in np.argsort(-expected[ADAPTER]).tolist() if id_ in shared][:KEPT]
+        ids = [id_ for id_ in np.argsort(-expected[ADAPTER]).tolist() if id_ in shared][: self._shape[-1]]
         base, right = (expected[arm][ids].astype(np.float64) for arm in (BASE, ADAPTER))
         told = {"likely": base, "effect": right - base}
         for arm, row in rows.items():
@@ -333,11 +347,11 @@ def main(only: Sequence[str], work: Path | None, served: bool) -> None:
         folder.mkdir(exist_ok=True)
         if not (folder / "strong").exists():
             make_adapters(source, folder, [f"{each['question']}\n{each['answer']}" for each in problems])
-        subject = None if served else Subject(source, folder, asked)
+        subject = None if served else Subject(source, folder / ADAPTER, asked)
         output = NOISE / "served" if served else NOISE
         for name in only or (SERVED if served else ENGINES):
             with ENGINES[name](source, folder) as answer:
-                mine = subject or Subject(source, folder, asked, folder / SERVED[name])
+                mine = subject or Subject(source, folder / ADAPTER, asked, folder / SERVED[name])
                 answers = {arm: likeliest(answer(BASE if arm == AGAIN else arm, mine.models)) for arm in ARMS}
             output.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(output / f"{name}.npz", **mine.kept(answers))
