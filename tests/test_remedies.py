@@ -230,7 +230,7 @@ REMEDIES: dict[str, list[Callable[[Path], Case]]] = {
 }
 """Cases of each message that names a command, by the part of the message that names it."""
 
-COMPLETE = "write it for vLLM and serve that: "
+COMPLETE = "export the adapter for vLLM and serve the exported folder: "
 """Beginning of a remedy whose command is complete, so that no literal holds it."""
 
 FACTS = (

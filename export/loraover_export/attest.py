@@ -57,7 +57,7 @@ OTHERS = (STATEMENT_FILE, SIGNATURE_FILE, "README.md")
 UNCHECKED = "other files"
 """Name of the test that warns of files which no certificate and no reference covers."""
 
-NOT_A_FILE = "neither a file nor a folder, but a link to a folder or to nothing, a pipe or a device"
+NOT_A_FILE = "not a regular file, but a link to a folder, a broken link, a pipe or a device"
 
 KEYS = "expected an elliptic-curve key (P-256, P-384 or P-521)"
 
@@ -143,7 +143,7 @@ def show_report(report: AttestReport, request: AttestRequest, console: Console) 
         print_line(console, fault, "red")
     if not report.faults:
         signed = "; the signature holds" if report.is_signed else "; no key was given to verify a signature"
-        print_line(console, f"all files are as {report.path} has them{signed}", "green")
+        print_line(console, f"all files match {report.path}{signed}", "green")
 
 
 class AnyCertificate(BaseModel):
@@ -182,7 +182,8 @@ def attest_adapter(request: AttestRequest) -> AttestReport:
         )
     if signed.exists() and not request.force:
         raise OutputError(
-            f"{signed} exists, and a new file in the folder would end its validity; attest a copy of the folder, or "
+            f"{signed} exists, and a new file in the folder would make this signature invalid; attest a copy of the "
+            "folder, or "
             f"replace the signature with {request.named('force')}."
         )
     signer, variable = None, request.password_variable
@@ -291,8 +292,8 @@ def differences(attested: Statement, adapter: Path) -> Iterator[str]:
         return
     if made != attested:
         yield (
-            f"{STATEMENT_FILE} says {attested.predicate.result}, and differs from what the certificates beside it say, "
-            f"which is {made.predicate.result}"
+            f"{STATEMENT_FILE} says {attested.predicate.result}, but the certificates beside it say "
+            f"{made.predicate.result}"
         )
 
 
@@ -301,7 +302,9 @@ def _listed(adapter: Path) -> Listing:
     try:
         files, others = list_folder(adapter)
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: not a folder that can be read; name that of an adapter.") from error
+        raise CheckpointError(
+            f"{error.filename}: not a folder that can be read; name the folder of an adapter."
+        ) from error
     return Listing({name: path for name, path in files.items() if name not in OTHERS}, others)
 
 

@@ -37,7 +37,7 @@ LEFT_BEHIND = (*WEIGHTS, "adapter_config.json", "_certificate.json", "attestatio
 Statements and signatures are of the base model's own files."""
 REPLACED = (CONFIG, "README.md", ".gitattributes")
 
-UNQUANTISED = "merge into the unquantised model that it was made from, and quantise the result"
+UNQUANTISED = "merge into the unquantised base model, and quantise the result"
 
 
 class _BaseConfig(BaseModel):

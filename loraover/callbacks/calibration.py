@@ -35,11 +35,10 @@ def calibration_batches(dataloader: Any, count: int, seed: int, device: Any) -> 
                 again = list(islice(iter(dataset), 1))
             if not _same(rows[:1], again):
                 raise ConfigError(
-                    f"the training data, a {type(dataset).__name__}: the model is run on its first {len(rows)} rows "
-                    "before training, and a second pass does not begin with the row that the first began with, so "
-                    "training would get other rows. Use a stream whose every pass begins anew in the same order, or a "
-                    "data set with a length and an index; or choose a schedule and options that do not run the model "
-                    "beforehand."
+                    f"the training data, a {type(dataset).__name__}: calibration reads its first {len(rows)} rows "
+                    "before training, but a second pass over the data begins with another row, so training would get "
+                    "other rows. Use a stream that gives the same rows in the same order in every pass, or a data set "
+                    "with a length and an index; or choose a schedule and options that need no calibration."
                 )
         batches = [dataloader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
     return [send_to_device(batch, device) for batch in batches]

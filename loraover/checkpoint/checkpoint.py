@@ -248,9 +248,11 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
 def _check_layout(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless the files hold the matrix and all cores of every site, in the right shapes."""
     if len(checkpoint.sites) != len(checkpoint.meta.sites):
-        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: one is listed twice.")
+        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: a site is listed twice.")
     if not checkpoint.sites and checkpoint.meta.config.schedule != "dynamic":
-        raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: none; only a dynamic schedule may have none.")
+        raise CheckpointError(
+            f"{checkpoint.path / META_FILE}: sites is empty; only a dynamic schedule may have no sites."
+        )
     with open_tensors(checkpoint.cores_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}
     for site in checkpoint.meta.sites:
@@ -273,7 +275,7 @@ def _check_layout(checkpoint: Checkpoint) -> None:
             elif (owner.m, owner.n, owner.step) != (site.m, site.n, site.step):
                 reason = f"{name} has another shape or step"
             elif owner.shares.get(k) != name:
-                reason = f"{name} does not hold it itself"
+                reason = f"{name} does not store core {k} itself"
             else:
                 continue
             raise CheckpointError(f"{checkpoint.path / META_FILE}: {site.name}: shares: {reason}; the file is damaged.")

@@ -80,8 +80,8 @@ def match_path(form: str, entry: str, path: str) -> Mapping[str, str | None] | N
     answer = _ask(pattern, is_all, path)
     if answer is None:
         raise SlowPatternError(
-            f"the pattern {entry!r:.200} of {CONFIG_FILE} takes more than {LIMIT_S:g} s to be matched with module "
-            f"names such as {path!r:.200}, also in PEFT; write it without repetitions in each other."
+            f"the pattern {entry!r:.200} of {CONFIG_FILE} takes more than {LIMIT_S:g} s to match module names "
+            f"such as {path!r:.200}, in PEFT too; write it without nested repetitions."
         )
     found_groups: Mapping[str, str | None] | None = json.loads(answer)
     return found_groups

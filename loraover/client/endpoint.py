@@ -388,8 +388,8 @@ def _secret(host: str, variable: str) -> str:
     found = os.environ.get(variable, "").strip()
     if not found:
         raise ConfigError(  # the name is not shown: it may be the key itself
-            f"the key of {host}: no environment variable of the name that was given is set; give the variable's name, "
-            "not the key."
+            f"the key of {host}: the given name is not that of an environment variable that is set; give the name of "
+            "the variable, not the key itself."
         )
     if not found.isascii() or not found.isprintable():
         raise ConfigError(f"the key of {host}: holds characters that no header can carry.")

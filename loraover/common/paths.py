@@ -89,7 +89,7 @@ def kind_of(path: str | Path) -> Literal["file", "folder"] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
         return None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be looked at: {error.strerror or error}; check the path.") from error
+        raise ConfigError(f"{path}: cannot be accessed: {error.strerror or error}; check the path.") from error
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else None
 
 

@@ -258,7 +258,8 @@ def _launched(size: str, rank: str) -> Ranks:
         return Ranks(number, count, PrefixStore(name_of_start(ours, number, count), ours))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"WORLD_SIZE is {size}, so that this is one of {size} processes, and they do not find each other: {error}. "
+            f"WORLD_SIZE is {size}, so this is one of {size} processes, but they cannot connect to each other: "
+            f"{error}. "
             "Start the run with torchrun or accelerate launch, or unset WORLD_SIZE."
         ) from error
 
@@ -286,4 +287,4 @@ def name_of_start(store: Any, rank: int, size: int) -> str:
             if said("begun") == all_words:
                 return all_words
         time.sleep(POLL_S)
-    raise RuntimeError(f"one of them has not come within {MEETING_S} s")
+    raise RuntimeError(f"a process did not connect within {MEETING_S} s")

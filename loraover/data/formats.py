@@ -216,7 +216,9 @@ def _examples(example: Row, system: Any, template: str, form: RowForm, where: st
         taken |= as_chat(texts) if form.chat else {"prompt": template.format(texts["prompt"])}
     options = [name for name in ("tools", "chat_template_kwargs") if taken.get(name) and not form.keeps_all]
     if options and all(isinstance(taken[name], str) for name in texts):
-        raise DataError(f"{where}: has {options[0]}, which chat messages alone can have; this run learns it as text.")
+        raise DataError(
+            f"{where}: has {options[0]}, which only chat messages can have; this run learns the row as text."
+        )
     is_said = isinstance(system, str) or not form.keeps_all  # a column of a reward may be anything
     if is_said and system not in (None, "") and str(system).strip() and {*CHATS} & columns:
         taken = _after(_text({SYSTEM: system}, SYSTEM, where), taken, where)
@@ -270,7 +272,8 @@ def _check_texts(taken: Row, where: str) -> None:
     for name in taken.keys() - {"prompt"}:
         if isinstance(taken[name], list) and any(message.get("weight") == 0 for message in taken[name]):
             raise DataError(
-                f"{where}: a message of {name} has the weight 0, and all of them would be learned. Remove it, or learn "
+                f"{where}: a message of {name} has the weight 0, but this run would learn all messages. Remove the "
+                "message, or learn "
                 "the turns of messages one by one, without training.assistant_only_loss."
             )
 
@@ -449,7 +452,7 @@ def check_encodes(text: str, name: str, where: str) -> None:
     except UnicodeEncodeError as error:
         half = text[error.start]
         raise DataError(
-            f"{where}: field {name!r} holds {half!a}, half a character; correct or leave out the row."
+            f"{where}: field {name!r} holds the lone surrogate {half!a}; correct or leave out the row."
         ) from error
 
 

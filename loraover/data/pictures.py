@@ -91,7 +91,8 @@ def placed(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     first = next((message for message in asked if message["role"] == "user"), None)
     if images and first is None:
         raise DataError(
-            f"{where}: a row with images needs chat messages, one of them the user's; and no data.chat: false."
+            f"{where}: a row with images needs chat messages, at least one of the role user, and data.chat must not be "
+            "false."
         )
     if first is not None and not places(asked):
         first["content"] = [{"type": "image"} for _ in images] + first["content"]

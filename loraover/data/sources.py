@@ -244,8 +244,9 @@ def read_raw(
         name, bracket, _ = split.partition("[")
         if bracket:
             raise DataError(
-                f"{source}: is one file, from which the slice {split!r} is not taken. To read the complete file, set "
-                f"the split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and name that."
+                f"{source}: is one file, and slices such as {split!r} are taken from folders only. To read the whole "
+                f"file, set the split to {name!r}; to take the slice, put the file into a folder as {name}.jsonl and "
+                "name the folder."
             )
         return RawRows(_read_file(path), f"file {path.name}", folder=path.parent)
     if kind == "folder":

@@ -111,9 +111,9 @@ def measured_bases(
     largest = decomposition.bases.rule.block
     if any(site.part is not None for site in chosen):
         raise ConfigError(
-            "bases from calibration are measured on a layer's inputs, and the module of several experts is one layer; "
-            "leave its sites out, or give eigen the options {short: gradient, long: gradient}, or none in place of "
-            "gradient if the optimizer's state cannot be turned."
+            "bases from calibration are measured on a layer's inputs, and a module of several experts is a single "
+            "layer; leave out the sites of experts, or give eigen the options {short: gradient, long: gradient}, or "
+            "none in place of gradient if the optimizer's state cannot be turned."
         )
     pairs: dict[tuple[str, str], dict[str, Site]] = {}
     for site in everything.values():

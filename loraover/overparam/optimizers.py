@@ -76,8 +76,9 @@ def check_outermost(optimizer: Optimizer) -> None:
 
 def _wrapper(kind: str, inner: str) -> str:
     return (
-        f"attach: {kind} cannot be used: it changes parameters around the steps of another optimizer ({inner}), when "
-        f"that one does not hold the cores. Train with {inner} alone, or another optimizer that steps by itself."
+        f"attach: {kind} cannot be used: it changes parameters before or after the steps of another optimizer "
+        f"({inner}), when {inner} does not hold the cores. Train with {inner} alone, or another optimizer that steps "
+        "by itself."
     )
 
 

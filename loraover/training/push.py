@@ -51,8 +51,8 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
         )
     if not needs_base:
         raise ConfigError(
-            f"push_model is {recipe.push_model!r}, but only an adapter that is trained on a stand-in and pushed takes "
-            f"it; this run trains on {trained.origin}. Leave it out."
+            f"push_model is {recipe.push_model!r}, but it is only for an adapter that is trained on a stand-in and "
+            f"pushed; this run trains on {trained.origin}. Leave it out."
         )
     moved = move([trained.name], resolve_model(recipe.push_model), say)
     if moved.moved is None:

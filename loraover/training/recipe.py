@@ -51,7 +51,10 @@ class Recipe(MethodKeys):
     @model_validator(mode="after")
     def _has_rewards(self) -> Recipe:
         if (self.trainer == "grpo") != bool(self.reward_funcs):
-            raise ValueError("trainer grpo needs reward_funcs, such as [think_format_reward], and no other takes them")
+            raise ValueError(
+                "trainer grpo needs reward_funcs, such as [think_format_reward], and no other trainer "
+                "takes reward_funcs"
+            )
         if self.trainer in HAS_REFERENCE and self.lora.init_lora_weights is not True:
             start = self.lora.init_lora_weights
             if not (isinstance(start, str) and start.lower() in KEPT_BASE):
@@ -76,7 +79,8 @@ class Recipe(MethodKeys):
         if self.verify_rollouts and not (self.training.model_extra or {}).get("use_vllm"):
             raise ValueError(
                 f"verify_rollouts judges an engine that samples, and trainer {self.trainer or 'sft'} has none here; "
-                "use trainer grpo with training.use_vllm true, and vllm_mode server or colocate, or leave it out"
+                "use trainer grpo with training.use_vllm true, and vllm_mode server or colocate, or leave out "
+                "verify_rollouts"
             )
         if self.verify_rollouts and self.method == "full":
             raise ValueError("verify_rollouts judges how an engine applies an adapter, and method full trains none")
@@ -154,7 +158,7 @@ def recipe_names() -> list[str]:
 def recipe_text(name: str) -> str:
     """YAML of a recipe that ships, with its comments."""
     if name not in recipe_names():
-        raise ConfigError(f"recipe {name!r}: not one that ships{_near(name)}")
+        raise ConfigError(f"recipe {name!r}: does not ship with LoRA-Over{_near(name)}")
     return files("loraover.training").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
 
 

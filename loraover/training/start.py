@@ -216,9 +216,9 @@ def _check_fits(adapter: AdapterDir, drawn: Mapping[str, Factors], names: str, b
     if others:
         more = f" and {len(others) - 1} other modules" if len(others) > 1 else ""
         raise ConfigError(
-            f"{KEY}: {names} adapts {others[0]}{more}, and the {len(drawn)} modules that this recipe's lora adapts, "
-            f"such as {next(iter(drawn))}, do not contain that. Name it in lora.target_modules too, or start from an "
-            "adapter without it."
+            f"{KEY}: {names} adapts {others[0]}{more}, but this recipe's lora does not: it adapts {len(drawn)} "
+            f"modules, such as {next(iter(drawn))}. Add {others[0]} to lora.target_modules, or start from an adapter "
+            "without it."
         )
     for path, module in adapter.modules.items():
         here = len(drawn[path].b), drawn[path].a.shape[1]
@@ -226,7 +226,7 @@ def _check_fits(adapter: AdapterDir, drawn: Mapping[str, Factors], names: str, b
             raise ConfigError(
                 f"{KEY}: {names} changes {path} by a matrix of shape {module.shape}, and {base.name} has {here} there, "
                 f"so the adapter belongs to another base model, {adapter.config.base_model_name_or_path}. Set model to "
-                "that, or start from an adapter of this one."
+                f"that base model, or start from an adapter of {base.name}."
             )
 
 

@@ -70,7 +70,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-IRREGULAR = "neither a file nor a folder"
+IRREGULAR = "not a regular file"
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensors": (lambda folder: cut(folder / "adapter_model.safetensors"), "adapter_model.safetensors has changed"),
     "certificate": (lambda folder: cut(folder / "fold_certificate.json"), "fold_certificate.json has changed"),
@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe below": (lambda folder: mkfifo(folder / "in" / "more.bin"), f"in/more.bin: {IRREGULAR}"),
     "statement": (
         lambda folder: edit_json(folder / STATEMENT_FILE, passed),
-        "says PASSED, and differs from what the certificates beside it say, which is WARNED",
+        "says PASSED, but the certificates beside it say WARNED",
     ),
 }
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_attested_is_refused(adapter: Path, capsys: pytest.Captur
     statement = (adapter / STATEMENT_FILE).rename(adapter.parent / STATEMENT_FILE)
     (adapter / SIGNATURE_FILE).write_text("of somebody else")
     assert run(cli, ["attest", str(adapter)]) == 2
-    assert "a new file in the folder would end its validity" in " ".join(capsys.readouterr().err.split())
+    assert "a new file in the folder would make this signature invalid" in " ".join(capsys.readouterr().err.split())
     assert (adapter / SIGNATURE_FILE).read_text() == "of somebody else"
     statement.rename(adapter / STATEMENT_FILE)
     write_reference(adapter, "0" * 64)

@@ -294,7 +294,7 @@ def test_rows_for_further_tokens_are_told_and_no_pass(adapted: bool, tmp_path: P
         assert report.verdict == verdict, report.sentence
         found = {other.state: other.reason for other in report.others}
         assert found.keys() == ({"resized"} if adapted else {state})
-        assert "resized" not in found or found["resized"].startswith("8 rows were added to its 64")
+        assert "resized" not in found or found["resized"].startswith("8 rows were added, and its first 64")
 
 
 def test_an_adapter_beside_the_merged_weights_is_told_and_no_pass(tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ def test_a_head_that_only_shares_the_embeddings_matrix_is_named(tmp_path: Path) 
     assert set(verdicts(report)) == {"merged"}
     (other,) = report.others
     assert (other.name, other.state) == ("lm_head.weight", "changed")
-    assert "shares the matrix" in other.reason
+    assert "shares its matrix" in other.reason
 
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -613,8 +613,8 @@ TOKENIZERS: dict[str, tuple[dict[str, Any], str]] = {
         "has 1 tokens more than folder .*, such as '<new>'",
     ),
     "one lost": ({"tokens": ["a", "b"]}, "lacks 1 tokens of folder .*base, such as 'ab'"),
-    "two swapped": ({"tokens": ["b", "a", "ab"]}, "gives 2 tokens other numbers than folder .*base"),
-    "other pairs": ({"tokens": ["a", "b", "ab"], "merges": [["b", "a"]]}, "joins other pairs"),
+    "two swapped": ({"tokens": ["b", "a", "ab"]}, "gives 2 tokens other ids than folder .*base"),
+    "other pairs": ({"tokens": ["a", "b", "ab"], "merges": [["b", "a"]]}, "has other merges"),
     "another end": ({"tokens": ["a", "b", "ab"], "eos": "a"}, "eos_token of folder .*merged is 'a', expected 'b'"),
 }
 
@@ -720,7 +720,7 @@ def test_a_kind_that_needs_the_base_weights_is_refused_on_gguf(tmp_path: Path) -
     base = make_base(tmp_path / "base", source.base)
     adapter = make_source(base, tmp_path / "adapter", source)
     write_base(load_base(base), tmp_path / "base.gguf")
-    with pytest.raises(ConfigError, match=r"kind LOHA, whose deltas are computed from .*safetensors"):
+    with pytest.raises(ConfigError, match=r"kind LOHA: its deltas are computed from .*safetensors"):
         inspect_merge(adapter, base, model=tmp_path / "base.gguf")
 
 

@@ -124,7 +124,7 @@ def test_rope_theta_that_mlx_lm_would_not_find_is_shown(
     assert "rope_theta" not in json.loads((base / "config.json").read_text())
     assert export_mlx(adapter, tmp_path / "silent").lost_settings == {"rope_theta": 10000.0}
     assert run(cli, ["mlx", str(adapter), "-o", str(tmp_path / "out")]) == 0
-    assert 'add them at its top level: {"rope_theta": 10000.0}' in capsys.readouterr().out
+    assert 'add them at the file\'s top level: {"rope_theta": 10000.0}' in capsys.readouterr().out
 
 
 def test_settings_at_the_top_level_are_not_lost(base: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_embeddings_and_heads_where_the_class_takes_them(
         assert report.rules["tensors"] == "passed"  # the copy of the base weight is the served model's
         assert ("prompt_logprobs" in warned.get("targets", "")) == (module == "lm_head")
     else:
-        assert f"{family}ForCausalLM takes no LoRA there" in findings(report)["targets"]
+        assert f"{family}ForCausalLM supports no LoRA there" in findings(report)["targets"]
 
 
 def test_another_vocabulary_is_another_shape(tmp_path: Path, check: Check) -> None:

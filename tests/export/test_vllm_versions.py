@@ -131,7 +131,10 @@ def test_an_adapter_of_the_vision_tower_needs_the_servers_option(architecture: s
     subject = candidate(tmp_path, architecture, path)
     found = errors(subject)
     assert found.keys() == {"towers"}
-    assert "which vLLM adapts alone unless it is started with --enable-tower-connector-lora" in found["towers"].found
+    assert (
+        "and vLLM adapts only the language model unless it is started with --enable-tower-connector-lora"
+        in found["towers"].found
+    )
     started = preflight(replace(subject, adapts_towers=True))
     assert [(each.rule, each.level) for each in started.findings] == [("towers", "warning")]
     table = subject.architectures

@@ -79,7 +79,7 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
     listed = {"base": None, "shop": "base", "other": "base"}
     found = checked(Mixing(served, victim, company), reference, listed)
     assert (found["verdict"], found["fault"]) == ("differs", fault), found["reason"]
-    assert found["reason"].endswith("answered right: send them so, and judge them alone with --without-mixed")
+    assert found["reason"].endswith("send requests for one model at a time, and judge only these with --without-mixed")
     alone = checked(Mixing(served, victim, company), reference, listed, without_mixed=True)
     asked_for = "the option --without-mixed leaves them out"
     assert (alone["verdict"], alone["mixed_failure"]) == ("as trained", asked_for), alone["reason"]

@@ -384,7 +384,7 @@ def test_faults_of_the_request_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "word" not in str(caught.value)
         assert "key=x" not in str(caught.value)
     monkeypatch.delenv("MY_KEY", raising=False)
-    with pytest.raises(ConfigError, match="no environment variable of the name"):
+    with pytest.raises(ConfigError, match="the given name is not that of an environment variable"):
         Endpoint("http://localhost", "MY_KEY")
 
 

@@ -73,7 +73,7 @@ def test_one_of_ten_servers_that_lacks_the_adapter_is_named(reference: Reference
         assert re.fullmatch("[0-9a-f]+", told["x-request-id"])
     share = replicas.bad / replicas.answers
     assert replicas.requests[0]["x-request-id"] in found["reason"]
-    assert found["reason"].endswith(f", to be met again in about {requests_that_reach(share)} requests)")
+    assert found["reason"].endswith(f", about {requests_that_reach(share)} requests would show it again)")
     assert {asked.count(prompt) for prompt in asked} == {REPEATS}
     places = len(reference.places)
     assert len({*asked[:places]}) < 0.9 * places, "the order is random, and not one round after the other"

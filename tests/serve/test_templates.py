@@ -287,7 +287,7 @@ def test_numbers_are_believed_no_further_than_they_reach(told: dict[str, Any]) -
         reference, lambda body: other(body) if {"messages", "max_tokens"} <= body.keys() else tokenized(body)
     )
     assert (contradicted["verdict"], contradicted["fault"]) == ("as trained", None)
-    assert "the server counts 49 tokens of a chat, and another route of it returns 33" in contradicted["template"]
+    assert "the server counts 49 tokens of a chat, but another route returns 33" in contradicted["template"]
 
 
 def test_a_date_is_skipped_whatever_its_length() -> None:

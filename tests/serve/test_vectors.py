@@ -410,7 +410,7 @@ def test_sure_classes_are_judged_by_their_probabilities_unless_these_are_0_or_1(
 def test_tokens_that_are_missing_are_named(tagger: Recorded) -> None:
     found = tagger.checked(Serve(special=False))
     assert (found["verdict"], found["fault"]) == ("differs", "another dimension")
-    assert "the server cuts inputs, or leaves special tokens out" in found["reason"]
+    assert "the server cuts inputs, or omits special tokens" in found["reason"]
 
 
 def test_far_too_many_numbers_are_refused(embedder: Recorded) -> None:

@@ -210,7 +210,7 @@ def test_a_server_without_a_hit_is_inconclusive(long_case: LongCase) -> None:
     for more in ({"block": 4096}, {"tells": False}):
         found = asked(served(long_case, **more), long_case.reference)
         assert (found.verdict, found.fault) == ("inconclusive", None)
-        assert "no prompt was seen to come from the cache" in found.reason
+        assert "no prompt was seen to use the cache" in found.reason
         assert "--enable-prompt-tokens-details" in found.reason
     silent = served(long_case, tells=False)
     assert asked(silent, long_case.reference, metrics=silent.metrics).verdict == "as trained"
@@ -380,7 +380,7 @@ def test_a_command_that_empties_the_cache_shows_nothing(long_case: LongCase) -> 
         command = UserCommand(shlex.join([sys.executable, "-c", post, f"{running.url}/load"]), "--reload")
         found = ask_warm(Asker(long_case.caches, asker.speaker, asker.names, asker.find_other), command)
     assert (found.verdict, found.fault) == ("inconclusive", None)
-    assert "had kept nothing of the base model's prompts from before the command" in found.reason
+    assert "had cached nothing of the base model's prompts from before the command" in found.reason
 
 
 def test_a_command_is_ended_with_the_time_and_with_all_that_it_started(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_answers_that_change_in_a_mixed_batch_are_named(
     changed, kept = (found.mixed.base, found.mixed.adapter)[:: 1 if victim == "base" else -1]
     assert kept.rms == 0
     assert changed.rms > 0.5 * (found.effect or 0.0)
-    assert found.reason.endswith("answered right: send them so, and judge them alone with without_mixed")
+    assert found.reason.endswith("send requests for one model at a time, and judge only these with without_mixed")
 
 
 def test_what_is_right_without_mixed_batches_is_judged_alone(case: Case, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_server_that_fails_in_mixed_batches_is_judged_by_the_rest(
     found = ask(lambda body: 500 if len(body["prompt"]) == 1 else served(body))
     assert (found.verdict, found.mixed) == ("inconclusive", None), "it was asked for"
     assert found.reason.startswith("100 % of the adapter is applied (")
-    assert found.reason.endswith(": judge the other answers alone with without_mixed")
+    assert found.reason.endswith(": judge only the other answers with without_mixed")
     assert found.mixed_failure is not None
     assert "the server answered 500" in found.mixed_failure
     assert f"requests for both models at the same time: {found.mixed_failure}" in found.not_checked
@@ -179,7 +179,7 @@ def test_the_key_is_sent_and_never_shown(
     with pytest.raises(EngineError, match=r"base was asked, and '\*\*\*' answered"):
         ask(_changed(case, answer={"model": key}), key_variable=KEY_VARIABLE)
     monkeypatch.delenv(KEY_VARIABLE)
-    with pytest.raises(ConfigError, match="no environment variable of the name that was given is set"):
+    with pytest.raises(ConfigError, match="the given name is not that of an environment variable that is set"):
         ask(served, key_variable=KEY_VARIABLE)
 
 

@@ -65,7 +65,7 @@ def test_a_slice_is_the_hubs(write: Write) -> None:
         assert found.origin == f"file train.jsonl, {split}"
     for split in ("train[", "train[:200%]", "train[:x]", "train[:2]+train[4:]"):
         assert "is not a slice of its 12 rows" in fault(folder, split=split), split
-    assert "is one file, from which the slice 'train[:95%]' is not taken" in fault(
+    assert "is one file, and slices such as 'train[:95%]' are taken from folders only" in fault(
         folder / "train.jsonl", split="train[:95%]"
     )
 
@@ -112,11 +112,11 @@ def test_a_limit_counts_examples(write: Write) -> None:
         ({"prompt": " ", "completion": "2"}, "'prompt' is ' '"),
         ({"prompt": 5, "completion": "b"}, "'prompt' is 5"),
         ({"prompt": ["a"], "completion": ["a"]}, "role and content"),
-        ({"prompt": "\ud83d", "completion": "b"}, "half a character"),
+        ({"prompt": "\ud83d", "completion": "b"}, "lone surrogate"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": " "}]}, "the completion is empty"),
         ({"messages": [TURNS[1], {"role": "assistant", "content": [PART | {"text": " "}]}]}, "the completion is empty"),
-        ({"messages": [TURNS[1] | {"content": [PART]}, TURNS[2]]}, "half a character"),
+        ({"messages": [TURNS[1] | {"content": [PART]}, TURNS[2]]}, "lone surrogate"),
         ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "role and content"),
         (PAIR | {"images": ["a.png"]}, "holds images"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, TURNS[1]]}, "holds images"),

@@ -233,7 +233,7 @@ class Fused(nn.Module):
 def test_bases_of_experts_are_not_measured(tmp_path: Path) -> None:
     config = LoraOverConfig(decomposition="eigen", options={"long": "calibration"})
     model = moe(tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"several experts is one layer; .* \{short: gradient, long: gradient\}"):
+    with pytest.raises(ConfigError, match=r"several experts is a single layer; .* \{short: gradient, long: gradient\}"):
         OverParameterization(model, config, probe=Probe(model, [0], loss))
 
 

@@ -206,7 +206,7 @@ def test_no_tools_and_no_system_prompt_are_none() -> None:
     for empty in ({"tools": "null"}, {"tools": "[]"}, {"system": " "}):
         assert read(pair | empty) == [pair]
     for some in ({"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}):
-        with pytest.raises(DataError, match=f"row 1: has {next(iter(some))}, which chat messages alone can have"):
+        with pytest.raises(DataError, match=f"row 1: has {next(iter(some))}, which only chat messages can have"):
             read(pair | some)
 
 

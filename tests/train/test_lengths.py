@@ -288,7 +288,7 @@ def test_rows_and_columns_that_are_not_learned_are_kept(base: Path, tmp_path: Pa
     assert (found.filtered.count, found.filtered.first) == (8, named)
     assert found.unread == {"level": Counted(70, [f"{number} of file 0.jsonl" for number in (2, 3, 5)])}
     shown = ", ".join(named)
-    assert f"8 rows are left out, since data.keep does not let them through (rows {shown}, ...)" in said.lines
+    assert f"8 rows are left out, since data.keep excludes them (rows {shown}, ...)" in said.lines
     assert "column 'level' is not learned; 70 rows have it (rows 2 of file 0.jsonl, " in "".join(said.lines)
 
 
@@ -314,7 +314,7 @@ def test_rows_that_a_template_refuses_are_listed_or_skipped(bases: dict[str, Pat
     assert sum("row" in line and "refuses it: no" in line for line in str(caught.value).splitlines()) == 6
     data_file(tmp_path / "rows.jsonl", *({"prompt": "0", "level": level} for level in (1, "a")))
     rewarded = {"trainer": "grpo", "reward_funcs": ["think_format_reward"], "training.num_generations": 2}
-    with pytest.raises(DataError, match="a column with values of several types"):
+    with pytest.raises(DataError, match="has values of several types"):
         loraover.train(recipe, tmp_path / "no", overrides=rewarded)
 
 

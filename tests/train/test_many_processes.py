@@ -101,7 +101,7 @@ def test_every_engine_trains_and_measures_as_one_process_does(
 @pytest.mark.matrix
 def test_rows_that_a_trainer_takes_twice_are_counted(folder: Path, saw: list[dict[str, Any]]) -> None:
     assert [found["dpo"]["code"] for found in saw] == [0, 0], saw[0]["dpo"]["error"]
-    said = "takes its first 4 examples again, since 20 examples do not divide into micro-batches"
+    said = "repeats 4 of its first examples, since 20 examples do not divide into micro-batches"
     assert said in saw[0]["dpo"]["out"]
     assert "examples again" not in saw[0]["ddp-ragged"]["out"]
 
@@ -128,8 +128,8 @@ def test_a_run_has_one_folder_one_writer_and_one_voice(folder: Path, saw: list[d
         ("federated", "method federated trains in one process, since its clients take their steps one after another"),
         ("value", "training.optim is 'adamx'; did you mean"),
         ("uneven", "a step of this run has 3 micro-batches (3 process(es), gradient_accumulation_steps 1)"),
-        ("cut", "evaluation.exact_match generates answers, which distributed.engine zero3 cannot"),
-        ("beside", "method soma changes weights or their states itself, which distributed.engine zero2 cuts"),
+        ("cut", "evaluation.exact_match generates answers, but distributed.engine zero3 cannot"),
+        ("beside", "method soma changes weights or their states itself, but distributed.engine zero2 shards"),
         ("apart", "no such YAML file"),
     ],
 )
@@ -244,7 +244,7 @@ def test_an_optimizer_whose_state_cannot_be_cut_anew_is_refused(tmp_path: Path) 
         piece.parent.mkdir(parents=True, exist_ok=True)
         piece.touch()
     trainer = SimpleNamespace(args=SimpleNamespace(optim="sgd"))
-    with pytest.raises(ConfigError, match=r"was saved by 2 process\(es\), here are 1.*that of Adam only"):
+    with pytest.raises(ConfigError, match=r"was saved by 2 process\(es\), but this run has 1.*only the state of Adam"):
         convert_for_processes(tmp_path / "checkpoint-2", trainer, SILENT)
 
 

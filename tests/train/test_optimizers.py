@@ -207,7 +207,7 @@ def _library(name: str) -> Any:
     return getattr(library, name)
 
 
-AROUND = "it changes parameters around the steps of another optimizer"
+AROUND = "it changes parameters before or after the steps of another optimizer"
 
 
 @pytest.mark.parametrize(

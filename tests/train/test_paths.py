@@ -48,7 +48,7 @@ def test_a_path_leads_to_a_file_a_folder_or_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_path_that_is_too_long_is_refused(reader: str) -> None:
-    with pytest.raises(ConfigError, match=r"xxx[^:]*: cannot be looked at: File name too long"):
+    with pytest.raises(ConfigError, match=r"xxx[^:]*: cannot be accessed: File name too long"):
         READERS[reader](f"./{LONG}")
 
 
@@ -58,7 +58,7 @@ def test_a_folder_that_may_not_be_entered_is_refused(reader: str, tmp_path: Path
     (tmp_path / "in").mkdir(mode=0)
 
     def refused() -> int:
-        with pytest.raises(ConfigError, match=r"in/it.*: cannot be looked at: Permission denied"):
+        with pytest.raises(ConfigError, match=r"in/it.*: cannot be accessed: Permission denied"):
             READERS[reader](str(tmp_path / "in" / "it"))
         return 0
 

@@ -183,7 +183,7 @@ def test_a_run_that_ended_before_it_was_measured_publishes_its_best_step(
 def test_a_column_of_a_reward_has_values_of_one_type(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = recipe_of("grpo", tmp_path, bases)
     data_file(tmp_path / "rows.jsonl", *(row | {"solution": n or "0"} for n, row in enumerate(ROWS["grpo"])))
-    with pytest.raises(DataError, match=r"a column with values of several types, .*write them alike"):
+    with pytest.raises(DataError, match=r"has values of several types, .*in one type"):
         loraover.train(str(recipe), tmp_path / "out")
 
 

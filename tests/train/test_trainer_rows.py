@@ -158,7 +158,7 @@ def test_a_number_of_a_message_stays_as_it_is(number: float, tmp_path: Path) -> 
 
 
 def test_a_number_beyond_64_bits_is_refused() -> None:
-    with pytest.raises(DataError, match="or beyond 64 bits; write them alike"):
+    with pytest.raises(DataError, match="or beyond 64 bits; write all values of a column in one type"):
         to_dataset([{"prompt": "a", "id": 2**64}])
 
 

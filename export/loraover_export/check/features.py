@@ -78,7 +78,7 @@ def other_initialisation(subject: Subject) -> str | None:
     """An initialisation that PEFT does not know, or cannot repeat from the adapter and the base model alone."""
     start, given = _start(subject), subject.config.get("init_lora_weights")
     if subject.config.get("lora_bias") and isinstance(given, str):
-        return f"init_lora_weights is {given!r}, which PEFT does not start beside lora_bias"
+        return f"init_lora_weights is {given!r}, which PEFT does not support together with lora_bias"
     if start is None or initialisation(subject) or lost_initialisation(subject):
         return None
     return f"init_lora_weights is {start!r}, which is unknown or starts from data or quantised weights"
@@ -139,7 +139,7 @@ def lost_matrices(subject: Subject) -> str | None:
     for matrix in subject.matrices.values():
         sides.setdefault((matrix.module, matrix.is_embedding), set()).add(matrix.side)
     lost = _once(module for (module, _), found in sides.items() if len(found) == 1)
-    return f"of A and B, the file lacks one of {listed(lost)}" if lost else None
+    return f"the file lacks either A or B of {listed(lost)}" if lost else None
 
 
 def no_targets(subject: Subject) -> str | None:
@@ -244,7 +244,7 @@ def missing_modules(subject: Subject) -> str | None:
 def absent_layers(subject: Subject) -> str | None:
     """Matrices of layers that the base model does not have."""
     found = [] if missing_modules(subject) else target_modules.absent_layers(subject.modules, subject.served.modules)
-    return f"{_base(subject)} has no such layers as those of {listed(found)}" if found else None
+    return f"{_base(subject)} does not have the layers of {listed(found)}" if found else None
 
 
 def unnamed_modules(subject: Subject) -> str | None:
@@ -287,19 +287,19 @@ def other_shapes(subject: Subject) -> str | None:
 def embedding(subject: Subject) -> str | None:
     """LoRA on an embedding."""
     found = _once(matrix.module for matrix in subject.matrices.values() if matrix.is_embedding)
-    return f"{listed(found)} is an embedding that is adapted" if found else None
+    return f"the embedding {listed(found)} is adapted" if found else None
 
 
 def tied_embedding(subject: Subject) -> str | None:
     """LoRA on an embedding that is also the head."""
     adapted = subject.served.is_tied and any(matrix.is_embedding for matrix in subject.matrices.values())
-    return "the embedding is adapted, whose matrix is also the head's" if adapted else None
+    return "the embedding is adapted, and the head shares its matrix" if adapted else None
 
 
 def tied_head(subject: Subject) -> str | None:
     """LoRA on a head that is also the embedding."""
     found = adapted_head(subject) if subject.served.is_tied else None
-    return None if found is None else f"{found}, whose matrix is also the embedding"
+    return None if found is None else f"{found}, and the embedding shares its matrix"
 
 
 def adapted_head(subject: Subject) -> str | None:

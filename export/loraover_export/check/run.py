@@ -70,7 +70,7 @@ def check_adapter(request: CheckRequest) -> CheckReport:
     converted = converted_subject(subject)
     unwritten, checks = [], []
     if subject.not_finite is not None:
-        text = f"{subject.not_finite}; no export writes that"
+        text = f"{subject.not_finite}; no export writes NaN or infinity"
         unwritten.append(EngineFinding(feature="numbers", level="refused", found=text))
     for name in request.chosen:
         engine = engine_of(name)

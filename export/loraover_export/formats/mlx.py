@@ -36,7 +36,7 @@ from loraover.sources.verb import verb
 from loraover_export.publishing import MLX, EngineFormat, base_of, certified
 from loraover_export.requests import MlxRequest
 
-MERGE = "merge the adapter into the base model with PEFT, and convert that with mlx_lm.convert"
+MERGE = "merge the adapter into the base model with PEFT, and convert the merged model with mlx_lm.convert"
 
 SAME_NAMES = (
     "Cohere2ForCausalLM",
@@ -217,7 +217,7 @@ def show_report(report: MlxReport, request: MlxRequest, console: Console) -> Non
         print_line(
             console,
             f"config.json of {report.base_model} has these settings only within rope_parameters, where mlx-lm 0.32 "
-            f"does not look for all models; add them at its top level: {json.dumps(report.lost_settings)}",
+            f"does not find them for every model; add them at the file's top level: {json.dumps(report.lost_settings)}",
             "yellow",
         )
     show_place(report, request.output, console)

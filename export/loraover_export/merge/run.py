@@ -300,7 +300,7 @@ def write_shard(
                 except FoldError as error:
                     raise FoldError(
                         f"{planned.key}: {error} A merged weight keeps the base model's type; save the base model in "
-                        "bfloat16 or float32 first, and merge into that."
+                        "bfloat16 or float32 first, and merge into the saved model."
                     ) from error
                 data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
                 start, rest = file.tell(), memoryview(data)

@@ -156,7 +156,9 @@ class Beside:
             return
         if self.difference(after, before)[0]:
             (name,) = ends - changed
-            reason = f"it shares the matrix of {next(iter(changed))}, and the adapter changes that alone"
+            reason = (
+                f"it shares its matrix with {next(iter(changed))}, and the adapter changes only {next(iter(changed))}"
+            )
             yield ParameterState(name=name, state="changed", reason=reason)
 
     def difference(self, merged: StoredMatrix, base: StoredMatrix) -> tuple[str, State]:
@@ -184,7 +186,7 @@ class Beside:
             is_known = merged.type_name == base.type_name
             return ("its bytes differ", "changed") if is_known else (unreadable, "not compared")
         if merged.type_name not in FLOATS and merged.type_name not in GRIDS:
-            return f"the numbers of {merged.type_name} are not known", "not compared"
+            return f"the number format {merged.type_name} is not known here", "not compared"
         zero = AddedDelta(np.zeros((sum(place.at[:1]) + place.rows, 0)), np.zeros((0, base.shape[1])))
         kept = [replace(ABSENT, via=via) for via in (None, *VIA)]
         sums = self._meter.measure([place], zero, kept)
@@ -194,4 +196,4 @@ class Beside:
 
 
 def _added(more: int, rows: int) -> str:
-    return f"{more} rows were added to its {rows}, which are as they should be"
+    return f"{more} rows were added, and its first {rows} rows are as they should be"

@@ -206,8 +206,8 @@ def read_changes(adapter: Path, base: Weights) -> Iterator[Changes]:
     if reason is not None:
         if not isinstance(base, StoredWeights):
             raise ConfigError(
-                f"{adapter}: {reason}, whose deltas are computed from the base model that it was trained on; name its "
-                f"safetensors files with {as_written('model')}, found {base.origin}."
+                f"{adapter}: {reason}: its deltas are computed from the base model that it was trained on; name the "
+                f"safetensors files of this base model with {as_written('model')}, found {base.origin}."
             )
         with _of_another_kind(adapter, base) as changes:
             yield changes

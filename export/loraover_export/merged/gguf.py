@@ -232,8 +232,8 @@ class GgufWeights(Weights):
         for key, tensor in self.header.tensors.items():
             if tensor.type_name not in (*FLOATS, *INTEGERS):
                 raise ConfigError(
-                    f"{self.header.path}: {key} is {tensor.type_name}. A quantised base model is rounded, and the "
-                    f"change of a merge cannot be told from that rounding; name the unquantised base model with "
+                    f"{self.header.path}: {key} is {tensor.type_name}. A quantised base model is rounded, so a merge "
+                    "cannot be distinguished from this rounding; name the unquantised base model with "
                     f"{as_written('model')}: its safetensors files, or a GGUF file in F32, F16 or BF16."
                 )
 

@@ -103,7 +103,7 @@ def _report(
     skipped += [f"{other.name}: {other.reason}" for other in others if other.state in ("resized", "not compared")]
     unknown = [m.module for m in modules if not {*FLOATS, *GRIDS}.issuperset(m.dtype.split("/"))]
     if unknown:
-        skipped.append(f"residuals of {len(unknown)} modules, since the numbers of their formats are not known here")
+        skipped.append(f"residuals of {len(unknown)} modules, since their number formats are not known here")
     bad = [module for module in modules if module.verdict not in (*GOOD, *OPEN)]
     wrong = [other for other in others if other.state not in ("replaced", "resized", "not compared")]
     undecided = [module for module in modules if module.verdict in OPEN]

@@ -69,14 +69,14 @@ class Tokenizer:
         """Describe each part that differs from the tokenizer that this one should be."""
         for name in self.parts.keys() & expected.parts.keys():
             if self.parts[name] != expected.parts[name]:
-                yield f"the effect of the {name} of {self.origin}, which is another one than that of {expected.origin}"
+                yield f"the effect of the {name} of {self.origin}, which differs from that of {expected.origin}"
 
     def differences(self, expected: Tokenizer) -> Iterator[str]:
         """Yield a sentence for each difference from the tokenizer that this one should be."""
         mine, theirs = self.numbers, expected.numbers
         kinds = {
             f"lacks {{}} tokens of {expected.origin}": [token for token in theirs if token not in mine],
-            f"gives {{}} tokens other numbers than {expected.origin}": [
+            f"gives {{}} tokens other ids than {expected.origin}": [
                 token for token, number in theirs.items() if mine.get(token, number) != number
             ],
             f"has {{}} tokens more than {expected.origin}": [
@@ -87,7 +87,7 @@ class Tokenizer:
             if tokens:
                 yield f"the tokenizer of {self.origin} {text.format(len(tokens))}, such as {tokens[0]!r:.40}"
         if None not in (self.merges, expected.merges) and self.merges != expected.merges:
-            yield f"the tokenizer of {self.origin} joins other pairs than that of {expected.origin}"
+            yield f"the tokenizer of {self.origin} has other merges than that of {expected.origin}"
         for role in SPECIAL:
             found, wanted = self.special.get(role), expected.special.get(role)
             if None not in (found, wanted) and found != wanted:

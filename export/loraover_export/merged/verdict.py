@@ -64,7 +64,7 @@ class Judge:
             if self._fits(sums, ABSENT):
                 return self._verdict("nothing to merge", sums, ABSENT, "the delta is zero")
         elif self._is_faint(sums) and (self._fits(sums, ONCE) or self._fits(sums, ABSENT)):
-            reason = f"{self.module.dtype} stores a right merge as the base weight"
+            reason = f"{self.module.dtype} rounds a right merge to the base weight"
             return self._verdict("rounded away", sums, ABSENT, reason)
         elif self._fits(sums, ONCE) and not self._fits(sums, ABSENT) and self._is_told(sums):
             return self._verdict("merged", sums, ONCE)
@@ -143,10 +143,10 @@ class Judge:
         factors = {each.factor for each in best}
         once = next((each for each in best if each.factor == 1), None)
         if once is not None and abs(sums.expected(once) - sums.expected(replace(once, factor=0.0))) < FAINT:
-            return self._verdict("rounded away", sums, ABSENT, "a right merge is stored as the base weight")
+            return self._verdict("rounded away", sums, ABSENT, "a right merge rounds to the base weight")
         if len(factors) > 1 and factors & {0.0, 1.0}:
             told = ", ".join(f"{factor:.3g}" for factor in sorted(factors))
-            reason = f"rounding is larger than the delta, so that the factors {told} cannot be told apart"
+            reason = f"rounding is larger than the delta, so the factors {told} cannot be distinguished"
             return self._verdict("undecided", sums, once or by, reason)
         if factors <= {0.0, 1.0}:
             through = "" if by.via is None else f"rounded to {by.via} first"
@@ -226,7 +226,7 @@ def on_this_base(module: ModuleStrength) -> ModuleStrength:
     if module.verdict != "another base" or module.interval is None:
         return module
     least, most = module.interval
-    found = "other changes than this adapter's" if least <= 0 <= most else "the adapter's delta is not all that changed"
+    found = "changes other than this adapter's" if least <= 0 <= most else "more than the adapter's delta was added"
     reason = f"{found}, such as those of another adapter; all other tensors are the base model's"
     return module.model_copy(update={"verdict": "other changes", "reason": reason})
 

@@ -163,7 +163,7 @@ def _run(work: Examine, request: FleetCheckRequest | PrepareRequest, page: Path 
     sources, started = tuple(dict.fromkeys(request.sources)), perf_counter()
     if page is not None:
         check_file_writable(page, parents=True)
-    killed = "its process was killed, as the system does when memory is short; use fewer jobs, or more memory."
+    killed = "the system killed its process, probably for lack of memory; use fewer jobs, or more memory."
     rows: dict[str, FleetRow] = {}
     with request.report.task("adapters", len(sources)) as progress:
         for source, row in each(partial(guarded, work), sources, request.jobs, partial(_failed, reason=killed)):

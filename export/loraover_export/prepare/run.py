@@ -248,7 +248,7 @@ def _record(
         notes += conversion.notes
     reference = source / REFERENCE_FILE
     if reference.is_file():
-        reason = "it is that of the exact adapter" if done == "approximated" else misfit(reference)
+        reason = "it belongs to the exact adapter" if done == "approximated" else misfit(reference)
         notes += [] if reason is None else [f"the reference was left out: {reason}"]
     return Record(
         digest=digest,

@@ -150,8 +150,8 @@ def held_weights(sources: Sources) -> dict[str, Tensor]:
                 first, path = found.setdefault(key, (weight, adapter.path))
                 if first.shape != weight.shape or bool((first != weight).any()):
                     raise ExportError(
-                        f"{path} and {adapter.path} hold different weights as {key}, and their deltas fit one only. "
-                        "Train them on the same base model, with the same rows for new tokens."
+                        f"{path} and {adapter.path} hold different weights as {key}, so each adapter fits only its own "
+                        "weights. Train them on the same base model, with the same rows for new tokens."
                     )
     return {key: weight for key, (weight, _) in found.items()}
 

@@ -123,7 +123,8 @@ def _load(
     if lost:
         raise ConfigError(
             f"{source.path / CONFIG_FILE}: task_type is {task!r}, for which the base model is loaded as a "
-            f"{type(model).__name__}, and that has no module {min(lost)}. Write the adapter's task there, or leave out "
+            f"{type(model).__name__}, which has no module {min(lost)}. Set task_type to the adapter's task, or leave "
+            "out "
             f"{ConvertRequest.named('check_error')}."
         )
     weights = list(model.parameters())

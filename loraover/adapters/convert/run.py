@@ -56,7 +56,7 @@ class VllmFit(StrictModel):
         if self.takes:
             return f"vLLM takes it with --max-lora-rank {self.max_lora_rank}; no other engine names a largest rank"
         option = as_written("approximate_to_rank")
-        return f"only vLLM names a largest rank, {self.largest}, so {option} {self.largest} would fit it"
+        return f"only vLLM limits the rank, to {self.largest}, so {option} {self.largest} would fit"
 
 
 class ConvertReport(StrictModel):
@@ -86,14 +86,14 @@ class ConvertReport(StrictModel):
 
 
 STARTED = (
-    "PEFT starts this adapter from factors of the base weights in the type that it loads them in. This LoRA is for "
-    "weights loaded in {dtype}, as the base model's files hold them. Loaded in another type, PEFT itself answers "
-    "differently, by about a rounding of the weights; for that, name a copy of the base model in that type with "
-    "{model}."
+    "PEFT computes the start of this adapter from the base weights, in the type in which it loads them. This LoRA is "
+    "for weights in {dtype}, the type of the base model's files. If PEFT loads the weights in another type, its own "
+    "answers change by about the rounding of the weights; for such answers, name a copy of the base model in the other "
+    "type with {model}."
 )
 TIED = (
-    "{modules} share one weight, and each has its LoRA: applied beside the model, all are right, but PEFT's "
-    "merge_and_unload would add all of them to the one weight"
+    "{modules} share one weight, and each has its own LoRA: engines that apply LoRAs without merging are right, but "
+    "PEFT's merge_and_unload would add all these LoRAs to the shared weight"
 )
 """Notes for readers of a written adapter."""
 

@@ -72,17 +72,17 @@ def check_processes(recipe: Recipe, *, starts: bool = True) -> None:
         raise ConfigError(f"method {recipe.method} trains in one process, since {why}. Start it without a launcher.")
     if recipe.method in METHODS and spread != "ddp":
         raise ConfigError(
-            f"method {recipe.method} changes weights or their states itself, which distributed.engine {spread} cuts "
-            "into pieces; use ddp."
+            f"method {recipe.method} changes weights or their states itself, but distributed.engine {spread} shards "
+            "them over processes; use ddp."
         )
     if spread in CUTS_WEIGHTS and recipe.method == "full":
         raise ConfigError(
-            f"method full trains weights that distributed.engine {spread} would cut into pieces; use ddp or zero2."
+            f"method full trains weights that distributed.engine {spread} would shard over processes; use ddp or zero2."
         )
     if spread in CUTS_WEIGHTS and recipe.evaluation.exact_match:
         raise ConfigError(
-            f"evaluation.exact_match generates answers, which distributed.engine {spread} cannot while the weights are "
-            "cut into pieces; leave it out, and evaluate the trained adapter."
+            f"evaluation.exact_match generates answers, but distributed.engine {spread} cannot generate with sharded "
+            "weights; leave it out, and evaluate the trained adapter afterwards."
         )
 
 
@@ -166,8 +166,8 @@ def convert_for_processes(checkpoint: Path, trainer: Any, report: Reporter) -> N
         return
     if not trainer.args.optim.startswith("adamw_"):
         raise ConfigError(
-            f"{checkpoint} was saved by {len(pieces)} process(es), here are {ranks.size}. DeepSpeed's converter, which "
-            f"cuts the optimizer's state anew, knows that of Adam only, and training.optim is {trainer.args.optim}. "
+            f"{checkpoint} was saved by {len(pieces)} process(es), but this run has {ranks.size}. DeepSpeed's "
+            f"converter can reshard only the state of Adam, but training.optim is {trainer.args.optim}. "
             f"Continue the run in {len(pieces)} process(es)."
         )
     report.line(f"{checkpoint}: the optimizer's state of {len(pieces)} processes is cut for {ranks.size}")

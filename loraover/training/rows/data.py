@@ -82,7 +82,7 @@ def read_examples(
     train, test = examples.train, examples.test
     report.line(f"training data: {train.origin}, {len(train.rows)} examples")
     if (left := train.filtered).count:
-        report.line(f"{left.count} rows are left out, since data.keep does not let them through ({left.rows})")
+        report.line(f"{left.count} rows are left out, since data.keep excludes them ({left.rows})")
     report_skipped(examples.skipped, report)
     for column, found in train.unread.items():
         report.line(f"column {column!r} is not learned; {found.count} rows have it ({found.rows})")
@@ -237,8 +237,8 @@ def _mixed(parts: Sequence[Rows], recipe: Recipe) -> Rows:
     if needed > MOST_REPEATED * sum(len(part.rows) for part in parts):
         raise DataError(
             f"data.train: {recipe.data.sources[last]} has {len(parts[last].rows)} rows and the weight "
-            f"{weights[last]:g} of {sum(weights):g}, so about {needed:,.0f} examples would be made until each of its "
-            "rows is taken, and the other sources repeated. Raise its weight."
+            f"{weights[last]:g} of {sum(weights):g}, so the run would need about {needed:,.0f} examples to take "
+            "each of its rows once, and would repeat the other sources. Raise its weight."
         )
     places = [
         Dataset.from_dict({"part": [k] * len(part.rows), "row": [*range(len(part.rows))]})

@@ -194,8 +194,8 @@ def _check_steps(trainer: Trainer, settled: Settled, model: Any, report: Reporte
     is_complete = name == "grpo" or trainer.args.dataloader_drop_last or leaves_out_repeated(name, trainer)
     if size > 1 and has_ended and not is_complete and repeated:  # Accelerate repeats them, and they count twice
         report.line(
-            f"the last step of an epoch takes its first {repeated} examples again, since {rows} examples do not divide "
-            f"into micro-batches of {training.micro_batch} in {size} processes; one process takes none again"
+            f"the last step of an epoch repeats {repeated} of its first examples, since {rows} examples do not divide "
+            f"into micro-batches of {training.micro_batch} in {size} processes; a single process repeats none"
         )
     share = trainer.args.warmup_steps
     if 0 < share < 1 and share * steps < 1:  # a rise that is shorter than a step would leave this step without effect

@@ -157,7 +157,8 @@ def to_dataset(rows: Sequence[Row], pictures: bool = False) -> Any:
         return Dataset.from_list(rows, features=Features(plain.features | nested))
     except (ArrowException, OverflowError) as error:
         raise DataError(
-            f"the rows have a column with values of several types, or beyond 64 bits; write them alike ({error})"
+            f"a column of the rows has values of several types, or beyond 64 bits; write all values of a column in one "
+            f"type ({error})"
         ) from error
 
 

@@ -39,8 +39,8 @@ from loraover_serve.judge.warm_probe import MOST_SLOTS, Asked, Reloaded, WarmPro
 
 NO_SLOTS: dict[str, Any] = {
     "verdict": "inconclusive",
-    "reason": "prompts that llama-server's host memory kept were not asked for, since it does not tell its number of "
-    f"slots, or has too many: let /props be read, and start it with at most {MOST_SLOTS}",
+    "reason": "prompts that llama-server keeps in host memory were not checked, since the server does not report its "
+    f"number of slots, or has too many: allow requests to /props, and start the server with at most {MOST_SLOTS}",
 }
 
 HALF_WAY = 0.5
@@ -88,8 +88,8 @@ def ask_warm(asker: Asker, reload: UserCommand | None = None) -> Caches:
         unfit = "the server has one model under both names"
     elif not takes_salt(asker):
         unfit = (
-            f"the server speaks {dialect.protocol} and takes no field by which an answer without a cache can be asked "
-            "for, expected cache_salt (vLLM) or cache_prompt (llama-server)"
+            f"the server speaks {dialect.protocol} and has no field that bypasses its cache, expected cache_salt "
+            "(vLLM) or cache_prompt (llama-server)"
         )
     if unfit:
         if reload is not None:
@@ -172,21 +172,21 @@ def _undecided(
     if ignored:
         return (
             f"the server found {ignored} tokens in its cache where none were expected: it ignores cache_salt and "
-            "cache_prompt, or answers other clients, so its right answers are not known"
+            "cache_prompt, or answers other clients, so its answers without the cache are not known"
         )
     if not hits:
-        told = "does not tell" if hits is None else "found none"
+        told = "does not report cache hits" if hits is None else "found none"
         return (
-            f"no prompt was seen to come from the cache (the server {told}), so start llama-server with its cache of "
-            "prompts, and vLLM with --enable-prefix-caching and --enable-prompt-tokens-details, or let /metrics be read"
+            f"no prompt was seen to use the cache (the server {told}): start llama-server with its prompt cache, vLLM "
+            "with --enable-prefix-caching and --enable-prompt-tokens-details, or allow requests to /metrics"
         )
     if few := [each for each in asked if case.lacking(each) >= FEW_AS_BASE]:
         return (
             f"{case.lacking(few[0])} answers of {_named(few[0].arm)} {few[0].after} share no token with those without "
-            "the cache, so too few were compared, and the server has to list more logprobs of each token"
+            "the cache, so too few answers were compared: make the server list more logprobs for each token"
         )
     if reloaded is not None and not reloaded.is_kept:
-        told = "does not tell whether it had kept" if reloaded.is_kept is None else "had kept nothing of"
+        told = "does not report whether it had cached" if reloaded.is_kept is None else "had cached nothing of"
         return (
             f"the server {told} the base model's prompts from before the command, so no stale answer could be seen "
             f"(load the adapter without a restart of the server){_after(reloaded)}"
@@ -243,7 +243,7 @@ class _WarmCase:
             found = strengths[fault]
             if abs(found.value - 1) <= ROUNDED_WAY + found.half:
                 return answers, fault, detail
-            return answers, STALE_OF_OTHERS, f"they continue other weights, much like a {fault}"
+            return answers, STALE_OF_OTHERS, f"they continue keys and values of other weights, as in a {fault}"
         far = () if asked.rows is self._noise_rows else self._far(off)
         if len(far) >= FEW_AS_BASE:
             far_off = f"{len(far)} of {len(by_prompt(off))} differ from those without the cache"

@@ -232,24 +232,24 @@ def _undecided_in_churn(
     said, failed = len(meanwhile.said), len(meanwhile.failures)
     asked, cached = said + sum(meanwhile.absent.values()) + failed, sum(case.is_cached)
     if any(each.questions for each in found):
-        return f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance, so ask for longer"
+        return f"wrong answers to fewer than {FEW_AS_BASE} questions may be chance: run the check for longer"
     if meanwhile.command:
         return meanwhile.command
     if cached and cached / said >= share_found(said):
-        return f"{cached} of {said} answers come from a cache of responses, so let requests pass it by"
+        return f"{cached} of {said} answers come from a response cache: bypass it"
     if failed and failed / asked >= share_found(asked):
-        return f"{failed} of {asked} requests failed, and show nothing"
+        return f"{failed} of {asked} requests failed, so too few answers could be judged"
     if meanwhile.is_silent:
-        return "the server answers nothing at the end, and refuses no connection"
+        return "at the end, the server accepts connections but answers no request"
     if begun.command is not None and not is_moved:
         return (
-            "nothing showed that an adapter was loaded, so let the command load other versions or folders, which can "
-            "be seen"
+            "no answer showed that the command loaded an adapter: make it load other versions or folders, whose "
+            "answers differ"
         )
     if any(each.unseen or not each.shown.answers for each in found):
         return (
-            "some wrong answers would not have been seen, so ask for longer, or check a server with a finer number "
-            "format"
+            "some wrong answers could have been missed: run the check for longer, or check a server with a finer "
+            "number format"
         )
     return None
 
@@ -273,4 +273,4 @@ def _unseen_in_churn(
     if meanwhile.command_s is not None:
         yield f"the time after the command: the command ended after {meanwhile.command_s:.4g} of {seconds:.4g} s"
     if not is_moved:
-        yield "changes of adapters: nothing showed that an adapter was loaded meanwhile"
+        yield "changes of adapters: no answer showed that an adapter was loaded"

@@ -81,7 +81,7 @@ class Split(NamedTuple):
         ids = (next((each[name] for name in REQUEST_IDS if name in each), None) for each in self.bad)
         where += [f"such as request {each}" for each in ids if each][:1]
         times = requests_that_reach(self.share)
-        where += [f"to be met again in about {times} requests"] if times > 1 else []
+        where += [f"about {times} requests would show it again"] if times > 1 else []
         return self.counted + (f" ({', '.join(where)})" if where else "")
 
     def shown(self) -> Replicas:

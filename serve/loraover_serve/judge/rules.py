@@ -223,9 +223,13 @@ ONE_MODEL = (
 """Things that a server without a base model does not show."""
 
 FURTHER_THAN_ADAPTED = (
-    "answers to requests for the base model are further off than the adapter's, so another model gives them"
+    "answers to requests for the base model are further from the right ones than the adapter's, so another model gives "
+    "them"
 )
 """Sentence on a base model that is not that of the adapter, whose answers are nearer to the right ones."""
+
+FURTHER_THAN_4_BITS = "further from the right ones than rounding to 4 bits explains"
+"""Words on answers of a base model that no number format explains."""
 
 OF_PROMPTS = (TEMPERATURE, PENALTY, POSITIONS, WINDOW, BASE_LAYERS, OTHER_BASE, BASE_OR_TEMPLATE, UNLIKE)
 """Faults of the base model that can also be prompts that the server changed."""
@@ -237,8 +241,8 @@ def base_is_faulty(case: Case) -> RuleFinding | None:
     if found is None:
         return None
     reason = (
-        f"{found.fault}: {found.detail}, which explains {in_percent(found.share)} of what sets the base model's "
-        "answers apart from the right ones"
+        f"{found.fault}: {found.detail}, which explains {in_percent(found.share)} of the distance of the base model's "
+        "answers from the right ones"
     )
     return RuleFinding("differs", reason, found.fault, explains_base=True)
 
@@ -249,18 +253,18 @@ def base_is_another(case: Case) -> RuleFinding | None:
         return None
     if case.has_other_weights:
         return RuleFinding("inconclusive", _of_other_weights(case))
-    far = "further off than weights rounded to 4 bits would be"
     if case.is_one_model:
-        return _nearest(case, f"the answers are {far}")
+        return _nearest(case, f"the answers are {FURTHER_THAN_4_BITS}")
     fault = OTHER_BASE if case.evidence.answers.chats is None else BASE_OR_TEMPLATE
-    return RuleFinding("differs", f"{fault}: even without the adapter, the answers are {far}", fault)
+    reason = f"{fault}: even without the adapter, the answers are {FURTHER_THAN_4_BITS}"
+    return RuleFinding("differs", reason, fault)
 
 
 def _of_other_weights(case: Case) -> str:
     """Reason why a server cannot be judged by a reference on quantised weights that it does not have."""
     return (
         f"the server has other weights than the recorded ones ({case.evidence.models.weights}): record the adapter on "
-        f"those that it has, with {case.option('base_weights')}"
+        f"the server's weights, with {case.option('base_weights')}"
     )
 
 
@@ -302,7 +306,7 @@ def _nearest(case: Case, found: str) -> RuleFinding:
                 f"at once (llama-server answers for each alone with {case.option('protocol')} llama-server)"
             )
         else:
-            reason += "another adapter may be served, which verify names if its folder lies beside this one"
+            reason += "another adapter may be served; verify can name it if its folder is beside this one"
         return RuleFinding("differs", reason, None, compared)
     others = [each.detail for each in compared[1:] if each.explains]
     reason = f"{nearest.fault}: {nearest.detail}, so that {found}"
@@ -317,7 +321,7 @@ def some_are_far(case: Case) -> RuleFinding | None:
         return None
     reason = (
         f"the answers to {len(far)} of {case.prompts} prompts are wrong, and the others are right: some requests do "
-        "not get the adapter as it was trained, so ask again, and look for what these prompts have in common"
+        "not get the adapter as it was trained; check again, and look for what these prompts have in common"
     )
     return RuleFinding("differs", reason)
 
@@ -333,7 +337,7 @@ def generated_is_wrong(case: Case) -> RuleFinding | None:
         reason = f"{len(as_base)} of {clear} generated tokens have the base model's logprobs, and prompts the adapter's"
         return RuleFinding("differs", f"{DECODED}: {reason}", DECODED)
     if greedy.gap > greedy.allowed:
-        reason = "the engine generates other tokens than its own logprobs make likely"
+        reason = "the engine generates tokens that its own logprobs make unlikely"
         if greedy.as_base >= FEW_AS_BASE:
             whose = f"in {greedy.as_base} answers those of the base model"
             return RuleFinding("differs", f"{DECODED}: {reason}, {whose}", DECODED)
@@ -360,7 +364,7 @@ def mixed_is_wrong(case: Case) -> RuleFinding | None:
         if name in case.mixed and case.is_apart(name):
             reason = (
                 f"{fault}: {subject} answered wrongly, while requests for one model at a time are answered right: send "
-                f"them so, and judge them alone with {case.option('without_mixed')}"
+                f"requests for one model at a time, and judge only these with {case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -388,7 +392,7 @@ def few_are_compared(case: Case) -> RuleFinding | None:
     if case.prompts >= FEW_PROMPTS or 2 * case.prompts >= asked:
         return None
     reason = (
-        f"the answers to {case.prompts} of {asked} prompts could be compared, and "
+        f"the answers to {case.prompts} of {asked} prompts could be compared, but "
         f"{min(FEW_PROMPTS, math.ceil(asked / 2))} are needed: start the server so that it takes token ids and lists "
         "20 logprobs (vLLM: --max-logprobs 20)"
     )
@@ -458,8 +462,8 @@ def mixed_is_missing(case: Case) -> RuleFinding | None:
     if case.evidence.answers.mixed_failure is None:
         return None
     reason = (
-        f"{case.strength.plainly}, but requests for both models at the same time were not answered: judge the other "
-        f"answers alone with {case.option('without_mixed')}"
+        f"{case.strength.plainly}, but requests for both models at the same time were not answered: judge only the "
+        f"other answers with {case.option('without_mixed')}"
     )
     return RuleFinding("inconclusive", reason)
 

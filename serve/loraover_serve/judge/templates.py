@@ -374,8 +374,8 @@ def _tell(endpoint: Endpoint, model: str, conversations: Sequence[Conversation])
     counted = next((told for told, _ in found if told.number is not None), None)
     if best.tokens is not None and counted is not None and len(best.tokens) not in counted.numbers:
         refusal = (
-            f"the server counts {counted.number} tokens of a chat, and another route of it returns {len(best.tokens)}, "
-            "so it is not known which tokens its chats have"
+            f"the server counts {counted.number} tokens of a chat, but another route returns {len(best.tokens)}, so "
+            "the tokens of its chats are not known"
         )
         return [_Told(refusal=refusal)] * len(conversations)
     told = [best]
@@ -399,7 +399,7 @@ def _by_chat(endpoint: Endpoint, model: str, asked: Conversation, more: Mapping[
     number = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     if type(number) is int and 0 < number < 2**ID_BITS:
         return _Told(number=number, cached=cached_tokens(usage, "prompt_tokens_details", "cached_tokens") or 0)
-    return _Told(refusal="the server tells neither the tokens of a chat nor their number")
+    return _Told(refusal="the server returns neither the tokens of a chat nor their number")
 
 
 def _by_tokenize(endpoint: Endpoint, model: str, asked: Conversation) -> _Told:

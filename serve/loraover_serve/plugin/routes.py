@@ -177,7 +177,7 @@ async def keep_current(service: Service, models: OpenAIServingModels) -> None:
             changed = await asyncio.to_thread(service.changed, served_by(models))
             await asyncio.gather(*(_renew(service, models, name, folder) for name, folder in changed.items()))
         except Exception:  # whatever it is, the next look may succeed
-            logger.exception("the served adapters cannot be looked at; the next look is in %g seconds", RETRY_S)
+            logger.exception("the served adapters cannot be checked for changes; next attempt in %g seconds", RETRY_S)
             await asyncio.sleep(RETRY_S)
 
 

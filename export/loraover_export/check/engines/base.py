@@ -47,10 +47,12 @@ def note(text: str) -> Reaction:
     return Reaction("note", text)
 
 
-CORES = note("A and B are read, which are the cores' product, rounded; the export contracts the cores")
+CORES = note(
+    "the engine reads A and B, which are the rounded product of the cores; the export computes A and B from the cores"
+)
 LOST = silent("it answers without them")
-NOT_NUMBERS = silent("it computes with them, and answers nonsense")
-OTHER_BASE = note("the engine runs other weights than those that the adapter was trained beside")
+NOT_NUMBERS = silent("the engine computes with these numbers, and answers nonsense")
+OTHER_BASE = note("the engine runs other base weights than the adapter was trained on")
 
 UNREADABLE = ("method", "DoRA", "rank", "key prefix", "unnamed modules", "lost matrices")
 """Features of adapters that the exports cannot read, but some engines can."""

@@ -33,7 +33,9 @@ from loraover_export.check.subject import Subject
 from loraover_export.formats.gguf.target import FAMILIES, read_target, refuse_or_leave_out
 from loraover_export.formats.vllm.candidate import listed
 
-ONE_ALPHA = "the converter writes lora_alpha once, and llama.cpp multiplies B A by it over the rank of the matrices"
+ONE_ALPHA = (
+    "the converter writes a single lora_alpha, and llama.cpp multiplies B A by lora_alpha / rank of the matrices"
+)
 ROTATED = {"q_proj", "k_proj"}
 UNKNOWN_TENSOR = refused("the converter stops at tensors other than A and B")
 
@@ -41,7 +43,7 @@ PEFT_FORM = {
     "method": UNKNOWN_TENSOR,
     "DoRA": UNKNOWN_TENSOR,
     "variant": silent("the converter does not read this field"),
-    "aLoRA": note("the converter writes the tokens, from which on llama.cpp's server applies the adapter"),
+    "aLoRA": note("the converter writes the invocation tokens, and llama.cpp's server applies the adapter after them"),
     "experts": refused("the converter finds no tensor of the base model by these names"),
     "initialisation": silent("the converter does not read this field"),
     "lost initialisation": silent("the converter does not read this field"),
@@ -56,8 +58,8 @@ PEFT_FORM = {
     "alpha_pattern": silent(ONE_ALPHA),
     "no alpha": refused("the converter stops with a KeyError"),
     "rank": silent("llama.cpp scales by the rank of the matrices"),
-    "key prefix": note("the converter takes them as well"),
-    "doubled prefix": note("the converter removes it wherever it stands"),
+    "key prefix": note("the converter accepts these keys too"),
+    "doubled prefix": note("the converter removes the prefix, however often it occurs"),
     "missing modules": refused("llama.cpp refuses names that its model does not have"),
     "absent layers": refused("llama.cpp refuses names that its model does not have"),
     "lost matrices": refused("the converter stops there"),
@@ -66,7 +68,7 @@ PEFT_FORM = {
     "lost modules": LOST,
     "lost parameters": LOST,
     "other shapes": refused("llama.cpp refuses shapes that its model does not have"),
-    "tied embedding": silent("llama.cpp applies it to the head as well, or ends its process"),
+    "tied embedding": silent("llama.cpp applies the adapter to the head as well, or aborts"),
     "tied head": refused("llama.cpp has no weight of the head"),
     "quantised base": OTHER_BASE,
     "cores": CORES,
@@ -85,7 +87,10 @@ class LlamaCppRules(EngineRules):
         family = FAMILIES.get(subject.served.architecture)
         rotated = sorted(ROTATED & {path.rpartition(".")[2] for path in subject.modules})
         if family is not None and family.interleaved and rotated:
-            found = f"llama.cpp keeps the rows of {listed(rotated)} in another order; the converter reorders B alike"
+            found = (
+                f"llama.cpp keeps the rows of {listed(rotated)} in another order; the converter reorders B in the "
+                "same way"
+            )
             yield EngineFinding(feature="row order", level="note", found=found)
 
     def exported(self, subject: Subject) -> Iterator[EngineFinding]:

@@ -26,7 +26,7 @@ from loraover_export.check.report import EngineFinding
 from loraover_export.check.subject import Subject
 
 MISSING = silent("OpenVINO writes a warning to standard error, and answers without these modules")
-MISPLACED = note("OpenVINO applies them nevertheless, since it looks for names that contain these")
+MISPLACED = note("OpenVINO applies them nevertheless, since it matches any module whose name contains theirs")
 NOT_READ = silent("OpenVINO does not read adapter_config.json")
 IGNORED = silent("OpenVINO ignores such tensors")
 
@@ -43,20 +43,20 @@ PEFT_FORM = {
     "biases": IGNORED,
     "LoRA bias": IGNORED,
     "modules_to_save": IGNORED,
-    "trained vocabulary": note("OpenVINO's sources replace such a weight, which was not run here"),
+    "trained vocabulary": note("by its source code, OpenVINO replaces such a weight; this was not run here"),
     "norms": IGNORED,
     "trained tokens": IGNORED,
     "rank": silent("OpenVINO reads neither rank nor alpha"),
     "scaling": silent("OpenVINO multiplies B A by the alpha that the program gives, 1 by default"),
     "key prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
-    "absent layers": note("OpenVINO ignores them, as a base model without these layers needs it"),
+    "absent layers": note("OpenVINO ignores them, which is right for a base model without these layers"),
     "doubled prefix": silent("OpenVINO ignores such keys, and answers as the base model"),
     "unnamed modules": silent("OpenVINO does not read adapter_config.json, and applies all matrices"),
     "numbers": NOT_NUMBERS,
     "lost modules": LOST,
     "lost parameters": LOST,
     "other shapes": refused("OpenVINO cannot set a state of another shape"),
-    "embedding": silent("OpenVINO knows lora_A and lora_B only, and ignores lora_embedding_A and B"),
+    "embedding": silent("OpenVINO reads only lora_A and lora_B, and ignores lora_embedding_A and lora_embedding_B"),
     "quantised base": OTHER_BASE,
     "cores": CORES,
 }

@@ -27,20 +27,20 @@ PEFT_FORM = {
     "lost initialisation": silent(
         "PEFT computes other first factors when it loads the adapter, and pairs A and B with other weights"
     ),
-    "other initialisation": refused("PEFT cannot start it again from the base model alone"),
-    "megatron": refused("PEFT has to import Megatron then, and cannot without it"),
+    "other initialisation": refused("PEFT cannot repeat this initialisation from the base model alone"),
+    "megatron": refused("PEFT must import Megatron for this, and fails if it is not installed"),
     "rank": refused("PEFT cannot load matrices of another rank"),
     "key prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "doubled prefix": silent("PEFT ignores such keys and answers as the base model, with a Python warning only"),
     "missing modules": silent("PEFT ignores their matrices, with a Python warning at most"),
     "absent layers": note(
-        "PEFT ignores their matrices with a Python warning, as a base model without these layers needs it"
+        "PEFT ignores their matrices with a Python warning, which is right for a base model without these layers"
     ),
     "no targets": refused("PEFT loads no adapter without a module to adapt"),
-    "lost matrices": silent("PEFT starts the other matrix again, with a Python warning only"),
+    "lost matrices": silent("PEFT initialises the missing matrix anew, with only a Python warning"),
     "unnamed modules": silent("PEFT ignores these matrices, with a Python warning at most"),
     "numbers": NOT_NUMBERS,
-    "lost modules": silent("PEFT starts these modules again, so they do nothing, with a Python warning only"),
+    "lost modules": silent("PEFT initialises these modules anew, so they have no effect, with only a Python warning"),
     "lost parameters": refused("PEFT cannot load it"),
     "other shapes": refused("PEFT cannot load matrices of other shapes"),
     "cores": CORES,
@@ -73,7 +73,7 @@ class TorchRules(UniformRules):
             yield EngineFinding(feature="experts", level="wrong silently" if fits else "refused", found=text)
         start = initialisation(subject)
         if start is not None and quantised_base(subject) is not None:
-            text = f"{start}; PEFT cannot take it from quantised weights"
+            text = f"{start}; PEFT cannot compute this initialisation from quantised weights"
             yield EngineFinding(feature="initialisation", level="refused", found=text)
 
     def exported(self, subject: Subject) -> Iterator[EngineFinding]:

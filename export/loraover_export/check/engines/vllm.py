@@ -49,12 +49,12 @@ NO_LORA = {
     "trained tokens": refused("vLLM knows no such tensors"),
     "variant": silent("vLLM may not read this field"),
     "rank": silent("vLLM scales by the configuration's rank"),
-    "key prefix": note("vLLM takes them as well, as names of modules in its model class"),
-    "doubled prefix": note("vLLM removes it wherever it stands"),
+    "key prefix": note("vLLM accepts these keys too, as names of modules in its model class"),
+    "doubled prefix": note("vLLM removes the prefix, however often it occurs"),
     "missing modules": silent("vLLM ignores matrices below an unknown prefix and answers as the base model"),
-    "absent layers": note("vLLM ignores them, as a base model without these layers needs it"),
+    "absent layers": note("vLLM ignores them, which is right for a base model without these layers"),
     "unnamed modules": silent("vLLM does not read these fields, and applies all matrices"),
-    "other shapes": silent("vLLM would fill only a part of a larger module"),
+    "other shapes": silent("vLLM would fill only part of a larger module"),
     "numbers": NOT_NUMBERS,
 }
 """Reactions to adapters that neither the exports nor the rules of the pre-flight can read."""

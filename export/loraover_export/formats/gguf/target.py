@@ -96,7 +96,7 @@ def find_family(architecture: str, model: str) -> Family:
         raise ExportError(
             f"{model} is a {architecture}. The order in which llama.cpp keeps the rows of its queries and keys is "
             f"not known here, and a wrong order would give wrong answers silently; known are {known}. Merge the "
-            "adapter into the base model with PEFT, and convert that with llama.cpp."
+            "adapter into the base model with PEFT, and convert the merged model with llama.cpp."
         )
     return family
 
@@ -206,7 +206,7 @@ def expert_tensors(family: Family, path: str) -> list[str]:
     return [name for name in found if name is not None]
 
 
-MERGE = "merge the adapter into the base model with PEFT, and convert that with llama.cpp"
+MERGE = "merge the adapter into the base model with PEFT, and convert the merged model with llama.cpp"
 NORM = {"norm": "a norm, and llama.cpp loads the norms of an adapter but never applies them"}
 
 
@@ -234,8 +234,8 @@ def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
             raise ExportError(f"{where}: adapts {path}, which {base} does not have; {if_missing(path, names)}.")
         if names[path].kind == "expert" and path not in adapter.experts:
             raise ExportError(
-                f"{where}: adapts {path} alone, and llama.cpp's {module.tensor} holds all experts, whose pairs PEFT "
-                f"stacks if target_parameters names them; {MERGE}."
+                f"{where}: adapts the single expert {path}, but llama.cpp's {module.tensor} holds all experts. Adapt "
+                f"all experts by target_parameters, or {MERGE}."
             )
         check_shape(adapter, path, module.shape, is_embedding=module.is_embedding, base=base)
         is_head = path == "lm_head"
@@ -243,8 +243,7 @@ def refuse_or_leave_out(adapter: AdapterDir, target: GgufTarget) -> list[str]:
             reason = (
                 "llama.cpp keeps no weight of the head to adapt"
                 if is_head
-                else "llama.cpp would apply the embedding's adapter to the head as well, and end the process at most "
-                "ranks"
+                else "llama.cpp would apply the embedding's adapter to the head as well, and would abort at most ranks"
             )
             raise ExportError(
                 f"{where}: adapts {path}, but the embedding and the head of {base} are one matrix: {reason}. Train "

@@ -289,7 +289,7 @@ class VectorSpeaker:
     def _check_size(self, model: str, numbers: int, place: int) -> None:
         right = len(self._reference.rows[ADAPTER][place])
         if numbers > MOST_TIMES * right:
-            raise EngineError(f"{model}: the server answers with {numbers} numbers, and {right} are right.")
+            raise EngineError(f"{model}: the server answers with {numbers} numbers, expected {right}.")
 
     def _shown(self, text: object) -> str:
         return printable(self.endpoint.hidden(str(text)))[:LABEL_CHARACTERS]

@@ -35,6 +35,7 @@ from loraover_serve.judge.limits import (
 )
 from loraover_serve.judge.names import CHANGED, CUT, DIMENSION, ENCODING, IN_BASE, LABELS, LEAKS, OTHER_BASE, UNLIKE
 from loraover_serve.judge.rules import (
+    FURTHER_THAN_4_BITS,
     FURTHER_THAN_ADAPTED,
     ONE_MODEL,
     RuleFinding,
@@ -149,12 +150,12 @@ def _of_another_size(read: AnswerReader) -> RuleFinding | None:
     if reference.task == "token_classify":
         (wrong, right), classes = read.wrong_sizes[0], len(reference.labels)
         some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have classes of other tokens than recorded"
-        tokens = f"{wrong / classes:.4g} tokens, where {right // classes} are right"
-        reason = f"{DIMENSION}: {some}, such as {tokens}, so the server cuts inputs, or leaves special tokens out"
+        tokens = f"{wrong / classes:.4g} tokens, expected {right // classes}"
+        reason = f"{DIMENSION}: {some}, such as {tokens}, so the server cuts inputs, or omits special tokens"
         return RuleFinding("differs", reason, DIMENSION)
     if not size:
         found = " or ".join(map(str, sorted({wrong for wrong, _ in read.wrong_sizes})))
-        some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have {found:.60} numbers, and {right} are right"
+        some = f"{len(read.wrong_sizes)} of {len(read.sizes)} answers have {found:.60} numbers, expected {right}"
         return RuleFinding("differs", f"{DIMENSION}: {some}, so another model gives them", DIMENSION)
     what = "a vector" if reference.task == "embed" else "an answer"
     if reference.task != "embed" or size > right:
@@ -186,7 +187,7 @@ def setting_is_another(whole: VectorCase) -> RuleFinding | None:
     if whole.setting is None:
         return None
     setting, case = whole.setting
-    reason = f"{setting.fault}: {setting.detail}, and so computed, {case.strength.plainly}"
+    reason = f"{setting.fault}: {setting.detail}, and in this setting, {case.strength.plainly}"
     return RuleFinding("differs", reason, setting.fault)
 
 
@@ -200,8 +201,11 @@ def input_is_cut(whole: VectorCase) -> RuleFinding | None:
         short, long = questions[near[-1]].tokens, questions[far[0]].tokens
         most, least = max(off[place] for place in near), min(off[place] for place in far)
         if short < long and least > CUT_SHARE * SIZE and least > CUT_TIMES * most:
-            reason = f"answers to texts of {long} tokens and more are off, and those to texts of up to {short} are not"
-            return RuleFinding("differs", f"{CUT}: {reason}, so raise the server's largest length", CUT)
+            reason = (
+                f"answers to texts of {long} tokens or more are wrong, and answers to texts of up to {short} tokens "
+                "are right"
+            )
+            return RuleFinding("differs", f"{CUT}: {reason}, so raise the server's maximum length", CUT)
     return None
 
 
@@ -230,7 +234,7 @@ def base_is_wrong(whole: VectorCase) -> RuleFinding | None:
         reason = f"requests for the base model are answered with {in_percent(way.value)} of the adapter"
         return RuleFinding("differs", f"{IN_BASE}: {reason}", IN_BASE)
     if case.number_format is None:
-        reason = "even without the adapter, the answers are further off than weights rounded to 4 bits would be"
+        reason = f"even without the adapter, the answers are {FURTHER_THAN_4_BITS}"
         return RuleFinding("differs", f"{OTHER_BASE}: {reason}", OTHER_BASE)
     if case.is_nearer():
         return RuleFinding("differs", f"{UNLIKE}: {FURTHER_THAN_ADAPTED}", UNLIKE)
@@ -241,7 +245,7 @@ def some_are_others(whole: VectorCase) -> RuleFinding | None:
     """Some of the adapter's answers are the base model's, or those to one text disagree."""
     split = some_are_base(whole.case)
     if split is None and (other := some_disagree(whole.case)) is not None:
-        split = other._replace(words="are not those to the same text at other times")
+        split = other._replace(words="differ from other answers to the same text")
     return None if split is None else RuleFinding("differs", split.reason, split.fault, split=split)
 
 
@@ -266,7 +270,7 @@ def some_texts_are_far(whole: VectorCase) -> RuleFinding | None:
     if len(far) < FEW_AS_BASE:
         return None
     text = whole.reference.questions[far[0]].text
-    reason = f"the answers to {len(far)} texts are far off, such as that to {text!r:.60}, and the others are right"
+    reason = f"the answers to {len(far)} texts are wrong, such as the answer to {text!r:.60}, and the others are right"
     return RuleFinding("differs", reason, None)
 
 
@@ -288,7 +292,8 @@ def mixed_differ(whole: VectorCase) -> RuleFinding | None:
         if arm in case.mixed and case.is_apart(arm):
             reason = (
                 f"{fault}: these answers differ from those sent alone, while requests for one model at a time are "
-                f"answered right: send them so, and judge them alone with {case.option('without_mixed')}"
+                f"answered right: send requests for one model at a time, and judge only these with "
+                f"{case.option('without_mixed')}"
             )
             return RuleFinding("differs", reason, fault)
     return None
@@ -302,7 +307,7 @@ def format_is_coarse(whole: VectorCase) -> RuleFinding | None:
         return None
     reason = (
         f"{case.strength.plainly}, but the base model answers as if it were rounded to {found}, were another model, or "
-        f"read other inputs (such as behind a prefix): if it is served in {found}, say so with "
+        f"read other inputs (such as inputs with a prefix): if it is served in {found}, say so with "
         f"{case.option('served_format')} {found}"
     )
     return RuleFinding("inconclusive", reason)

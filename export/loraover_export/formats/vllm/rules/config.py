@@ -32,7 +32,7 @@ def variant(candidate: Candidate) -> Iterator[Problem]:
             f"{field} is set: this is {kind}"
             if kind is not None
             else f"{field} is set to {value!r:.80}, a field that this version does not know and vLLM would ignore",
-            "train a plain LoRA, or merge the adapter into the base model with PEFT and serve that",
+            "train a plain LoRA, or merge the adapter into the base model with PEFT and serve the merged model",
             is_silent=field not in REFUSED,
         )
 
@@ -44,7 +44,8 @@ def required(candidate: Candidate) -> Iterator[Problem]:
     if candidate.dtype is None and missing:
         yield Problem(
             f"the configuration has no {listed(missing)}, which vLLM needs",
-            f"write it for vLLM and serve that: {export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
+            f"export the adapter for vLLM and serve the exported folder: "
+            f"{export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
         )
 
 
@@ -68,7 +69,7 @@ def bias(candidate: Candidate) -> Iterator[Problem]:
     if value != "none":
         yield Problem(
             f"bias is {value!r}: the base model's biases were trained too, and vLLM cannot load them",
-            "train with bias='none', or merge the adapter into the base model with PEFT and serve that",
+            "train with bias='none', or merge the adapter into the base model with PEFT and serve the merged model",
         )
 
 
@@ -85,7 +86,7 @@ def other_parameters(candidate: Candidate) -> Iterator[Problem]:
             yield Problem(
                 f"{field} is set ({listed(names)}): parameters that were trained in full do not fit into A and B"
                 + (f"; {heads}" if loads else ""),
-                f"train without {field}, or merge the adapter into the base model with PEFT and serve that",
+                f"train without {field}, or merge the adapter into the base model with PEFT and serve the merged model",
                 is_silent=field == "trainable_token_indices",
             )
 
@@ -103,6 +104,7 @@ def patterns(candidate: Candidate) -> Iterator[Problem]:
         fields = " and ".join(field for field in ("rank_pattern", "alpha_pattern") if getattr(config, field))
         yield Problem(
             f"{fields} gives {len(own)} of {len(candidate.modules)} modules another rank or scaling ({listed(own)}); "
-            "engines and releases read that differently, some wrongly without a message",
-            f"write it for vLLM and serve that: {export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
+            "engines read such patterns differently, and some apply them wrongly without a message",
+            f"export the adapter for vLLM and serve the exported folder: "
+            f"{export_command(candidate.adapter.path, 'vllm', ending='-vllm')}",
         )

@@ -20,7 +20,7 @@ from loraover_export.formats.vllm.candidate import Candidate, Problem, listed
 from loraover_export.formats.vllm.releases import EXPERTS_BELOW, Architecture
 from loraover_export.known_faults import known_faults
 
-MERGE = "merge the adapter into the base model with PEFT and serve that"
+MERGE = "merge the adapter into the base model with PEFT and serve the merged model"
 EXPORT = "write it with loraover export vllm"
 
 MAX_VOCABULARY = 258048
@@ -38,7 +38,9 @@ def architecture(candidate: Candidate) -> Iterator[Problem]:
         found = f"whether vLLM {known.version} serves {served} with LoRA adapters is not known"
     else:
         found = f"vLLM {known.version} has no class {served}"
-    yield Problem(found, "merge the adapter into the base model with PEFT and serve that, or adapt another base model")
+    yield Problem(
+        found, "merge the adapter into the base model with PEFT and serve the merged model, or adapt another base model"
+    )
 
 
 def base_model(candidate: Candidate) -> Iterator[Problem]:
@@ -105,7 +107,7 @@ def shapes(candidate: Candidate) -> Iterator[Problem]:
         yield Problem(
             f"{len(wrong)} of {len(candidate.modules)} adapted modules have other shapes in the served model; {path} "
             f"maps {n} to {m} features in the adapter, {expected[0]} to {expected[1]} in the model. vLLM would fill "
-            "only a part of a larger module, and fail on a smaller one",
+            "only part of a larger module, and fail on a smaller one",
             "serve the model that the adapter was trained on, with the same vocabulary; name it with "
             f"{as_written('model')}",
             is_silent=True,
@@ -126,7 +128,8 @@ def targets(candidate: Candidate) -> Iterator[Problem]:
     for reason, paths in refused.items():
         yield Problem(
             f"{listed(paths)}: {reason}",
-            "train without these target modules, or merge the adapter into the base model with PEFT and serve that",
+            "train without these target modules, or merge the adapter into the base model with PEFT and serve the "
+            "merged model",
         )
     heads = [path for path in candidate.present if path.rpartition(".")[2] == "lm_head"]
     if heads and not any(path in paths for paths in refused.values() for path in heads):
@@ -147,7 +150,7 @@ def _refusal(path: str, candidate: Candidate, allowed: Architecture) -> str | No
     if (served.kind == "embedding") != candidate.adapter.modules[path].is_embedding:
         return f"a {served.type_name} in the served model, but adapted as another kind of layer"
     if served.kind == "embedding" or name == "lm_head":
-        return None if name in allowed.embeddings else f"{candidate.served.architecture} takes no LoRA there in vLLM"
+        return None if name in allowed.embeddings else f"{candidate.served.architecture} supports no LoRA there in vLLM"
     if name in allowed.packed and name not in allowed.packed[name]:
         return f"vLLM expects its parts {', '.join(allowed.packed[name])} instead"
     return None
@@ -168,7 +171,8 @@ def towers(candidate: Candidate) -> Iterator[Problem]:
         known = {allowed.rename(place) for place in candidate.places}
         inside = {name.rpartition(".")[2] for name in known if name.startswith(allowed.language_model or "")}
         yield Problem(
-            f"{listed(left_out)}: outside of {allowed.language_model}, the language model, which vLLM adapts alone"
+            f"{listed(left_out)}: outside of {allowed.language_model}, the language model, and vLLM adapts only the "
+            "language model"
             + (f" unless it is started with {option}" if helps else f"; {option} does not reach these modules")
             + "; their matrices have no effect",
             f"start the server with {option}" if helps else f"train without these target modules, or {MERGE}",
@@ -316,7 +320,7 @@ def vocabulary(candidate: Candidate) -> Iterator[Problem]:
     allowed, size = candidate.architecture, candidate.served.vocabulary or 0
     if allowed is not None and "lm_head" in allowed.embeddings and size > MAX_VOCABULARY:
         yield Problem(
-            f"the served model has {size} tokens; vLLM gives {candidate.served.architecture} adapters only up to "
-            f"{MAX_VOCABULARY}",
-            "merge the adapter into the base model with PEFT and serve that",
+            f"the served model has a vocabulary of {size} tokens; vLLM supports LoRA of "
+            f"{candidate.served.architecture} only up to {MAX_VOCABULARY}",
+            "merge the adapter into the base model with PEFT and serve the merged model",
         )

@@ -33,7 +33,7 @@ def tensors(candidate: Candidate) -> Iterator[Problem]:
         keys = [key for key in others if key not in copies and _kind(key) == kind]
         yield Problem(
             f"{listed(keys)}: {kind}; A and B cannot hold this",
-            "train without it, or merge the adapter into the base model with PEFT and serve that",
+            "train without it, or merge the adapter into the base model with PEFT and serve the merged model",
         )
 
 
