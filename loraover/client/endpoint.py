@@ -117,8 +117,8 @@ class Endpoint:
             name, _, variable = each.partition("=")
             if not variable or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
                 raise ConfigError(
-                    f"a header for {host}: has no variable, or a name that no header can have; give NAME=VARIABLE, "
-                    "such as X-Team=TEAM_KEY."
+                    f"a header for {host}: lacks a variable, or its name is not valid for a header; give "
+                    "NAME=VARIABLE, such as X-Team=TEAM_KEY."
                 )
             others[name] = _secret(host, variable)
         self.headers |= others
@@ -322,7 +322,7 @@ class Endpoint:
         if (now := time.monotonic()) >= deadline:
             over = f"timed out after {longest:g} s"
             if now >= self.ends:
-                over = f"the time for all requests is over after {self.sent} of them; allow a longer time-out"
+                over = f"the time limit for all requests was reached after {self.sent} requests; allow more time"
             raise UnansweredError(f"{self.url}{path}: no answer: {over}")
         if len(content) > LARGEST_ANSWER:
             raise EngineError(f"{self.url}{path}: the answer is longer than {LARGEST_ANSWER} bytes.")
@@ -392,7 +392,7 @@ def _secret(host: str, variable: str) -> str:
             "the variable, not the key itself."
         )
     if not found.isascii() or not found.isprintable():
-        raise ConfigError(f"the key of {host}: holds characters that no header can carry.")
+        raise ConfigError(f"the key of {host}: holds characters that a header must not contain.")
     return found
 
 

@@ -125,15 +125,15 @@ class Speaker:
             if any(answer.tops):
                 return dialect
             refusals.insert(0, self.without_logprobs(model))
-        no_form = f"{self.endpoint.url}: none of the questions can be sent in a form that the server takes."
+        no_form = f"{self.endpoint.url}: the server accepts none of the forms in which the questions can be sent."
         raise refusals[0] if refusals else EngineError(no_form)
 
     @staticmethod
     def without_logprobs(model: str) -> UnscoredError:
         """The error of a server that answers without logprobs."""
         return UnscoredError(
-            f"{model}: the server gives no logprobs; start it so that /v1/completions answers logprobs={TOPS[0]}: "
-            "without them nothing can be compared."
+            f"{model}: the server returns no logprobs, which the comparison needs; start it so that /v1/completions "
+            f"accepts logprobs={TOPS[0]}."
         )
 
     def answer(

@@ -139,7 +139,7 @@ class WebStore(Store):
         self._parts = urlsplit(address.text)
         if address.scheme != "https" and not is_near(self._parts.hostname or ""):
             raise SourceError(
-                f"{address}: is read without encryption, so anybody on the way could change it; use https."
+                f"{address}: is read without encryption, so others on the network could change it; use https."
             )
 
     def entries(self, wanted: tuple[str, ...]) -> Mapping[str, Entry]:
@@ -157,8 +157,8 @@ class WebStore(Store):
                 if mark is None or size is None:
                     lacks = "size" if size is None else "ETag or Last-Modified"
                     raise SourceError(
-                        f"{self._address}/{name}: the server states no {lacks}, so that a change of the file would not "
-                        "be noticed. Download the folder, and name the copy."
+                        f"{self._address}/{name}: the server states no {lacks}, so a change of the file would not be "
+                        "noticed. Download the folder, and name the copy."
                     )
                 found[name] = Entry(int(size), mark)
         return found
@@ -357,7 +357,7 @@ def fetch_address(address: Address, wanted: tuple[str, ...], say: Callable[[str]
 
     def changed(name: str) -> SourceError:
         return SourceError(
-            f"{address}: {name} changed while it was read, so that the files may not belong together; run this again."
+            f"{address}: {name} changed while it was read, so the files may not belong together; run the command again."
         )
 
     with hold_lock(folder.with_name(f".{key}.lock"), wait=True):

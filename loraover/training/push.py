@@ -57,7 +57,8 @@ def pushed_base(recipe: Recipe, trained: ModelSource, say: Callable[[str], None]
     moved = move([trained.name], resolve_model(recipe.push_model), say)
     if moved.moved is None:
         raise ConfigError(
-            f"push_model: {recipe.push_model} cannot be read here, only the stand-in that the run trains on. Train "
+            f"push_model: {recipe.push_model} cannot be read here; only its stand-in can, on which the run trains. "
+            "Train "
             "where the hub can be reached, or push the adapter later."
         )
     return moved

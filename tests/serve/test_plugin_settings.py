@@ -487,7 +487,7 @@ def test_a_server_that_reloads_nothing_is_warned_of(mode: str, warns: bool, base
     said, vllm = Lines(), stand_in(tmp_path, mode)
     with serve_adapters(folder=tmp_path, model=base, vllm=vllm, log=tmp_path / "log", report=said) as server:
         assert not server.names
-    assert any("folders that change are not served anew" in line for line in said.lines) == warns
+    assert any("changed folders are not reloaded" in line for line in said.lines) == warns
 
 
 @pytest.mark.process

@@ -119,7 +119,7 @@ def test_a_server_that_hides_the_logprobs_of_the_adapter_alone_is_undecided(refe
     def reply(body: dict[str, Any]) -> int | bytes:
         return served(body) if body["model"] == "base" else json.dumps({"choices": [{"text": ""}]}).encode()
 
-    with pytest.raises(UnscoredError, match="shop: the server gives no logprobs"):
+    with pytest.raises(UnscoredError, match="shop: the server returns no logprobs"):
         checked(reply, reference)
 
 

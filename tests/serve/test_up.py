@@ -80,7 +80,7 @@ def test_the_first_error_of_a_log_is_shown_on_a_line_of_its_own(
 
 
 def test_adapters_of_one_name_or_of_two_models_are_refused(shop: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="folders of one name"):
+    with pytest.raises(ConfigError, match="folders with the same name"):
         read_named([shop, shop])
     other = make_checkpoint(tmp_path / "other")
     assert run(export_cli, ["vllm", str(other.path), "-o", str(tmp_path / "second")]) == 0

@@ -409,7 +409,7 @@ OF_SERVERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OF_SERVERS)
 def test_options_that_a_graph_has_no_use_for_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}.*: of no use where references judges a graph; leave it out"):
+    with pytest.raises(ConfigError, match=rf"{name}.*: not used when references is compared with a graph"):
         VerifyRequest(references=(tmp_path,), graph=tmp_path, **{name: OF_SERVERS[name]})
 
 

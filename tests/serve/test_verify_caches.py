@@ -360,7 +360,7 @@ def test_llama_server_without_slots_is_inconclusive(long_case: LongCase) -> None
         server = LlamaServer(long_case.base, long_case.adapter, is_right=False)
         found = asked(server, long_case.reference, (), **pages)
         assert found.verdict == "inconclusive", found.reason
-        assert "does not tell its number of slots, or has too many" in found.reason
+        assert "does not report its number of slots, or has too many" in found.reason
 
 
 def test_a_command_that_empties_the_cache_shows_nothing(long_case: LongCase) -> None:

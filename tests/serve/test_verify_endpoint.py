@@ -199,7 +199,10 @@ def _changed(case: Case, **changes: Any) -> Callable[[dict[str, Any]], bytes]:
     [
         ({"answer": {"model": "another"}}, "base was asked, and 'another' answered"),
         ({"answer": {"choices": []}}, "the server's answer cannot be read"),
-        ({"choice": {"logprobs": None}}, "the server gives no logprobs; start it so that"),
+        (
+            {"choice": {"logprobs": None}},
+            "the server returns no logprobs, which the comparison needs; start",
+        ),
         ({"choice": {"logprobs": {"top_logprobs": [{"unknown word": -1.0}]}}}, "are not those of the base model's"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": float("-inf")}]}}}, "answer cannot be read"),
         ({"choice": {"logprobs": {"top_logprobs": [{"token_id:5": -1e80}]}}}, "answer cannot be read"),

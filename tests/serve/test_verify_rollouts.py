@@ -410,7 +410,7 @@ def test_a_trainer_that_nothing_can_be_judged_in_is_refused(llama: Path, tmp_pat
         with pytest.raises(ConfigError, match="max_staleness is for AsyncGRPOTrainer, and not for"):
             VerifyRollouts(trainer, max_staleness=1)
         trainer.vllm_generation.vllm_client.get_server_info = dict
-        with pytest.raises(ConfigError, match=r"does not tell its dtype.*engine_dtype"):
+        with pytest.raises(ConfigError, match=r"does not report its dtype.*engine_dtype"):
             VerifyRollouts(trainer)
         with pytest.raises(ConfigError, match="full fine-tuning"):
             VerifyRollouts(online_trainer("GRPO", llama, tmp_path, peft_config=None))

@@ -53,7 +53,7 @@ class ForkedBuilder:
 def server_address() -> str:
     """The abstract socket of this process's server, which is started by the first call and ends with the process."""
     name = f"builder-forks-{os.getpid()}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     server = subprocess.Popen([sys.executable, "-m", __name__, name], stdout=subprocess.PIPE, env=environment)
     assert server.stdout is not None
     server.stdout.readline()

@@ -217,7 +217,7 @@ def test_a_push_of_a_stand_ins_adapter_asks_for_a_base(
     assert train(recipe, tmp_path / "out") == 2
     assert "--push-model" in capsys.readouterr().err
     assert train(recipe, tmp_path / "out", "--push-model", NAME) == 2  # which is the stand-in again
-    assert "only the stand-in" in capsys.readouterr().err
+    assert "only its stand-in can" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not uploads.exists()
 

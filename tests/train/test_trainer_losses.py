@@ -164,4 +164,4 @@ def test_several_gpus_without_a_launcher_do_not_make_a_step_larger(count: int, t
     report = Lines()
     use_one_device(arguments, report)
     assert (arguments.n_gpu, arguments.train_batch_size, len(report.lines)) == (1, 4, told)
-    assert all("3 GPUs are here" in line and "torchrun --nproc-per-node 3" in line for line in report.lines)
+    assert all("this machine has 3 GPUs" in line and "torchrun --nproc-per-node 3" in line for line in report.lines)

@@ -73,7 +73,7 @@ def test_chat_messages_after_a_row_of_text_are_found(trainer: str, template: str
 def test_rows_of_several_forms_are_refused() -> None:
     whole = Rows([{"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:2]}], "rows")
     message = (
-        r"rows: row 2 is learned as \['completion', 'prompt'\], and row 1 as \['messages'\] \(each turn of messages"
+        r"rows: row 2 is learned as \['completion', 'prompt'\], but row 1 as \['messages'\] \(each turn of messages"
     )
     with pytest.raises(DataError, match=message):
         check_rows(load_recipe("demo"), "sft", SimpleNamespace(chat_template=""), Examples(whole, None))

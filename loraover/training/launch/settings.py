@@ -99,7 +99,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path, report: Reporter = S
     # settings that their class takes, and the first step would not
     if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
         raise ConfigError(
-            "training.dataloader_persistent_workers is true, and there are no workers to keep; leave it out, or set "
+            "training.dataloader_persistent_workers is true, but there are no workers to keep; leave it out, or set "
             "training.dataloader_num_workers."
         )
     if arguments.use_liger_kernel and not is_liger_kernel_available():
@@ -113,7 +113,8 @@ def use_one_device(arguments: Any, report: Reporter) -> None:
     if (count := arguments.n_gpu) > 1:
         arguments._n_gpu = 1
         report.line(
-            f"{count} GPUs are here, and one process trains on the first. To use all, start the run with torchrun "
+            f"this machine has {count} GPUs, but one process trains on the first only. To use all, start the run with "
+            "torchrun "
             f"--nproc-per-node {count} -m loraover.cli train"
         )
 

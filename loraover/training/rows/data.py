@@ -87,7 +87,10 @@ def read_examples(
     for column, found in train.unread.items():
         report.line(f"column {column!r} is not learned; {found.count} rows have it ({found.rows})")
     if measures and recipe.evaluation.examples and test is None:
-        report.line(f"nothing is held out of fewer than {HELD_OUT} rows; name held-out data in data.test")
+        report.line(
+            f"data of fewer than {HELD_OUT} rows are not split into training and held-out rows; name held-out "
+            "data in data.test"
+        )
     if examples.divided:
         report.line(f"{examples.divided} other rows of these data are held out; name others in data.test")
     if examples.shared and test is not None:
@@ -312,7 +315,7 @@ def _check_chat(recipe: Recipe, name: str, tokenizer: Any, part: Rows) -> None:
     if other := next((i for i, found in enumerate(columns) if found != columns[0]), 0):
         pair = " (each turn of messages is a prompt and a completion)" if PAIRS[0] in columns else ""
         raise DataError(
-            f"{part.place(other)} is learned as {sorted(columns[other])}, and row {part.number(0)} as "
+            f"{part.place(other)} is learned as {sorted(columns[other])}, but row {part.number(0)} as "
             f"{sorted(columns[0])}{pair}; write all rows in one form."
         )
     is_text = [all(isinstance(row[column], str) for column in columns[0]) for row in part.rows]

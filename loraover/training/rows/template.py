@@ -52,9 +52,9 @@ def own_template(recipe: Recipe) -> str | None:
     path = Path(named)
     if path.suffix not in (".jinja", ".j2") or kind_of(path) != "file":
         raise ConfigError(
-            f"training.chat_template_path is {named!r}, expected a file of this machine with the ending .jinja or .j2. "
-            "Another model's template may need tokens that this model does not have; if it needs none, write that "
-            "model's tokenizer.chat_template into a file."
+            f"training.chat_template_path is {named!r}, expected a file on this machine that ends in .jinja or .j2. To "
+            "use another model's template, write that model's tokenizer.chat_template into a file; it must not need "
+            "tokens that this model lacks."
         )
     try:
         return path.read_text(encoding="utf-8")

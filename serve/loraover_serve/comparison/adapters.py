@@ -59,7 +59,10 @@ def check_task(adapter: AdapterDir, base: ModelSource, command: str) -> None:
 
 OF_VECTORS = ("FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS")
 """PEFT's tasks whose answers are vectors, classes or scores."""
-_OF_SERVERS = " Check a server of it by what `loraover record` keeps, with `loraover verify --reference`."
+_OF_SERVERS = (
+    " To check a server of such a model, record a reference with `loraover record`, and compare with "
+    "`loraover verify --reference`."
+)
 
 
 def make_idle(like: AdapterDir, folder: Path) -> Path:

@@ -118,8 +118,8 @@ class OnnxGraph:
         bits, block, rows, columns = (settings[key] for key in ("bits", "block_size", "N", "K"))
         if bits not in (2, 4, 8) or inputs[4] or settings.get("weight_prepacked", 0):
             raise ConfigError(
-                f"{self.path}: {node.name} has {bits} bits, indices of groups or a layout of a GPU; blocks of 2, 4 or "
-                "8 bits alone are read."
+                f"{self.path}: {node.name} has {bits} bits, indices of groups or a layout of a GPU; only blocks of 2, "
+                "4 or 8 bits are read."
             )
         blocks = -(-columns // block)
         numbers = _unpacked(self._array(inputs[1]).reshape(rows, blocks, -1), bits)[..., :block].astype(np.float32)

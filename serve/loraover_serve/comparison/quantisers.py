@@ -77,7 +77,7 @@ class Mlx(Quantiser):
         super().__init__(where, settings)
         mode = settings.get("mode", "affine")
         if mode != "affine":
-            raise ConfigError(f"{where}: quantised by MLX in the mode {mode!r:.80}; affine alone is read here.")
+            raise ConfigError(f"{where}: quantised by MLX in the mode {mode!r:.80}; only affine is read.")
         self.format = f"MLX int{settings.get('bits')}"
 
     def dequantise(self, path: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -144,8 +144,8 @@ class CompressedTensors(Quantiser):
         found = self._library.process({f"{path}.{name}": part for name, part in parts.items()})
         if any(f"{path}.{name}" in found for name in self.markers):  # the library leaves it as it is
             raise ConfigError(
-                f"{self.where}: {path} is quantised, and in no group of quantization_config in config.json, which "
-                "would say how; quantise or download the model again."
+                f"{self.where}: {path} is quantised, but no group of quantization_config in config.json says how; "
+                "quantise or download the model again."
             )
         return torch.as_tensor(found[f"{path}.weight"])
 

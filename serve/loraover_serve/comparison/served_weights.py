@@ -106,8 +106,8 @@ class ServedWeights:
                 )
         if unused := self.file.unused(parameters):
             raise ConfigError(
-                f"{self.where}: {unused[0]} belongs to no parameter of the base model, and so do {len(unused) - 1} "
-                "others; name weights of this model."
+                f"{self.where}: {unused[0]} belongs to no parameter of the base model ({len(unused)} tensors do "
+                "not); name weights of this model."
             )
 
     def put_into(self, model: Any) -> None:

@@ -320,8 +320,8 @@ def as_in_file(path: Path, name: str, stored: Tensor, parameter: Tensor) -> Tens
     added = next((each for each in (0.0, 1.0) if abs(found - each) < NEAR), None)
     if added is None:
         raise ConfigError(
-            f"{path}: {name} is off by {found:.3g} from the base model's, expected 0, or 1 for families whose norms "
-            "lack it; name weights of this model."
+            f"{path}: {name} differs by {found:.3g} from the base model's, expected 0, or 1 for families that store "
+            "norms minus 1; name weights of this model."
         )
     return stored - added
 

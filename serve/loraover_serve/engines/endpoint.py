@@ -77,8 +77,9 @@ class OpenAiEngine(Engine):
         url, form = self.speaker.endpoint.url, self.speaker.dialect.form
         if form == "chat" and not any(question.message for question in models.questions):
             raise ConfigError(
-                f"{url} answers chats only, and the base model's tokenizer has no chat template, so PyTorch cannot be "
-                f"asked the same; use the tokenizer of the server's model ({as_written('model')}), or start the server "
+                f"{url} answers chats only, but the base model's tokenizer has no chat template, so the same question "
+                f"cannot be put to PyTorch; use the tokenizer of the server's model ({as_written('model')}), or start "
+                "the server "
                 "so that it answers /v1/completions."
             )
         return Asker(models, self.speaker, self.names)

@@ -128,7 +128,7 @@ class VllmEngine(OpenAiEngine, BatchingEngine):
             if len(done.piece_s) == 1:
                 raise EngineError(
                     f"{arm}: an answer of {request.new_tokens} tokens arrived in one piece, so the time per token is "
-                    "unknown; ask for more new tokens."
+                    "unknown; ask for longer answers."
                 )
             return Sample(arm, block, first + index, done.start_s, done.piece_s, done.token_ids, done.logprobs)
 

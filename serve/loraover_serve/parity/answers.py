@@ -91,8 +91,8 @@ class Outputs(StrictModel):
     folded: Distance = Field(description="Distance of the folded adapter's answers from PyTorch's")
     vanilla: Distance = Field(description="Distance of the vanilla adapter's answers from PyTorch's: the noise floor")
     agree: bool = Field(
-        description="Whether the folded adapter's distance is within the noise floor, and the floor within the base "
-        "model's noise"
+        description="Whether the folded adapter's distance is within the noise floor, and the noise floor within the "
+        "base model's noise"
     )
     base: Distance | None = Field(
         default=None,

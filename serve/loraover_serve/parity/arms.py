@@ -67,13 +67,15 @@ def prepare_arms(request: ParityRequest, scratch: Path) -> Arms:
             key = min(set(first.shapes.items()) ^ set(other.shapes.items()))[0]
             found = [adapter.shapes.get(key, "missing") for adapter in (first, other)]
             raise ParityError(
-                f"{key} is {found[0]} in the folded adapter and {found[1]} in the {name}, so a difference of speed "
-                "would say nothing about folding; "
-                f"compare adapters of equal ranks and targets, or add {request.named('allow_unequal', True)}."
+                f"{key} is {found[0]} in the folded adapter and {found[1]} in the {name}, so a difference in speed "
+                f"would not be due to folding; compare adapters of equal ranks and targets, or add "
+                f"{request.named('allow_unequal', True)}."
             )
     checkpoint = request.checkpoint
     if checkpoint is not None and read_checkpoint(checkpoint).matrices.keys() != first.matrices.keys():
-        raise ParityError(f"{checkpoint} adapts other modules than {request.adapter}; name the one that was folded.")
+        raise ParityError(
+            f"{checkpoint} adapts other modules than {request.adapter}; name the checkpoint that was folded."
+        )
     base = resolve_base([first], request.model, option=request.named("model"), say=request.report.line)
     for adapter in given:
         check_task(adapter, base, "parity")

@@ -177,9 +177,10 @@ def repeats(report: ParityReport) -> Table[Outputs]:
         ],
         report.outputs,
         "Equal texts on the engine itself",
-        "The first three numbers are shares of prompts with equal texts. The noise is the RMS difference of the "
-        "logprobs of vanilla and control, in nats. These are the same adapter. An adapter is without effect if its "
-        "answers are the base model's. So it is if they are nearer to the base model in PyTorch than to the adapter.",
+        "The first three numbers are shares of prompts with equal texts. The noise is the RMS difference between the "
+        "logprobs of vanilla and control, in nats, which are two copies of one adapter. An adapter has no effect if "
+        "its answers are the base model's, or if they are nearer to PyTorch's base model than to PyTorch's adapted "
+        "model.",
     )
 
 
@@ -220,5 +221,5 @@ def arms(report: ParityReport) -> Table[tuple[str, str]]:
         ("arm", "what it is"),
         "What was compared",
         "All arms answer the same prompts on one engine, in blocks. A block runs every arm twice, in a random order "
-        "and then in the reverse of it. A slow drift of the machine so changes all arms alike.",
+        "and then in the reverse of it. So a slow drift of the machine changes all arms alike.",
     )

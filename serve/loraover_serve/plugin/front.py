@@ -80,7 +80,7 @@ class Front:
             try:
                 answer = await self._ask(request)
             except WorkerEndedError:
-                logger.warning("the process that prepares adapters ended; it is started again")
+                logger.warning("the process that prepares adapters ended, and is restarted")
                 continue
             if "refused" in answer:
                 raise RefusedError(answer["refused"])

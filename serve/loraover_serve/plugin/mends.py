@@ -37,8 +37,8 @@ def mend(prepared: Path) -> None:
         else "it has all parts that the plug-in needs, but they were never run with it"
     )
     logger.warning(
-        "vLLM %s is not one of %s, so its faults are not mended: do not unload an adapter that still answers, since "
-        "loading it again may end the server. Its private parts: %s.",
+        "vLLM %s is not one of %s, so its faults are not mended: do not unload an adapter that is still answering, "
+        "since loading it again may crash the server. Its private parts: %s.",
         vllm.__version__,
         ", ".join(KNOWN),
         found,
@@ -106,7 +106,7 @@ def wait_for_files(prepared: Path) -> None:
     def load_whole(manager: WorkerLoRAManager, lora_request: LoRARequest) -> Any:
         folder, given_up = Path(lora_request.lora_path), time.monotonic() + AGAIN_S
         if prepared in folder.parents and not is_whole(folder):
-            logger.warning("files of %s are missing; its load waits until they are prepared again", folder)
+            logger.warning("files of %s are missing; it is loaded when they have been prepared again", folder)
             while not is_whole(folder) and time.monotonic() < given_up:
                 time.sleep(POLL_S)
         return load(manager, lora_request)

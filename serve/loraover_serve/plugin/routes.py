@@ -70,7 +70,7 @@ class Routes:
             tasks.append(keep_current(found, state.openai_serving_models))
         elif found.settings.reload:
             known = ", ".join(KNOWN)
-            logger.warning("vLLM %s is not one of %s: folders that change are not served anew", __version__, known)
+            logger.warning("vLLM %s is not one of %s: changed folders are not reloaded", __version__, known)
         state.loraover = [asyncio.create_task(task) for task in tasks]  # held, or they may be collected
 
 

@@ -328,7 +328,9 @@ class Service:
                     return found
             except OSError as error:
                 raise RefusedError(f"cache {self.settings.cache}: cannot be written: {error.strerror}.") from error
-        raise RefusedError(f"{folder}: its files changed whenever they were read; ask again when they are complete.")
+        raise RefusedError(
+            f"{folder}: its files changed at every attempt to read them; ask again when they are complete."
+        )
 
     def _is_kept(self, found: Version) -> bool:
         """Hold a version, and return whether it is complete; if not, remove its record, so that it is made again."""

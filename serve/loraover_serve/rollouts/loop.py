@@ -98,8 +98,8 @@ class RolloutJudge:
         if self.given_noise is not None or found.verdict != "as trained" or found.noise <= MOST_LEARNED:
             return found
         reason = (
-            "the adapter is applied, but the noise that was learned is more than rounding to bfloat16 makes, so "
-            "another base model, template or temperature can hide in it, so give the noise if you know it"
+            "the adapter is applied, but the learned noise is larger than rounding to bfloat16 explains, and may hide "
+            "another base model, template or temperature: give the noise if you know it"
         )
         return replace(found, verdict="applied, scale not known yet", reason=reason)
 

@@ -101,8 +101,8 @@ class Policy:
     ) -> None:
         if not isinstance(model, PeftModel):
             raise ConfigError(
-                f"VerifyRollouts judges how strongly a LoRA is applied, and {type(model).__name__} has none: with full "
-                "fine-tuning there is no adapter that could be taken away; train with peft_config, or leave it out."
+                f"VerifyRollouts judges how strongly a LoRA is applied, and {type(model).__name__} has none: full "
+                "fine-tuning has no adapter that can be disabled; train with peft_config, or leave VerifyRollouts out."
             )
         self.model, self.engine, self.temperature, self.batch_size = model, engine, temperature, batch_size
         self.attention = attention

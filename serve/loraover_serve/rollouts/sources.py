@@ -100,7 +100,9 @@ class Buffered(RolloutSource):
         if "sampling_per_token_logps" not in batch:
             raise ConfigError("VerifyRollouts: the batch has no sampling_per_token_logps, the engine's logprobs.")
         if "pixel_values" in batch:
-            raise ConfigError("VerifyRollouts: the prompts have pictures, which it does not run; leave it out.")
+            raise ConfigError(
+                "VerifyRollouts: the prompts have images, which it does not support; leave VerifyRollouts out."
+            )
         told = {name: batch[name].tolist() for name in ("prompt_ids", "prompt_mask", "completion_ids")}
         scored = batch["completion_mask"] * batch.get("tool_mask", 1)
         engine = batch["sampling_per_token_logps"].tolist()
@@ -299,7 +301,7 @@ def source_of(trainer: Any, max_staleness: int | None = None) -> RolloutSource:
     if missing := [name for name in kind.needs if not _has(trainer, name)]:
         raise ConfigError(
             f"VerifyRollouts reads private names of TRL {TRL}, and {names[0]} of TRL {version('trl')} lacks "
-            f"{', '.join(missing)}; install trl=={TRL}.*, or judge the arrays by RolloutJudge."
+            f"{', '.join(missing)}; install trl=={TRL}.*, or pass the arrays to RolloutJudge."
         )
     if kind is Queued:
         return Queued(trainer, max_staleness)

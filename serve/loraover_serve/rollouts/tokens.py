@@ -137,7 +137,7 @@ def read_tokens(
         return f"the factor {odd_factors[0]} is not a finite number"
     prompts = arrays["prompt_ids"]
     if len({*prompts}) < 2:
-        return "all tokens follow one prompt, expected two or more: nothing shows how far prompts differ"
+        return "all tokens follow one prompt, expected two or more prompts, which show how far prompts differ"
     found = SampledTokens(values["e"], values["a"], values["b"], prompts, arrays.get("rows", prompts), known, factors)
     return _twice(found, arrays["positions"] if {"rows", "positions"} <= arrays.keys() else None) or found
 

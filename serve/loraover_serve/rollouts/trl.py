@@ -60,11 +60,11 @@ CODES = {"as trained": 1.0, "applied, scale not known yet": 0.5, "differs": -1.0
 REMEDIES = {
     NOT_APPLIED: "the sync has not reached the engine, or requests name the base model; compare the model's name in "
     "requests with /v1/models, and look for an error of the sync",
-    INTERMITTENT: "some replicas have no adapter: load it on each of them, as a load reaches one only",
+    INTERMITTENT: "some replicas have no adapter: load it on each replica, since a load request reaches only one",
     STALE: "the engine samples with an older adapter: load each version under a new name, or clear the prefix cache, "
     "and wait for the sync before you sample",
-    SCALED: "the engine multiplies delta_W by another factor: compare lora_alpha, r and use_rslora of the file that "
-    "is synced, and see that it is not merged and applied as well",
+    SCALED: "the engine multiplies delta_W by another factor: compare lora_alpha, r and use_rslora of the synced file, "
+    "and make sure that the adapter is not both merged into the base model and applied",
 }
 OTHER_REMEDY = "compare the adapter that the engine has loaded with the trainer's, tensor by tensor"
 
@@ -140,7 +140,10 @@ class VerifyRollouts(TrainerCallback):
                 f"stop, and at least {FEWEST_ROWS}."
             )
         if any(isinstance(each, VerifyRollouts) for each in trainer.callback_handler.callbacks):
-            raise ConfigError("VerifyRollouts: the trainer has one already, perhaps by its recipe; leave one out.")
+            raise ConfigError(
+                "VerifyRollouts: the trainer already has VerifyRollouts, perhaps from its recipe; leave "
+                "one of the two out."
+            )
         self.trainer, self.action, self.most_rows = trainer, action, rows
         self.every = 1 if every is None and rows is not None else every
         self.judge = judge or RolloutJudge()
@@ -172,7 +175,7 @@ class VerifyRollouts(TrainerCallback):
         (told,) = broadcast_object_list(found)
         if isinstance(told, Exception):
             raise ConfigError(
-                f"VerifyRollouts: the engine does not tell its dtype ({told!r}); give engine_dtype."
+                f"VerifyRollouts: the engine does not report its dtype ({told!r}); give engine_dtype."
             ) from told
         dtype, mode = told
         return dtype.removeprefix("torch."), mode.startswith("raw")
@@ -265,7 +268,9 @@ class VerifyRollouts(TrainerCallback):
             )
             told = f"VerifyRollouts has not judged the engine in any step of this run: {why}"
             if self.action == "stop" and not self._has_compared:
-                raise ParityError(f"{told}. Leave VerifyRollouts out, or see that the engine's logprobs reach it.")
+                raise ParityError(
+                    f"{told}. Leave VerifyRollouts out, or make sure that the engine's logprobs reach it."
+                )
             logger.warning(told)
         if self.action == "stop" and self._alarms >= ALARMS and self.finding is not None:
             raise ParityError(

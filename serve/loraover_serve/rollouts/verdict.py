@@ -132,13 +132,14 @@ def read_step(
 
 def _other_prompts(tokens: SampledTokens, read: Sequence[Hashable]) -> str | None:
     if len(read) != len(tokens.prompts):
-        return f"engine_prompt_ids has {len(read)} values, and there are {len(tokens.prompts)} tokens"
+        return f"engine_prompt_ids has {len(read)} values, expected one for each of {len(tokens.prompts)} tokens"
     others = {mine for mine, its in zip(tokens.prompts, read, strict=True) if mine != its}
     if not others:
         return None
     return (
         f"the engine has read other tokens than the trainer for {len(others)} of {len({*tokens.prompts})} prompts, "
-        "after which logprobs cannot be compared: see that it has the trainer's chat template, system prompt and first "
+        "so their logprobs cannot be compared: make sure that it has the trainer's chat template, system prompt and "
+        "first "
         "token"
     )
 
@@ -261,7 +262,7 @@ def _it_is_too_early(case: RolloutCase) -> Finding | None:
     share = base.reliable
     if share <= 0:
         reason = (
-            "the adapter changes the sampled tokens less than noise does, so later steps have to show whether it is "
+            "the adapter changes the sampled tokens less than noise does: only later steps can show whether it is "
             "applied"
         )
         return Finding("too early", reason, needed=None)

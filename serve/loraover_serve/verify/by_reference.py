@@ -44,7 +44,7 @@ SEALED = "sealed"
 """Name of the digest in a published reference."""
 
 
-WITHOUT_REFERENCE = "whether the weights are right: `loraover record` writes the reference that this needs"
+WITHOUT_REFERENCE = "whether the weights are right: this needs a reference, which `loraover record` writes"
 
 Part = TypeVar("Part", Caches, Churn)
 

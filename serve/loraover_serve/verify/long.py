@@ -98,7 +98,7 @@ def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, line
     if longest > limit:
         raise ConfigError(
             f"{request.named('long')}: the long questions have {longest} tokens with their answers, and {base.name} "
-            f"takes {limit}; its prompts fill too few blocks of a server's cache. Record without it."
+            f"takes {limit}; its prompts fill too few blocks of a server's cache. Record without long questions."
         )
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
     return prompts, messages, min(len(list(same)), min(map(len, prompts)) - 1)

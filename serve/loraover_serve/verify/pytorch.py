@@ -314,8 +314,8 @@ def _load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, dev
     if weights is not None:
         if base.is_streamed:
             raise ConfigError(
-                f"{weights.where}: the base model has to be in memory to take these weights, and it is read from its "
-                f"files; allow more memory with {as_written('max_memory_gib')}, or take a machine with more of it."
+                f"{weights.where}: these weights need a base model in memory, but it is read from its files as it is "
+                f"used; allow more memory with {as_written('max_memory_gib')}, or take a machine with more of it."
             )
         report.line(f"putting the weights of {weights.where} into it ({weights.format})")
         weights.put_into(model)

@@ -91,7 +91,8 @@ class RecordReport(StrictModel):
         "strength of the adapter; None if the questions are too few to know it"
     )
     decides: bool = Field(
-        description="Whether a server whose noise is twice that would be called as trained, and an adapter 20 % off not"
+        description="Whether, with twice that noise, a right adapter is still called as trained, and an adapter with "
+        "20 % too much or too little strength is not"
     )
 
     @classmethod

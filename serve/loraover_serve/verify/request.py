@@ -139,13 +139,13 @@ class VerifyRequest(EngineRequest):
         default=False,
     )
     reload: str | None = option(
-        "Shell command that makes the server load the adapter in the place of an earlier version, which has to be "
-        "served before. Includes --caches, and asks before the command as well.",
+        "Shell command that makes the server replace an earlier version of the adapter, which it serves until then, by "
+        "the adapter. Implies --caches; long questions are asked before and after the command.",
         default=None,
     )
     churn_s: float | None = option(
-        "Seconds for which all models are asked at last, several at a time, while adapters come and go; each answer is "
-        "attributed to the model that it is of.",
+        "Seconds of a final part of the check that asks all models, several at a time, while adapters are loaded and "
+        "unloaded; each answer is assigned to the model that gave it.",
         default=None,
         flag="--churn",
         least=1,
@@ -259,7 +259,7 @@ class VerifyRequest(EngineRequest):
         if self.references and self.endpoint is None and self.graph is not None:
             others = (name for name in declarations(type(self)) if name not in (*OF_GRAPHS, "adapter"))
             if given := self.given(*others):
-                yield f"{given}: of no use where {references} judges a graph; leave it out."
+                yield f"{given}: not used when {references} is compared with a graph; leave it out."
         if self.served_name and self.endpoint is None and not (self.references and self.graph is not None):
             yield f"{self.named('served_name')} needs {endpoint}, which is missing."
         if self.references and self.engines and (self.graph is None or self.engines != ("onnx",)):

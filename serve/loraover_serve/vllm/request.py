@@ -137,7 +137,7 @@ class ServeRequest(ServerRequest):
     )
     approximate_to_rank: int | None = approximate_to_rank(former=("--approximate",), needs="folder")
     reload: bool = option(
-        "Serve an adapter anew when its folder has changed; else the version that was loaded first stays.",
+        "Reload an adapter when its folder has changed; otherwise the version that was loaded first is served.",
         default=True,
         needs="folder",
     )

@@ -110,8 +110,7 @@ def _check_plugin(server: VllmServer, request: ServeRequest) -> None:
         ) from error
     if request.reload and not found.get("reloads"):
         request.report.line(
-            f"warning: folders that change are not served anew, since this release of vLLM is not known; see "
-            f"{request.log}"
+            f"warning: changed folders are not reloaded, since this release of vLLM is not known; see {request.log}"
         )
 
 
@@ -194,7 +193,10 @@ def read_named(adapters: Sequence[Path], addresses: Sequence[str | Path] = ()) -
     named = zip(addresses or adapters, adapters, strict=True)
     read = {name_of(address): read_adapter_dir(path) for address, path in named}
     if len(read) != len(adapters):
-        raise ConfigError("two adapters lie in folders of one name, which requests address them by; rename one.")
+        raise ConfigError(
+            "two adapters are in folders with the same name, by which requests choose an adapter; rename "
+            "one of the folders."
+        )
     return read
 
 
