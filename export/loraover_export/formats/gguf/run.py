@@ -162,16 +162,25 @@ def export_gguf(request: GgufRequest) -> GgufReport:
     publish_file(request.output, fill, parents=True, replace=request.force)
     (report,) = made
     if report.verdict != "failed":
-        folder, name = request.output.parent, request.output.name
-        stem = name.removesuffix(".gguf")
-        keep_reference(request.source, folder, request.report.line, (name,), stem=stem)
-        keep_chat_template(request.source, folder, stem=stem)
-        if request.record:
-            known = () if request.base_gguf is None else (request.base_gguf,)
-            weights = [file for file in known if {*read_header(file).weight_types} - FLOATS]
-            how = {"model": request.model, "report": request.report}
-            record_for_export(request.source, folder, (name,), stem=stem, base_weights=weights, **how)
+        _write_files_beside(request)
     return report
+
+
+def _write_files_beside(request: GgufRequest) -> None:
+    """Write the source's reference and chat template beside the adapter, and record a new reference if asked.
+
+    Raises:
+        ExportError: An adapter that no reference can be recorded of.
+    """
+    folder, name = request.output.parent, request.output.name
+    stem = name.removesuffix(".gguf")
+    keep_reference(request.source, folder, request.report.line, (name,), stem=stem)
+    keep_chat_template(request.source, folder, stem=stem)
+    if request.record:
+        known = () if request.base_gguf is None else (request.base_gguf,)
+        weights = [file for file in known if {*read_header(file).weight_types} - FLOATS]
+        how = {"model": request.model, "report": request.report}
+        record_for_export(request.source, folder, (name,), stem=stem, base_weights=weights, **how)
 
 
 def check_output(request: GgufRequest) -> None:
