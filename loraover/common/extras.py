@@ -20,7 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 """Extras that bring a package, by the name that it is imported by; the first is named where no command says which."""
 
 SOURCE = "."
-"""Requirement that pip installs: a clone until an index has a release; `python release/by_name.py` makes it the name."""
+"""Requirement that pip installs: a clone until an index has a release; `python release/by_name.py` changes it."""
 INSTALL = f'pip install "{SOURCE}[{{}}]"'
 """Command that installs an extra."""
 

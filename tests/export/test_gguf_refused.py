@@ -87,7 +87,7 @@ def test_experts_with_a_pair_each_are_refused(tmp_path: Path, refused: Refused) 
     pairs = {f"base_model.model.{path}.lora_{x}.weight": torch.ones(shapes[x]) for path in paths for x in shapes}
     added(**pairs)(tmp_path / "adapter")
     config(target_modules=["q_proj", "down_proj"])(tmp_path / "adapter")
-    refused("gguf", tmp_path / "adapter", named=(f"adapts {paths[0]} alone", "blk.0.ffn_down_exps.weight"))
+    refused("gguf", tmp_path / "adapter", named=(f"adapts the single expert {paths[0]}", "blk.0.ffn_down_exps.weight"))
     report = check_adapter(tmp_path / "adapter", engines="llamacpp")
     assert report.engines[0].exported.verdict == "refused"
 

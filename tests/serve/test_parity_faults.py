@@ -33,7 +33,7 @@ FAULTS = {
     "stops early": "1 of 4 tokens arrived",
     "leaves out": "the server's answer cannot be read",
     "hides logprobs": "3 logprobs arrived with 4 tokens",
-    "comes in one piece": "more new tokens",
+    "comes in one piece": "ask for longer answers",
 }
 
 

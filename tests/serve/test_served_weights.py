@@ -599,5 +599,5 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_weights_belong_to_a_base_model_in_memory(four_bits: FourBits, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has to be in memory"):
+    with pytest.raises(ConfigError, match="need a base model in memory"):
         record(four_bits.base, four_bits.adapter, tmp_path, base_weights=four_bits.files, max_memory_gib=1e-9)

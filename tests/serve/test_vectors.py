@@ -385,7 +385,7 @@ def test_some_answers_of_another_dimension_are_named(part: str, more: int) -> No
     }
     found = judge_vectors(reference, changed[part])
     assert (found["verdict"], found["fault"]) == ("differs", "another dimension")
-    assert re.search(rf"1 of \d+ answers have {24 + more} numbers, and 24 are right", found["reason"])
+    assert re.search(rf"1 of \d+ answers have {24 + more} numbers, expected 24", found["reason"])
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -414,7 +414,7 @@ def test_tokens_that_are_missing_are_named(tagger: Recorded) -> None:
 
 
 def test_far_too_many_numbers_are_refused(embedder: Recorded) -> None:
-    with pytest.raises(EngineError, match="answers with 513 numbers, and 32 are right"):
+    with pytest.raises(EngineError, match="answers with 513 numbers, expected 32"):
         embedder.checked(Serve(change=lambda found: _embedding(found, [0.5] * 513)))
 
 

@@ -323,7 +323,7 @@ def test_chats_are_asked_in_the_adapters_template_and_another_one_is_named(
 def test_chats_are_refused_without_a_template_to_ask_pytorch_with(case: Case) -> None:
     answer = {"choices": [{"logprobs": {"content": [{"id": 5, "logprob": -1.0}]}}]}
     reply = refusing(lambda body: json.dumps(answer).encode(), lambda body: "messages" not in body, 404)
-    with pytest.raises(ConfigError, match=r"answers chats only, and the base model's tokenizer has no chat template"):
+    with pytest.raises(ConfigError, match=r"answers chats only, but the base model's tokenizer has no chat template"):
         verified(case.adapter, case.base, reply)
 
 

@@ -390,7 +390,7 @@ def test_a_trl_that_lacks_a_private_name_is_refused_with_the_name(
     with planted():
         trainer = online_trainer(kind, llama, tmp_path)
         VerifyRollouts(trainer)
-        with pytest.raises(ConfigError, match="has one already"):
+        with pytest.raises(ConfigError, match="already has VerifyRollouts"):
             VerifyRollouts(trainer)
         trainer.remove_callback(VerifyRollouts)
         source = SOURCES[f"{kind}Trainer"]

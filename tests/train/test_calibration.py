@@ -97,7 +97,7 @@ def test_a_stream_in_random_order_is_no_stream_that_can_be_read_once() -> None:
 
 def test_a_stream_that_can_be_read_only_once_is_refused() -> None:
     """Training would never see the rows that calibration has taken from it."""
-    with pytest.raises(ConfigError, match=r"OnePass: .* a second pass does not begin with the row that the first"):
+    with pytest.raises(ConfigError, match=r"OnePass: .* a second pass over the data begins with another row"):
         calibration_batches(loader_of(OnePass(), batch_size=4), 2, seed=1, device="cpu")
 
 

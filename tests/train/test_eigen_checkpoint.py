@@ -220,8 +220,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a negative core": (shares(V, {"-1": CORE}), f"{V}: shares: core -1 cannot be shared"),
     "no such site": (shares(V, {"2": "nothing"}), f"{V}: shares: there is no site 'nothing'"),
     "another shape": (shares(V, {"2": B}), f"{V}: shares: {B} has another shape or step"),
-    "one that holds none": (shares(V, {"2": OUT}), f"{V}: shares: {OUT} does not hold it itself"),
-    "a circle": (shares(CORE, {"2": V}), "does not hold it itself"),
+    "one that holds none": (shares(V, {"2": OUT}), f"{V}: shares: {OUT} does not store core 2 itself"),
+    "a circle": (shares(CORE, {"2": V}), "does not store core 2 itself"),
     "absent": (lambda meta: meta["sites"][0].pop("shares"), r"sites\.0\.shares"),
 }
 

@@ -98,9 +98,9 @@ def test_a_run_is_resumed_with_its_template_only(bases: dict[str, Path], templat
 
 
 NO_TEMPLATES = {
-    "another model": ("owner/model", "expected a file of this machine with the ending .jinja or .j2"),
-    "no such file": ("missing.jinja", "expected a file of this machine"),
-    "another ending": ("rows.txt", "expected a file of this machine with the ending"),
+    "another model": ("owner/model", "expected a file on this machine that ends in .jinja or .j2"),
+    "no such file": ("missing.jinja", "expected a file on this machine"),
+    "another ending": ("rows.txt", "expected a file on this machine that ends"),
     "no text": ("bytes.jinja", "cannot be read"),
 }
 
