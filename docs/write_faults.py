@@ -18,15 +18,14 @@ SOURCE = "https://github.com/{}/issues/{}"
 
 INTRODUCTION = """# Known faults
 
-Look up here in which ways engines, and the programs around them, serve adapters wrongly. Each fault has its releases,
-the public threads, what to do, and the command that finds it with what the command shows. *Shown* names the test of
-this repository that runs the fault; *read, not run* means that the threads were read, and that no test of this
-repository shows the fault: then the command would show what is named. Where no command is named, none of LoRA-Over
-finds the fault.
+This page lists faults with which engines, and the programs around them, serve adapters wrongly. Each entry names the
+affected releases, the public threads, a remedy, and the command that finds the fault, with its output. *Shown by* names
+the test of this repository that reproduces the fault. *Read, not run* means that we only read the threads, and did not
+see the command's output. If an entry names no command, no command of LoRA-Over finds the fault.
 
-`loraover check` names the faults of the engines that it judges, `loraover doctor` those of the engines that are
-installed, and `loraover verify` those of the engine that answered. A known fault changes no verdict. Not here? [Look
-for a command](what-now.md).
+`loraover check` lists the known faults of the engines that it judges, `loraover doctor` those of the installed engines,
+and `loraover verify` those of the engine that answered. A known fault does not change a verdict. Is your fault not
+here? [Find a command](what-now.md).
 
 `python docs/write_faults.py` writes this page from `export/loraover_export/known_faults.json`.
 """

@@ -196,7 +196,7 @@ class Found:
         )
         if self.ratio is not None:
             said += f"; its model's distance is at most {self.ratio:.2g} of the nearest other's"
-        said += f". A version was answered up to {self.late_s:.1f} s after it was replaced"
+        said += f". A version still answered up to {self.late_s:.1f} s after it was replaced"
         said += "" if self.load is None else f", on a machine with a load of up to {self.load:.0f}"
         _, middle, end = self.marks(WORKER) or (0.0, 0.0, 0.0)
         return said + (

@@ -20,33 +20,33 @@ VARIABLE = "LORAOVER_MOTION"
 
 INTRODUCTION = """# Servers in motion
 
-What happens when adapters change while a server runs, what `loraover verify --caches` says of the answers afterwards,
-and what happens if vLLM runs with [the plug-in](how-to/serve-any-adapter.md). `make motion` writes this page from what
-it ran: a tiny random Llama in float32 on a CPU, vLLM {vllm} with its prefix cache on, and llama.cpp's server. Each row
-begins with answers of an earlier version, or of another model, so that the server has kept keys and values of it.
+This page shows what happens when adapters change while a server runs: what `loraover verify --caches` says about the
+answers afterwards, for plain vLLM and for vLLM with [the plug-in](how-to/serve-any-adapter.md). `make motion` writes
+this page from its runs: a tiny random Llama in float32 on a CPU, vLLM {vllm} with its prefix cache on, and llama.cpp's
+server. Before each row, the server answers with an earlier version or another model, and caches its keys and values.
 
 {rows}
 
-A dash stands for what was not run. The plug-in is vLLM's alone, and does not change a chat template.
+A dash means: not run. The plug-in is for vLLM only, and does not change chat templates.
 
 ## A day of reloads
 
-{adapters} adapters, {clients} clients, and a new version of one of them each second; two adapters fit into a batch.
-PyTorch answers each prompt with each version before it is written, and an answer belongs to the nearest model by its
-tokens' logprobs, within {same:g} nats. An answer of no version is the new weights on keys and values of old ones, or
-the base model with an adapter's part. Memory is that of all the server's processes.
+The test has {adapters} adapters and {clients} clients. Every second, one adapter gets a new version; two adapters fit
+into a batch. Before a version is written, PyTorch answers each prompt with it. Each answer of the server is assigned to
+the model whose logprobs are nearest, if they are within {same:g} nats. An answer of *no version* comes from new weights
+on keys and values of old weights, or from the base model with a part of an adapter.
 
 {churned}
 
-Versions are counted when they are written, and as served when the plug-in serves them: it leaves out a version that is
-overwritten before it is prepared. An answer has an owner only if that model is nearer than every other one. Where
-another model is hardly farther, the answer would nearly fit that one as well, and its owner is the least sure.
+*versions* counts the versions that were written, *served* those that the plug-in served: it skips a version that is
+overwritten before it is prepared. An answer is assigned to a model only if this model is nearer than every other model.
+The assignment is least certain where another model is almost as near.
 
 {words}
 
 `make motion` runs each server for a minute, and `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` for an hour.
-Where nothing runs beside, 400 versions that answered five requests each added 4.1 MiB to vLLM's worker under the
-plug-in, and 3.3 MiB on the stock server with new folders (`python -m benchmarks.churn_memory`).
+On an idle machine, 400 versions with five requests each added 4.1 MiB to vLLM's worker with the plug-in, and 3.3 MiB
+without it and with new folders (`python -m benchmarks.churn_memory`).
 """
 
 REWRITTEN, IN_PLACE, READ_AGAIN, NEW_PATH = "rewritten", "in place", "read again", "new path"
