@@ -480,7 +480,7 @@ EXPORT = (
     ),
     Mutant(
         "gguf-an-adapters-chat-template-is-lost",
-        "        keep_chat_template(request.source, folder, stem=stem)\n",
+        "    keep_chat_template(request.source, folder, stem=stem)\n",
         "",
         Selection("test_kept_reference.py", "keeps_the_chat_template"),
     ),
