@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("adapter", "verdict", "kind", "rank", "engines as it is", "what mends it, or what is wrong")
+COLUMNS = ("adapter", "verdict", "kind", "rank", "engines as it is", "what fixes it, or what is wrong")
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -201,7 +201,7 @@ def test_the_parts_of_the_installed_release_do_what_the_plug_in_expects(tmp_path
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    assert f"vLLM 0.99.1 is not one of {', '.join(KNOWN)}, so its faults are not mended" in said
+    assert f"vLLM 0.99.1 is not one of {', '.join(KNOWN)}, so its faults are not fixed" in said
     assert "it has all parts that the plug-in needs, but they were never run with it" in said
     assert "are missing; it is loaded when they have been prepared again" in said
     assert "the served adapters cannot be checked for changes" in said

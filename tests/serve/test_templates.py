@@ -155,9 +155,9 @@ MISTAKES = {
     "without tools": (TURNS, "the tools are left out: prompt differs at token 0 of a chat (user with tools)"),
     "two beginnings of an answer": (
         OWN + "<a>",
-        "the end of a prompt, such as the beginning of the answer, stands twice: ",
+        "the end of a prompt, such as the beginning of the answer, occurs twice: ",
     ),
-    "two first tokens": ("<" + OWN, "the first token stands twice: prompt differs at token 1 of a chat (user): "),
+    "two first tokens": ("<" + OWN, "the first token occurs twice: prompt differs at token 1 of a chat (user): "),
     "a date": (DATED, "prompt differs at token 1 of a chat (user): "),
 }
 

@@ -244,7 +244,7 @@ def fleet_report() -> FleetReport:
                 "verdict": "right as exported",
                 "engines": wrong,
                 "exported": engines,
-                "done": "the export mends it for llamacpp, openvino, mlx",
+                "done": "the export fixes it for llamacpp, openvino, mlx",
                 "reason": reasons,
             }
         ),

@@ -136,7 +136,7 @@ def show_report(report: CheckReport, request: Request, console: Console) -> None
             if check.as_it_is.verdict != "right" and finding.level != "note":
                 limits.setdefault(finding, []).append(check.engine)
         if check.is_mended:
-            print_line(console, "  mended by:")
+            print_line(console, "  fixed by:")
             for command in filter(None, (check.conversion, check.export)):
                 print_line(console, f"    {command}")
     if any(check.known_faults for check in report.engines):
@@ -147,7 +147,7 @@ def show_report(report: CheckReport, request: Request, console: Console) -> None
                 wrapped(f"{check.reader.partition(',')[0]}: {'; '.join(check.known_faults)}")
     if limits:
         console.print()
-        print_line(console, "no export mends", "bold")
+        print_line(console, "no export fixes", "bold")
         for finding, engines in limits.items():
             wrapped(f"{', '.join(engines)}: {finding.found}")
         wrapped(_advice({finding.feature for finding in limits}))
@@ -164,7 +164,7 @@ def _advice(features: set[str]) -> str:
     if features & {"missing modules", "other shapes", "modules", "shapes"}:
         return "Name the model that the adapter was trained on with --model."
     if features == {"files"}:
-        return "Save the adapter with PEFT's save_pretrained, or mend its files as the message says."
+        return "Save the adapter with PEFT's save_pretrained, or correct its files as the message says."
     if "initialisation" in features:
         return (
             "Save the adapter again with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA."

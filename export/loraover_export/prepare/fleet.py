@@ -147,7 +147,7 @@ def checked_row(fetched: Fetched, source: str, *, engines: tuple[str, ...], mode
         verdict="refused",
         kind=report.peft_type,
         rank=max(report.ranks, default=None),
-        done=f"the export mends it for {', '.join(mended)}" if mended else "",
+        done=f"the export fixes it for {', '.join(mended)}" if mended else "",
         reason="\n".join(f"{', '.join(engines)}: {text}" for text, engines in found.items()),
         engines={check.engine: check.as_it_is.verdict for check in report.engines},
         exported={check.engine: check.by_us.verdict for check in report.engines},

@@ -46,7 +46,7 @@ class FleetRow(StrictModel):
     kind: str | None = Field(None, description="PEFT's name of the method")
     rank: int | None = Field(None, description="Largest rank of a module, of what was prepared if anything was")
     error: float | None = Field(None, description="Bound of the relative error of what was prepared")
-    done: str = Field("", description="What was done, or what mends the adapter, in words")
+    done: str = Field("", description="What was done, or what fixes the adapter, in words")
     reason: str = Field("", description="Why the verdict is not better, a line for each reason")
     engines: Mapping[str, str] = Field(
         default_factory=dict, description="Verdict of a check for each engine, on the adapter as it is"

@@ -42,8 +42,8 @@ class Move(NamedTuple):
             return f"{len(self.paths)} modules had the names of an earlier transformers; they were renamed."
         old, new = (f"below {prefix!r}" if prefix else "without a prefix" for prefix in (self.old, self.new))
         return (
-            f"The adapter's file has {len(self.paths)} modules {old} that the base model has {new}, and no others fit; "
-            "they were renamed."
+            f"The adapter's file has {len(self.paths)} modules {old}, and the base model has them {new}; they were "
+            "renamed."
         )
 
 

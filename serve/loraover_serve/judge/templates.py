@@ -329,9 +329,9 @@ def _likely(each: _Compared, known: Sequence[_Compared]) -> str:
     if _leaves_tools_out(each, known):
         return "the tools are left out: "
     if read == [*right[:1], *right]:
-        return "the first token stands twice: "
+        return "the first token occurs twice: "
     if more and read == right + more and right[-len(more) :] == more:
-        return "the end of a prompt, such as the beginning of the answer, stands twice: "
+        return "the end of a prompt, such as the beginning of the answer, occurs twice: "
     return ""
 
 

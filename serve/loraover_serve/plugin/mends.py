@@ -37,7 +37,7 @@ def mend(prepared: Path) -> None:
         else "it has all parts that the plug-in needs, but they were never run with it"
     )
     logger.warning(
-        "vLLM %s is not one of %s, so its faults are not mended: do not unload an adapter that is still answering, "
+        "vLLM %s is not one of %s, so its faults are not fixed: do not unload an adapter that is still answering, "
         "since loading it again may crash the server. Its private parts: %s.",
         vllm.__version__,
         ", ".join(KNOWN),

@@ -32,7 +32,7 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, in
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
         added = (int(config.bos_token_id),)
-        yield EXTRA_TOKEN, "a token of the beginning of the text is added", lambda: nullcontext(added), 0
+        yield EXTRA_TOKEN, "a begin-of-text token is added", lambda: nullcontext(added), 0
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
