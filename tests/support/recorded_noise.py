@@ -11,12 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraover_serve.judge.case import allowed_strength
-from loraover_serve.judge.limits import AS_BASE, CERTAIN, CLEAR, EXCESS, FEW_AS_BASE, FLOOR, SEEN
+from loraover_serve.judge.limits import (
+    AS_BASE,
+    CERTAIN,
+    CLEAR,
+    EXCESS,
+    FEW_AS_BASE,
+    FLOOR,
+    NUMBER_FORMATS,
+    ROUNDED_STRENGTH,
+    SEEN,
+)
 
 from oracles.prompt_estimates import Estimate, Projections, log_ratios, strength
 
 NOISE = Path(__file__).parents[1] / "serve" / "noise"
 SERVED = NOISE / "served"
+FAMILIES = NOISE / "families"
 ADAPTERS = ("adapter", "weak", "strong")
 """Arms whose difference from PyTorch's adapter was recorded; that of the others is from PyTorch's base model."""
 Floats = NDArray[np.float64]
@@ -35,15 +46,36 @@ class Verdicts:
     narrow: NDArray[np.bool_]
 
 
-class Recorded:
-    """The recorded answers of one engine."""
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the rules, which are those of verify unless others are tried.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        excess: As `EXCESS`.
+        certain: As `CERTAIN`.
+        deviation: As `ROUNDED_STRENGTH`.
+    """
+
+    excess: float = EXCESS
+    certain: float = CERTAIN
+    deviation: float = ROUNDED_STRENGTH
+
+
+class Recorded:
+    """The recorded answers of one engine.
+
+    Args:
+        path: The file.
+        adapter: Place of one of several adapters in the file; None: it has one.
+    """
+
+    def __init__(self, path: Path, adapter: int | None = None) -> None:
         self.name = path.stem
         with np.load(path) as file:
-            self._kept = {name: np.nan_to_num(file[name].astype(np.float64)) for name in file.files if file[name].ndim}
-            self.number_format, self.bias = str(file["number_format"]), float(file["bias"])
-            self.sensitivity = float(file["sensitivity"])
+            given = {name: file[name] if adapter is None else file[name][adapter] for name in file.files}
+        self._kept = {name: np.nan_to_num(each.astype(np.float64)) for name, each in given.items() if each.ndim}
+        self.number_format, self.bias = str(given["number_format"]), float(given["bias"])
+        self.sensitivity = float(given["sensitivity"])
 
     @classmethod
     def all(cls) -> list[Recorded]:
@@ -54,6 +86,17 @@ class Recorded:
     def on_served_weights(cls) -> list[Recorded]:
         """Those whose reference has the weights that the engine has."""
         return [cls(path) for path in sorted(SERVED.glob("*.npz"))]
+
+    @classmethod
+    def of_families(cls) -> dict[tuple[str, str], list[Recorded]]:
+        """Those of many adapters, by the family of their model and the engine."""
+        found = {}
+        for path in sorted(FAMILIES.glob("*.npz")):
+            family, _, engine = path.stem.partition("-")
+            with np.load(path) as file:
+                number = len(file["bias"])
+            found[family, engine] = [cls(path, adapter) for adapter in range(number)]
+        return found
 
     def cut(self, positions: int, top: int) -> Recorded:
         """The engine with fewer positions of each prompt, and with fewer logprobs at each of them.
@@ -99,7 +142,13 @@ class Recorded:
     @property
     def allowed(self) -> tuple[float, float]:
         """Strengths that a right adapter has."""
-        return allowed_strength(self.number_format, self.bias)
+        return self.allowed_by(Limits())
+
+    def allowed_by(self, limits: Limits) -> tuple[float, float]:
+        """Strengths that a right adapter has by other limits."""
+        low, high = allowed_strength(self.number_format, self.bias)
+        more = 0.0 if self.number_format == NUMBER_FORMATS[0] else limits.deviation - ROUNDED_STRENGTH
+        return low - more, high + more
 
     @property
     def effect(self) -> Floats:
@@ -155,7 +204,16 @@ class Recorded:
         found: Floats = (middle + FLOOR) / (self.sensitivity * np.maximum(base, usual) + FLOOR)
         return found
 
-    def judged(self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True) -> Verdicts:
+    def judged(
+        self,
+        arm: str,
+        draw: np.random.Generator,
+        runs: int,
+        prompts: int,
+        *,
+        repeats: bool = True,
+        limits: Limits = Limits(),
+    ) -> Verdicts:
         """Judge drawn sets of prompts.
 
         The noise of each prompt has a random sign, so that a set is not one of few, and what it has along the effect in
@@ -176,17 +234,17 @@ class Recorded:
             found: Floats = np.maximum(factor**2 * size + 2 * factor * along + total, 0)
             return found
 
-        found, (low, high) = strength(Projections(value * size + along, size, square(value))), self.allowed
+        found, (low, high) = strength(Projections(value * size + along, size, square(value))), self.allowed_by(limits)
         excess = log_ratios(self.excess(arm)[chosen])
         as_base, clear = _as_base(*map(np.sqrt, (square(value), square(value - 1), size)))
         of_base = self._of_base(signs, chosen)
         differs = (
             (found.low > high)
             | (found.high < low)
-            | (excess.low > math.log(EXCESS))
-            | (excess.high < -math.log(EXCESS * self.sensitivity))
+            | (excess.low > math.log(limits.excess))
+            | (excess.high < -math.log(limits.excess * self.sensitivity))
             | ((as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE))
-            | ((self.multiples(arm, chosen) > CERTAIN).sum(-1) >= FEW_AS_BASE)
+            | ((self.multiples(arm, chosen) > limits.certain).sum(-1) >= FEW_AS_BASE)
             | of_base
         )
         return Verdicts(differs, found.half + (high - low) / 2 < SEEN)
