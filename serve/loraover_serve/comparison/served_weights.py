@@ -139,8 +139,8 @@ def open_served_weights(where: Path) -> Iterator[ServedWeights]:
     """Open weights that a server has.
 
     Args:
-        where: GGUF file, folder of safetensors files (plain, or quantised by AWQ, bitsandbytes, compressed-tensors, GPTQ
-            or MLX), or ONNX graph or model of OpenVINO, or the folder of one.
+        where: GGUF file, folder of safetensors files (plain, or quantised by AWQ, bitsandbytes, compressed-tensors,
+            GPTQ or MLX), or ONNX graph or model of OpenVINO, or the folder of one.
 
     Raises:
         ConfigError: Weights in a format that is not read, or whose library is not installed.
