@@ -3,10 +3,11 @@
     cd tests && ../.venv/bin/python -m benchmarks.families --work DIR [--only FAMILY] [--engine ENGINE]
 
 Tiny models of four families are trained here on text of GSM8K until their logits are peaked; SmolLM2-135M is real. Each
-has twenty adapters: of seven ranks, on the attention or on all linear layers, trained as LoRA, rsLoRA, LoHa (converted)
-or LoRA-Over (folded), and scaled to effects from 0.05 to 5 nats. Engines with quantised weights are compared with
-PyTorch on the same weights. What is kept stands in `tests/serve/noise/families/FAMILY-ENGINE.npz`, as
-`benchmarks.verify_noise` has it with one more axis, for adapters. A file that exists is not made again.
+has twenty adapters, the real one eight: of seven ranks, on the attention or on all linear layers, trained as LoRA,
+rsLoRA, LoHa (converted) or LoRA-Over (folded), and scaled to effects from 0.05 to 5 nats. Engines with quantised
+weights are compared with PyTorch on the same weights. What is kept stands in
+`tests/serve/noise/families/FAMILY-ENGINE.npz`, as `benchmarks.verify_noise` has it with one more axis, for adapters. A
+file that exists is not made again.
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+PHI3 = {"original_max_position_embeddings": 256}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-FAMILIES: dict[str, dict[str, Any]] = {REAL: {}, "Qwen2": {}, "Gemma": {}, "Phi3": {}, "Qwen3Moe": EXPERTS}
+FAMILIES: dict[str, dict[str, Any]] = {REAL: {}, "Qwen2": {}, "Gemma": {}, "Phi3": PHI3, "Qwen3Moe": EXPERTS}
 """Fields of the configuration of each family."""
 
 ENGINES: dict[str, Callable[..., Any]] = {
     "onnx-fp32": partial(in_onnx, "fp32"),
-    "vllm-bf16": in_vllm,
+    "vllm-bf16": partial(in_vllm, "bfloat16"),
+    "vllm-fp16": partial(in_vllm, "float16"),
     "torch-fp8": partial(in_torch, "fp8"),
     "llamacpp-q8": partial(in_llamacpp, "Q8_0"),
     "llamacpp-q4": partial(in_llamacpp, "Q4_0"),
@@ -79,10 +82,10 @@ ENGINES: dict[str, Callable[..., Any]] = {
     "openvino-int4": in_openvino,
     "torch-nf4": in_nf4,
 }
-FLOATS = ("onnx-fp32", "vllm-bf16", "torch-fp8")
+FLOATS = ("onnx-fp32", "vllm-bf16", "vllm-fp16", "torch-fp8")
 """Engines that are compared with the base model's own weights."""
 
-ADAPTERS = 20
+ADAPTERS, REAL_ADAPTERS = 20, 8
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("lora", "lora-over", "rslora", "loha", "lora")
 EFFECTS = np.geomspace(0.05, 5.0, ADAPTERS)
@@ -90,7 +93,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 PROMPTS, PROMPT_TOKENS, STEPS, KEPT = 32, 16, 4, 4
 TRAINING_STEPS, BATCH, LENGTH, RATE = 400, 16, 64, 3e-3
-ADAPTER_STEPS = 20
+ADAPTER_STEPS, SMALL_BATCH = 20, 4
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,12 @@ class Kind:
         return f"a{self.number}"
 
     @classmethod
-    def all(cls) -> list[Kind]:
-        """The twenty, of which the place of the effect is not that of the rank."""
+    def of(cls, family: str) -> list[Kind]:
+        """The twenty, of which the place of the effect is not that of the rank; the first of them for a real model."""
         effects = EFFECTS[np.random.default_rng(0).permutation(ADAPTERS)]
         return [
             cls(n, KINDS[n % 5], RANKS[n % 7], LINEAR if n % 2 else ATTENTION, float(effects[n]))
-            for n in range(ADAPTERS)
+            for n in range(ADAPTERS if family != REAL else REAL_ADAPTERS)
         ]
 
 
@@ -155,14 +158,14 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def batches(base: Path | str, texts: Sequence[str], first: int) -> Iterator[Tensor]:
-    """Token ids (BATCH, LENGTH) of texts, from the first on."""
+def batches(base: Path | str, texts: Sequence[str], first: int, size: int = BATCH) -> Iterator[Tensor]:
+    """Token ids (size, LENGTH) of texts, from the first on."""
     tokenizer = load_tokenizer(resolve_model(str(base)))
     left: list[int] = []
     for number in count(first):
         left += [*tokenizer(texts[number % len(texts)]).input_ids, tokenizer.eos_token_id]
-        if len(left) >= BATCH * LENGTH:
-            yield torch.tensor(left[: BATCH * LENGTH]).reshape(BATCH, LENGTH)
+        if len(left) >= size * LENGTH:
+            yield torch.tensor(left[: size * LENGTH]).reshape(size, LENGTH)
             left = []
 
 
@@ -198,7 +201,8 @@ def make_adapter(kind: Kind, source: ModelSource, folder: Path, texts: Sequence[
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
     if over is not None:
         over.attach(optimizer)
-    train(model, optimizer, batches(source.location, texts, 1000 + 100 * kind.number), ADAPTER_STEPS)
+    given = batches(source.location, texts, 1000 + 100 * kind.number, SMALL_BATCH)
+    train(model, optimizer, given, ADAPTER_STEPS)
     factor = scale_to(kind.effect, model, asked)
     setattr(config, "alpha" if kind.method == "loha" else "lora_alpha", 16 * factor)
     raw = folder.with_name(f"{folder.name}-trained")
@@ -225,8 +229,8 @@ def scale_to(effect: float, model: Any, asked: Tensor) -> float:
     likely = before.topk(KEPT).indices
     layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     known = [dict(layer.scaling) for layer in layers]
-    low, high = 1e-4, 1e4
-    for _ in range(24):
+    low, high = 1e-3, 1e3
+    for _ in range(16):
         factor = math.sqrt(low * high)
         for layer, scaling in zip(layers, known, strict=True):
             layer.scaling.update({name: factor * value for name, value in scaling.items()})
@@ -235,9 +239,15 @@ def scale_to(effect: float, model: Any, asked: Tensor) -> float:
     return factor
 
 
-def record(engine: str, source: ModelSource, folder: Path, asked: Sequence[tuple[int, ...]], output: Path) -> None:
+def record(
+    engine: str,
+    source: ModelSource,
+    folder: Path,
+    names: Sequence[str],
+    asked: Sequence[tuple[int, ...]],
+    output: Path,
+) -> None:
     """Ask an engine for the base model and for each adapter, and keep its answers."""
-    names = [kind.name for kind in Kind.all()]
     found: list[dict[str, Any]] = []
     with ENGINES[engine](source, folder, names) as answer:
         for name in names:
@@ -263,7 +273,8 @@ def main(work: Path, only: Sequence[str], engine: Sequence[str]) -> None:
         source = make_base(family, folder / "model", texts)
         tokenizer = load_tokenizer(source)
         asked = [tuple(tokenizer(text).input_ids[:PROMPT_TOKENS]) for text in texts[-PROMPTS:]]
-        for kind in Kind.all():
+        kinds = Kind.of(family)
+        for kind in kinds:
             if not (folder / kind.name).exists():
                 make_adapter(kind, source, folder / kind.name, texts, torch.tensor(asked))
                 click.echo(f"{family}: {kind}")
@@ -271,7 +282,7 @@ def main(work: Path, only: Sequence[str], engine: Sequence[str]) -> None:
             output = OUTPUT / f"{family}-{name}.npz"
             if not output.exists():
                 try:
-                    record(name, source, folder, asked, output)
+                    record(name, source, folder, [kind.name for kind in kinds], asked, output)
                 except LoraOverError as error:
                     click.echo(f"{family} on {name}: not recorded: {error}")
                 else:

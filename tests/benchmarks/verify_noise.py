@@ -91,13 +91,13 @@ def likeliest(rows: Rows) -> dict[int, Row]:
 
 
 @contextmanager
-def in_vllm(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
-    """The vLLM in $LORAOVER_VLLM, in bfloat16."""
+def in_vllm(number_format: str, source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) -> Iterator[Answer]:
+    """The vLLM in $LORAOVER_VLLM."""
     from loraover_serve.vllm.serve import serve_adapters
 
     from support.vllm_command import vllm_command
 
-    options = ["--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "128"]
+    options = ["--dtype", number_format, "--enforce-eager", "--max-model-len", "128"]
     served = [folder / arm for arm in arms]
     log = folder / "vllm.log"
     with serve_adapters(served, model=source.location, vllm=vllm_command(), log=log, options=options) as server:
@@ -244,7 +244,7 @@ def in_nf4(source: ModelSource, folder: Path, arms: Sequence[str] = ADAPTERS) ->
 
 ENGINES: dict[str, Callable[..., Any]] = {
     "onnx-fp32": partial(in_onnx, "fp32"),
-    "vllm-bf16": in_vllm,
+    "vllm-bf16": partial(in_vllm, "bfloat16"),
     "torch-fp8": partial(in_torch, "fp8"),
     "llamacpp-q8": partial(in_llamacpp, "Q8_0"),
     "llamacpp-q4": partial(in_llamacpp, "Q4_0"),

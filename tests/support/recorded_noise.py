@@ -15,6 +15,7 @@ from loraover_serve.judge.limits import (
     AS_BASE,
     CERTAIN,
     CLEAR,
+    EXACT,
     EXCESS,
     FEW_AS_BASE,
     FLOOR,
@@ -236,7 +237,7 @@ class Recorded:
 
         found, (low, high) = strength(Projections(value * size + along, size, square(value))), self.allowed_by(limits)
         excess = log_ratios(self.excess(arm)[chosen])
-        as_base, clear = _as_base(*map(np.sqrt, (square(value), square(value - 1), size)))
+        as_base, clear = _as_base(*map(np.sqrt, (square(value), square(value - 1), size)), self._largest_noise)
         of_base = self._of_base(signs, chosen)
         differs = (
             (found.low > high)
@@ -249,8 +250,15 @@ class Recorded:
         )
         return Verdicts(differs, found.half + (high - low) / 2 < SEEN)
 
+    @property
+    def _largest_noise(self) -> float:
+        """Largest change at a position, as the root of its sum of squares, that is taken for the base model's noise."""
+        return CLEAR * math.sqrt(2) * (self.noise("base") + FLOOR) * math.sqrt(self.effect.shape[-1])
+
     def _of_base(self, signs: Floats, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the base model's noise looks like another temperature, or like the adapter."""
+        if self.noise("base") <= EXACT:
+            return np.zeros(len(chosen), dtype=bool)
         base, likely = self._kept["base"], self._likely
         centred = (base - base.mean(-1, keepdims=True)) * (np.abs(likely).sum(-1, keepdims=True) > 0)
         found = []
@@ -293,7 +301,10 @@ def _explained(found: Projections) -> NDArray[np.bool_]:
     return explained
 
 
-def _as_base(to_base: Floats, to_adapter: Floats, size: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _as_base(
+    to_base: Floats, to_adapter: Floats, size: Floats, noise: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
     clear = size > CLEAR * np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
-    return (clear & (to_base < to_adapter / AS_BASE)).sum((-2, -1)), clear.sum((-2, -1))
+    found = clear & (to_base < to_adapter / AS_BASE) & (to_base <= noise)
+    return found.sum((-2, -1)), clear.sum((-2, -1))
