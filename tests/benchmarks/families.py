@@ -65,7 +65,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 PHI3 = {"original_max_position_embeddings": 256}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+EXPERTS = {"norm_topk_prob": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 FAMILIES: dict[str, dict[str, Any]] = {REAL: {}, "Qwen2": {}, "Gemma": {}, "Phi3": PHI3, "Qwen3Moe": EXPERTS}
 """Fields of the configuration of each family."""
 
@@ -93,7 +93,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 PROMPTS, PROMPT_TOKENS, STEPS, KEPT = 32, 16, 4, 4
 TRAINING_STEPS, BATCH, LENGTH, RATE = 400, 16, 64, 3e-3
-ADAPTER_STEPS, SMALL_BATCH = 20, 4
+ADAPTER_STEPS, SMALL_BATCH, LARGEST = 20, 4, 30.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def make_adapter(kind: Kind, source: ModelSource, folder: Path, texts: Sequence[
 
 @torch.no_grad()
 def scale_to(effect: float, model: Any, asked: Tensor) -> float:
-    """Multiply the adapter's scaling until it has an effect; returns the factor."""
+    """Multiply the adapter's scaling by up to LARGEST until it has an effect; returns the factor."""
 
     def logprobs() -> Tensor:
         found: Tensor = model(input_ids=asked).logits[:, -STEPS:].log_softmax(-1)
@@ -229,7 +229,7 @@ def scale_to(effect: float, model: Any, asked: Tensor) -> float:
     likely = before.topk(KEPT).indices
     layers = [module for module in model.modules() if isinstance(getattr(module, "scaling", None), dict)]
     known = [dict(layer.scaling) for layer in layers]
-    low, high = 1e-3, 1e3
+    low, high = 1e-3, LARGEST
     for _ in range(16):
         factor = math.sqrt(low * high)
         for layer, scaling in zip(layers, known, strict=True):

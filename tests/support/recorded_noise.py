@@ -19,6 +19,7 @@ from loraover_serve.judge.limits import (
     EXCESS,
     FEW_AS_BASE,
     FLOOR,
+    NEARER,
     NUMBER_FORMATS,
     ROUNDED_STRENGTH,
     SEEN,
@@ -55,11 +56,60 @@ class Limits:
         excess: As `EXCESS`.
         certain: As `CERTAIN`.
         deviation: As `ROUNDED_STRENGTH`.
+        nearer: As `NEARER`.
     """
 
     excess: float = EXCESS
     certain: float = CERTAIN
     deviation: float = ROUNDED_STRENGTH
+    nearer: float = NEARER
+
+
+IN_USE = Limits()
+
+
+@dataclass(frozen=True)
+class DrawnSets:
+    """Measurements of drawn sets of prompts, each an array of one number for each set.
+
+    Args:
+        engine: The engine.
+        strength: Strength of what is served.
+        excess: Logarithm of the excess that is certain.
+        nearer: Logarithm of the ratio of the base model's distance to the adapter's that is certain.
+        far: Multiple of the noise that FEW_AS_BASE prompts exceed.
+        is_split: Whether some answers are the base model's, and others not.
+        is_of_base: Whether the base model's noise looks like a fault.
+    """
+
+    engine: Recorded
+    strength: Estimate
+    excess: Floats
+    nearer: Floats
+    far: Floats
+    is_split: NDArray[np.bool_]
+    is_of_base: NDArray[np.bool_]
+
+    @property
+    def deviation(self) -> Floats:
+        """How far the strength is certainly outside of twice what PyTorch shows."""
+        low, high = self.engine.allowed_by(Limits(deviation=0.0))
+        beyond: Floats = np.maximum(self.strength.low - high, low - self.strength.high)
+        return beyond
+
+    def by(self, limits: Limits) -> Verdicts:
+        """The verdicts by limits."""
+        low, high = self.engine.allowed_by(limits)
+        differs = (
+            (self.strength.low > high)
+            | (self.strength.high < low)
+            | (self.excess > math.log(limits.excess))
+            | (self.nearer > math.log(limits.nearer))
+            | (self.far > limits.certain)
+            | self.is_split
+            | self.is_of_base
+        )
+        return Verdicts(differs, self.strength.half + (high - low) / 2 < SEEN)
 
 
 class Recorded:
@@ -213,9 +263,13 @@ class Recorded:
         prompts: int,
         *,
         repeats: bool = True,
-        limits: Limits = Limits(),
+        limits: Limits = IN_USE,
     ) -> Verdicts:
-        """Judge drawn sets of prompts.
+        """Judge drawn sets of prompts."""
+        return self.drawn(arm, draw, runs, prompts, repeats=repeats).by(limits)
+
+    def drawn(self, arm: str, draw: np.random.Generator, runs: int, prompts: int, *, repeats: bool = True) -> DrawnSets:
+        """Measure drawn sets of prompts.
 
         The noise of each prompt has a random sign, so that a set is not one of few, and what it has along the effect in
         all prompts, such as rounding's own bias, stays.
@@ -235,25 +289,29 @@ class Recorded:
             found: Floats = np.maximum(factor**2 * size + 2 * factor * along + total, 0)
             return found
 
-        found, (low, high) = strength(Projections(value * size + along, size, square(value))), self.allowed_by(limits)
+        to_base, to_adapter, changed = map(np.sqrt, (square(value), square(value - 1), size))
+        as_base, clear = _as_base(to_base, to_adapter, changed, self._largest_noise, self._usual_noise)
         excess = log_ratios(self.excess(arm)[chosen])
-        as_base, clear = _as_base(*map(np.sqrt, (square(value), square(value - 1), size)), self._largest_noise)
-        of_base = self._of_base(signs, chosen)
-        differs = (
-            (found.low > high)
-            | (found.high < low)
-            | (excess.low > math.log(limits.excess))
-            | (excess.high < -math.log(limits.excess * self.sensitivity))
-            | ((as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE))
-            | ((self.multiples(arm, chosen) > limits.certain).sum(-1) >= FEW_AS_BASE)
-            | of_base
+        return DrawnSets(
+            engine=self,
+            strength=strength(Projections(value * size + along, size, square(value))),
+            excess=excess.low,
+            nearer=-excess.high - math.log(self.sensitivity),
+            far=np.sort(self.multiples(arm, chosen), axis=-1)[:, -FEW_AS_BASE],
+            is_split=(as_base >= FEW_AS_BASE) & (as_base <= clear - FEW_AS_BASE),
+            is_of_base=self._of_base(signs, chosen),
         )
-        return Verdicts(differs, found.half + (high - low) / 2 < SEEN)
 
     @property
     def _largest_noise(self) -> float:
         """Largest change at a position, as the root of its sum of squares, that is taken for the base model's noise."""
         return CLEAR * math.sqrt(2) * (self.noise("base") + FLOOR) * math.sqrt(self.effect.shape[-1])
+
+    @property
+    def _usual_noise(self) -> float:
+        """Noise of the adapter's answers at most positions, as the root of its sum of squares."""
+        base = np.sqrt(np.square(self._kept["base"]).sum(-1))
+        return self.sensitivity * float(np.median(base))
 
     def _of_base(self, signs: Floats, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the base model's noise looks like another temperature, or like the adapter."""
@@ -302,9 +360,10 @@ def _explained(found: Projections) -> NDArray[np.bool_]:
 
 
 def _as_base(
-    to_base: Floats, to_adapter: Floats, size: Floats, noise: float
+    to_base: Floats, to_adapter: Floats, size: Floats, largest: float, usual: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
-    clear = size > CLEAR * np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
-    found = clear & (to_base < to_adapter / AS_BASE) & (to_base <= noise)
+    mine = np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
+    clear = size > CLEAR * np.maximum(mine, usual)
+    found = clear & (to_base < to_adapter / AS_BASE) & (to_base <= largest)
     return found.sum((-2, -1)), clear.sum((-2, -1))

@@ -94,6 +94,13 @@ def _at_random() -> Round:
     return round_
 
 
+def _each(output: Any, round_: Round) -> Any:
+    """Round a layer's output, or each tensor of numbers of several, such as the router of a mixture of experts has."""
+    if isinstance(output, tuple):
+        return tuple(_each(part, round_) for part in output)
+    return round_(output) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+
 @contextmanager
 def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
     """Run a model in a coarser number format for a block; one rounded layer at a time is in memory.
@@ -110,7 +117,7 @@ def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
         module.weight = exact.pop(module)
-        return output if format_.outputs is None else format_.outputs(output)
+        return output if format_.outputs is None else _each(output, format_.outputs)
 
     with ExitStack() as hooks:
         for module in model.modules():

@@ -44,6 +44,7 @@ from loraover_serve.judge.limits import (
     FEW_AS_BASE,
     FEW_PROMPTS,
     FLOOR,
+    NEARER,
     NUMBER_FORMATS,
     PLAIN,
     ROUNDED_STRENGTH,
@@ -226,7 +227,15 @@ class Case:
     @cached_property
     def as_base(self) -> tuple[list[Change], list[Change]]:
         """Answers of the adapter that are the base model's, and the others for which this could be seen."""
-        return split_base(self.answers, CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR))
+        usual = median(by_place) if (by_place := self._noise_by_place) else 0.0
+        limit = CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR)
+        return split_base(self.answers, limit, noise=self.sensitivity * usual)
+
+    @cached_property
+    def _noise_by_place(self) -> list[float]:
+        """RMS distance of the base model's answer at each place; none on an engine with one model."""
+        off = () if self.is_one_model else self.evidence.off(BASE, self.evidence.base)
+        return [math.sqrt(each.square) for each in off]
 
     @cached_property
     def generated(self) -> list[ComparedAnswer]:
@@ -289,7 +298,7 @@ class Case:
 
     def is_nearer(self) -> bool:
         """Whether the base model's answers are further off than the adapter's noise explains."""
-        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.sensitivity)
+        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(NEARER * self.sensitivity)
 
 
 def fit_along(changes: Sequence[Change]) -> Fit:
@@ -313,19 +322,22 @@ def share_along(changes: Sequence[Change], estimate: Interval) -> float:
     return min(1.0, estimate.value**2 * math.fsum(each.size for each in changes) / total) if total > 0 else 0.0
 
 
-def split_base(changes: Sequence[Change], limit: float = math.inf) -> tuple[list[Change], list[Change]]:
+def split_base(
+    changes: Sequence[Change], limit: float = math.inf, *, noise: float = 0.0
+) -> tuple[list[Change], list[Change]]:
     """Split the positions where the adapter's change stands out from noise: those that lack it, and the others.
 
     Args:
         changes: Changes by the engine's adapter, projected on those by the right adapter in PyTorch.
         limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
+        noise: RMS noise of the adapter's answers at most places, in nats, so far as it is known.
     """
     if not changes:
         return [], []
     least = CLEAR * median(min(math.sqrt(each.total), math.sqrt(each.rest)) for each in changes)
     found: tuple[list[Change], list[Change]] = ([], [])
     for each in changes:
-        if math.sqrt(each.size) > least:
+        if math.sqrt(each.size) > max(least, CLEAR * noise * math.sqrt(each.tokens)):
             is_nearer = math.sqrt(each.total) < math.sqrt(each.rest) / AS_BASE
             found[not (is_nearer and each.total <= limit**2 * each.tokens)].append(each)
     return found

@@ -39,6 +39,11 @@ EXCESS = 1.35
 
 `python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
 
+NEARER = 2.0
+"""Largest ratio of the base model's distance to the adapter's that still counts as noise.
+
+`python -m benchmarks.family_limits` in tests/ derives it from recorded engines."""
+
 EXACT_STRENGTH = 0.002
 """Largest deviation of the strength that is not a fault on an engine that computes in float32."""
 
