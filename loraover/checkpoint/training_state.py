@@ -241,10 +241,11 @@ def _load_site(checkpoint: Checkpoint, file: TensorFile, record: SiteRecord, ove
             group.load_core_state(k, group.owner(k, i), state)
     if (follower := over.followers.get(group)) is not None:
         prefix = record.gauge_key
-        state = {}
+        state, earlier = {}, follower.earlier_forms()
         for key, expected in follower.site_state(i).items():
             state[key] = file.read(prefix + key)
-            if (state[key].shape, state[key].dtype) != (expected.shape, expected.dtype):
+            found = tuple(state[key].shape), state[key].dtype
+            if found not in ((tuple(expected.shape), expected.dtype), earlier.get(key)):
                 raise CheckpointError(
                     f"{checkpoint.cores_path}: {prefix}{key} is {state[key].dtype} {tuple(state[key].shape)}, expected "
                     f"{expected.dtype} {tuple(expected.shape)}; the file is damaged or belongs to another checkpoint."

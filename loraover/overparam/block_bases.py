@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from loraover.common.later import torch
+from loraover.common.threads import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +53,11 @@ class Blocks(NamedTuple):
     def length(self) -> int:
         """Length of the side."""
         return self.number * (self.size - 1) + self.full
+
+    @property
+    def triangle(self) -> int:
+        """Numbers in the upper triangle of a block."""
+        return self.size * (self.size + 1) // 2
 
     def split(self, x: Tensor) -> Tensor:
         """(..., length) to (..., count, size); shorter blocks get a zero at their end."""
@@ -153,7 +160,7 @@ class SideBases(ABC):
             blocks = self.blocks(side, m, n)
             if blocks is not None and not self.are_stepped:
                 is_followed = self.source(side, m, n) == "gradient"
-                found += blocks.number * blocks.size**2 * (2 if is_followed else 1)
+                found += blocks.number * (blocks.size**2 + (blocks.triangle if is_followed else 0))
         return found
 
     def shareable(self, m: int, n: int) -> tuple[int, ...]:
@@ -224,30 +231,73 @@ def turn(x: Tensor, basis: Tensor, blocks: Blocks, side: Side, *, inverse: bool 
     return blocks.join((split @ (basis.mT if inverse else basis)).swapaxes(1, 2)).reshape(x.shape)
 
 
+def packed(symmetric: Tensor) -> Tensor:
+    """Upper triangles of symmetric blocks, row by row: (..., size, size) to (..., size (size + 1) / 2)."""
+    return symmetric.flatten(-2).index_select(-1, _triangle(symmetric.shape[-1], symmetric.device))
+
+
+def unpacked(triangles: Tensor, size: int) -> Tensor:
+    """Undo `packed`."""
+    return triangles.index_select(-1, _symmetric(size, triangles.device)).unflatten(-1, (size, size))
+
+
+@lru_cache(maxsize=64)
+def _triangle(size: int, device: torch.device) -> Tensor:
+    """Places of the upper triangle in a flat (size, size) matrix."""
+    rows, columns = torch.triu_indices(size, size)
+    return (rows * size + columns).to(device)
+
+
+@lru_cache(maxsize=64)
+def _symmetric(size: int, device: torch.device) -> Tensor:
+    """Place in the packed upper triangle of each element of a flat (size, size) matrix."""
+    triangle = _triangle(size, torch.device("cpu"))
+    places = torch.empty(size * size, dtype=torch.long)
+    places[triangle] = places[triangle % size * size + triangle // size] = torch.arange(len(triangle))
+    return places.to(device)
+
+
 def eigenvectors(moment: Tensor, blocks: Blocks) -> Tensor:
     """Eigenvectors of symmetric blocks in columns, largest eigenvalue first, each with a positive largest element."""
     settled, _ = _settled(moment, blocks, padding=-1.0)
     on = settled.cpu() if settled.device.type == "mps" else settled
-    vectors: Tensor = torch.linalg.eigh(on).eigenvectors.flip(-1)
+    with one_thread():  # LAPACK takes one block after the other, and divides none of this size with profit
+        vectors: Tensor = torch.linalg.eigh(on).eigenvectors.flip(-1)
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return (vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)).to(moment.device)
 
 
-def next_eigenvectors(moment: Tensor, basis: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Take a step of QR iteration from a basis whose columns are first sorted by their estimated eigenvalues.
+def next_eigenvectors(moment: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """Take a step of QR iteration in a basis whose columns are first sorted by their estimated eigenvalues.
 
-    Returns the next basis, and the permutation matrices that ordered the present one (SOAP, Vyas et al. 2024,
-    arXiv:2409.11321, algorithm 4).
+    Args:
+        moment: The moment in the basis V, which is V^T C V, (..., count, size, size).
+        blocks: How the side is divided.
+
+    Returns:
+        The W with which V W is the next basis, and the permutation matrices that ordered the present one. The R of
+        C V = Q R has Q = V W, where V^T C V = W R.
+
+    Source: SOAP, Vyas et al. 2024, arXiv:2409.11321, algorithm 4.
     """
     settled, padding = _settled(moment, blocks, padding=1.0)
-    estimates = (basis * (settled @ basis)).sum(-2)
+    estimates = settled.diagonal(dim1=-2, dim2=-1)
     estimates = torch.where(padding.diagonal(dim1=-2, dim2=-1), -1.0, estimates)  # the last direction stays last
     places = estimates.argsort(stable=True, dim=-1, descending=True)
-    order = torch.nn.functional.one_hot(places, blocks.size).mT.to(basis.dtype)
-    product = settled @ basis @ order
-    q, r = torch.linalg.qr(product.cpu() if product.device.type == "mps" else product)
+    order = torch.nn.functional.one_hot(places, blocks.size).mT.to(moment.dtype)
+    product = settled.gather(-1, places.unsqueeze(-2).expand_as(settled))
+    with one_thread():
+        q, r = torch.linalg.qr(product.cpu() if product.device.type == "mps" else product)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs.unsqueeze(-2)).to(basis.device), order
+    return (q * signs.unsqueeze(-2)).to(moment.device), order
+
+
+def orthonormalised(basis: Tensor) -> Tensor:
+    """Take a step of Newton's iteration for the nearest orthogonal matrix, which squares the distance from it.
+
+    Products of orthogonal matrices would move away from orthogonality by a rounding error each.
+    """
+    return 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)
 
 
 def _settled(moment: Tensor, blocks: Blocks, *, padding: float) -> tuple[Tensor, Tensor]:

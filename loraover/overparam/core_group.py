@@ -216,24 +216,35 @@ class CoreGroup:
             self.split()
         return stacked(gradients, self.sites).to(self.dtype)
 
-    def pull_back(self, dense: Tensor) -> None:
-        """Turn what `gather` gave into the trained cores' gradients.
+    def pull_back(self, dense: Tensor) -> list[Tensor]:
+        """Turn what `gather` gave into the trained cores' gradients, and return these, stacked.
 
         A site without a gradient leaves its cores without one, so that the optimizer skips them.
         """
-        with torch.enable_grad(), full_precision(dense.device):
-            cores = [stack.detach() for stack in self.stacks]
-            leaves = [cores[k].requires_grad_() for k in self.trained]
-            matrices = self.decomposition.contract(cores, *self.shape)
-            pulled = torch.autograd.grad(matrices, leaves, dense)
+        with full_precision(dense.device):
+            if self.trained == (self.centre,):
+                with torch.no_grad():
+                    pulled = [self.decomposition.to_centre(self.stacks, dense, *self.shape)]
+            else:
+                pulled = self._differentiated(dense)
         # Fused optimizers walk through memory: a gradient must lie as its parameter does, as autograd's own do.
-        for k, stack in zip(self.trained, (gradient.contiguous() for gradient in pulled), strict=True):
+        found = [gradient.contiguous() for gradient in pulled]
+        for k, stack in zip(self.trained, found, strict=True):
             if not self._each:
                 self._whole[k].grad = stack
                 continue
             owners = {self.owner(k, i) for i, there in enumerate(self._present) if there}
             for i, (parameter, gradient) in enumerate(zip(self._each[k], stack, strict=True)):
                 parameter.grad = gradient if i in owners else None
+        return found
+
+    def _differentiated(self, dense: Tensor) -> list[Tensor]:
+        """Gradients of all cores that are trained, by automatic differentiation."""
+        with torch.enable_grad():
+            cores = [stack.detach() for stack in self.stacks]
+            leaves = [cores[k].requires_grad_() for k in self.trained]
+            matrices = self.decomposition.contract(cores, *self.shape)
+            return list(torch.autograd.grad(matrices, leaves, dense))
 
     def clear_gradients(self) -> None:
         """Set the gradients of all cores to None."""

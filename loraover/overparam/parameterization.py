@@ -366,11 +366,9 @@ class OverParameterization:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
         dense = {group: group.gather(gradients) for _, group in view.shown()}
         view.clear_shared_gradients()
+        pulled = {group: group.pull_back(stack) for group, stack in dense.items() if stack is not None}
         if is_seen:
-            self.followers.observe({group: stack for group, stack in dense.items() if stack is not None})
-        for group, stack in dense.items():
-            if stack is not None:
-                group.pull_back(stack)
+            self.followers.observe({group: stacks[0] for group, stacks in pulled.items()})
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
