@@ -66,11 +66,17 @@ class CoreGroup:
         matrices = full(torch.stack([site.values for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [seeded_generator(seed, site.name) for site in sites]
-        cores = decomposition.init(matrices.cpu().double(), generators)  # an Apple GPU has no float64
+        device, exact = matrices.device, matrices.cpu().double()  # an Apple GPU has no float64
         if bases and decomposition.bases is not None:
+            cores = decomposition.init(exact, generators)
             measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
             cores = decomposition.bases.started(cores, measured, *sites[0].shape)
-        stacks = [core.to(dtype).to(matrices.device).contiguous() for core in cores]
+            return cls(sites, decomposition, [core.to(dtype).to(device).contiguous() for core in cores], step)
+        stacks = [torch.empty(len(sites), *core, dtype=dtype) for core in decomposition.core_shapes(*sites[0].shape)]
+        for i, generator in enumerate(generators):  # one site's float64 cores at a time
+            for stack, core in zip(stacks, decomposition.init(exact[i : i + 1], [generator]), strict=True):
+                stack[i] = core[0]
+        stacks = [stack.to(device) for stack in stacks]
         return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:

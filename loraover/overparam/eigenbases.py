@@ -32,6 +32,10 @@ from loraover.overparam.sharding import of_first_process
 logger = logging.getLogger("loraover")
 
 
+NUMBERS_AT_ONCE = {"cpu": 2**20}
+"""How many numbers of moments are computed together; by default all that a GPU of 80 GB has room for beside a model."""
+
+
 class BasisFollower:
     """Running second moments of a group's gradients, and the bases that follow them.
 
@@ -93,8 +97,10 @@ class BasisFollower:
         with full_precision(clean.device):
             for side, blocks in self.blocks.items():
                 split = blocks.split(clean if side == "columns" else clean.mT).transpose(1, 2)  # (G, count, ..., size)
-                moment = self.moments[side]
-                moment.copy_((moment * kept).add_(packed(split.mT @ split)))  # in the cores' dtype until it is kept
+                number = _sites_at_once(blocks, clean.device)
+                for part in zip(split.split(number), self.moments[side].split(number), kept.split(number), strict=True):
+                    new, moment, share_kept = part
+                    moment.copy_((moment * share_kept).add_(packed(new.mT @ new)))  # summed in the cores' dtype
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -104,33 +110,51 @@ class BasisFollower:
         self.steps = int(self.counted)
         if self.steps < self.due:  # steps without a finite gradient do not count
             return
-        turns: dict[Side, tuple[Tensor, Tensor]] = {}
-        squares: dict[Side, Tensor] = {}
+        m, n = self.group.shape
+        is_ready = {
+            side: self.seen >= ceil(blocks.size / (n if side == "rows" else m)) for side, blocks in self.blocks.items()
+        }
+        if self.rule.growth is None:
+            is_ready = {side: ready & ~self.started[side] for side, ready in is_ready.items()}
         with full_precision(self.group.stacks[0].device):
-            for side, blocks in self.blocks.items():
-                other = self.group.shape[1 if side == "rows" else 0]
-                has_started = self.started[side]
-                is_ready = self.seen >= ceil(blocks.size / other)
-                if self.rule.growth is None:
-                    is_ready &= ~has_started
-                present = self.bases.of(self.group.stacks, side, *self.group.shape)
-                assert present is not None
-                old, _ = present
-                moment = unpacked(self.moments[side], blocks.size).to(old.dtype)
-                rotation, order = self._rotation(moment, has_started, blocks)
-                new = of_first_process(torch.where(_wide(is_ready), orthonormalised(old @ rotation), old))
-                identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
-                change = torch.where(_wide(is_ready), old.mT @ new, identity)
-                is_kept = has_started & is_ready & (self.rule.second_moments == "kept")
-                turns[side] = new, change
-                squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
-                self.moments[side].copy_(packed(change.mT @ moment @ change))
-                self.started[side] = has_started | is_ready
-            self._turn(turns, squares)
+            for part in self._parts():
+                self._refresh_part(part, {side: ready[part] for side, ready in is_ready.items()})
+        for side, ready in is_ready.items():
+            self.started[side] |= ready
         if self.rule.growth is not None:
             self.due = self.rule.next_refresh(self.steps)
         else:
             self.due = None if all(bool(started.all()) for started in self.started.values()) else 2 * self.steps
+
+    def _parts(self) -> list[slice]:
+        """Ranges of sites whose bases are computed together, so that a refresh needs little memory."""
+        count, device = len(self.group.sites), self.group.stacks[0].device
+        number = min(_sites_at_once(blocks, device) for blocks in self.blocks.values())
+        return [slice(start, min(start + number, count)) for start in range(0, count, number)]
+
+    def _refresh_part(self, part: slice, is_ready: Mapping[Side, Tensor]) -> None:
+        """Turn the bases of some sites."""
+        turns: dict[Side, tuple[Tensor, Tensor]] = {}
+        squares: dict[Side, Tensor] = {}
+        for side, blocks in self.blocks.items():
+            has_started, ready = self.started[side][part], is_ready[side]
+            old, moment = self._basis(side)[part], self.moments[side][part]
+            whole = unpacked(moment, blocks.size, old.dtype)
+            rotation, order = self._rotation(whole, has_started, blocks)
+            new = of_first_process(torch.where(_wide(ready), orthonormalised(old @ rotation), old))
+            identity = torch.eye(blocks.size, dtype=new.dtype, device=new.device)
+            change = torch.where(_wide(ready), old.mT @ new, identity)
+            is_kept = has_started & ready & (self.rule.second_moments == "kept")
+            turns[side] = new, change
+            squares[side] = torch.where(_wide(is_kept), of_first_process(order), change.square())
+            moment.copy_(packed(change.mT @ whole @ change))
+        self._turn(part, turns, squares)
+
+    def _basis(self, side: Side) -> Tensor:
+        """A side's present bases, (G, count, size, size), a view."""
+        present = self.bases.of(self.group.stacks, side, *self.group.shape)
+        assert present is not None
+        return present[0]
 
     def _rotation(self, moment: Tensor, has_started: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """From the present bases to the next ones, and the order into which a basis that has started was put."""
@@ -143,30 +167,30 @@ class BasisFollower:
             rotation = torch.where(_wide(has_started), rotation, eigenvectors(moment, blocks))
         return rotation, order
 
-    def _turn(self, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
+    def _turn(self, part: slice, turns: Mapping[Side, tuple[Tensor, Tensor]], squares: Mapping[Side, Tensor]) -> None:
         """Turn bases, centre cores and the optimizer's moments of these: those of squares by `squares`."""
         group = self.group
-        turned_stacks = self.bases.turned(group.stacks, turns, *group.shape)
-        for stack, new in zip(group.stacks, turned_stacks, strict=True):
+        held = [stack[part] for stack in group.stacks]
+        for stack, new in zip(held, self.bases.turned(held, turns, *group.shape), strict=True):
             stack.copy_(new)
         changes = {side: change for side, (_, change) in turns.items()}
-        for at, parameter in enumerate(group.parameters(group.centre)):
-            part = slice(None) if group.is_joined else slice(at, at + 1)
+        parameters = group.parameters(group.centre)
+        for at, parameter in enumerate(parameters if group.is_joined else parameters[part]):
+            here = slice(None) if group.is_joined else slice(at, at + 1)
 
-            def turned(moment: Tensor, squared: bool, part: slice = part) -> Tensor:
-                moment = moment.reshape(-1, *group.shape)
+            def turned(moment: Tensor, squared: bool, here: slice = here) -> Tensor:
                 for side, change in (squares if squared else changes).items():
-                    moment = turn(moment, change[part].to(moment.dtype), self.blocks[side], side)
+                    moment = turn(moment, change[here].to(moment.dtype), self.blocks[side], side)
                 return moment
 
             state = group.state.get(parameter, {})
             moments = {
-                key: value
+                key: value[part] if group.is_joined else value.unsqueeze(0)
                 for key, value in state.items()
                 if key in LINEAR | SQUARED and isinstance(value, Tensor) and value.shape == parameter.shape
             }
             for key, moment in converted(moments, turned).items():
-                state[key].copy_(moment.reshape(parameter.shape))
+                moments[key].copy_(moment)
 
     def stop(self) -> None:
         """Leave the bases as they are from now on."""
@@ -199,10 +223,8 @@ class BasisFollower:
         for side in self.blocks:
             moment = state[f"moment.{side}"]
             if moment.ndim == 3:
-                present = self.bases.of(self.group.stacks, side, *self.group.shape)
-                assert present is not None
-                basis = present[0][i]
-                moment = packed(basis.mT @ moment.to(basis) @ basis)
+                basis = self._basis(side)[i]
+                moment = packed((basis.mT @ moment.to(basis) @ basis).unsqueeze(0))[0]
             self.moments[side][i] = moment
             self.started[side][i] = state[f"started.{side}"]
         seen, self.steps, due = state["counts"].tolist()
@@ -283,6 +305,10 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
         )
         return config.model_copy(update={"options": options})
     return config
+
+
+def _sites_at_once(blocks: Blocks, device: torch.device) -> int:
+    return max(1, NUMBERS_AT_ONCE.get(device.type, 2**28) // (blocks.number * blocks.size**2))
 
 
 def _wide(flags: Tensor) -> Tensor:

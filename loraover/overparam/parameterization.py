@@ -364,11 +364,17 @@ class OverParameterization:
         gradients = view.gradients([self.sites[name] for name in dict.fromkeys([*candidates, *self.injected])])
         if score is not None:
             score.observe({name: gradients[name] for name in candidates if name in gradients})
-        dense = {group: group.gather(gradients) for _, group in view.shown()}
+        pulled = {}
+        for _, group in view.shown():
+            dense = group.gather(gradients)
+            for site in group.sites:  # so that all gradients are never held twice
+                gradients.pop(site.name, None)
+            if dense is not None:
+                pulled[group] = group.pull_back(dense)[0]
+            del dense
         view.clear_shared_gradients()
-        pulled = {group: group.pull_back(stack) for group, stack in dense.items() if stack is not None}
         if is_seen:
-            self.followers.observe({group: stacks[0] for group, stacks in pulled.items()})
+            self.followers.observe(pulled)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
