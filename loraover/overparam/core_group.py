@@ -66,17 +66,24 @@ class CoreGroup:
         matrices = full(torch.stack([site.values for site in sites]))
         dtype = torch.promote_types(matrices.dtype, torch.float32)
         generators = [seeded_generator(seed, site.name) for site in sites]
-        device, exact = matrices.device, matrices.cpu().double()  # an Apple GPU has no float64
-        if bases and decomposition.bases is not None:
-            cores = decomposition.init(exact, generators)
-            measured = [{side: basis.cpu().double() for side, basis in bases[site.name].items()} for site in sites]
-            cores = decomposition.bases.started(cores, measured, *sites[0].shape)
-            return cls(sites, decomposition, [core.to(dtype).to(device).contiguous() for core in cores], step)
-        stacks = [torch.empty(len(sites), *core, dtype=dtype) for core in decomposition.core_shapes(*sites[0].shape)]
-        for i, generator in enumerate(generators):  # one site's float64 cores at a time
-            for stack, core in zip(stacks, decomposition.init(exact[i : i + 1], [generator]), strict=True):
-                stack[i] = core[0]
-        stacks = [stack.to(device) for stack in stacks]
+        exact = matrices.cpu().double()  # an Apple GPU has no float64
+        columns = [(bases or {}).get(site.name, {}).get("columns") for site in sites]
+        is_shared = not decomposition.trains_all and columns[0] is not None
+        share = len(sites) // len(set(map(id, columns))) if is_shared else 1
+        stacks: list[Tensor] = []
+        for start in range(0, len(sites), share):  # those that share a basis, so that little is float64 at once
+            here = slice(start, start + share)
+            cores = decomposition.init(exact[here], generators[here])
+            if bases and decomposition.bases is not None:
+                measured = [{side: basis.cpu().double() for side, basis in bases[s.name].items()} for s in sites[here]]
+                cores = decomposition.bases.started(cores, measured, *sites[0].shape)
+            if not stacks:
+                count = len(sites) // share
+                stacks = [torch.empty(count * len(core), *core.shape[1:], dtype=dtype) for core in cores]
+            for stack, core in zip(stacks, cores, strict=True):
+                at = start // share * len(core)
+                stack[at : at + len(core)] = core
+        stacks = [stack.to(matrices.device) for stack in stacks]
         return cls(sites, decomposition, stacks, step)
 
     def sharing(self, share: int) -> CoreGroup:

@@ -9,6 +9,7 @@ B^T C_out B (of A). While B = 0, its gradient stands for it there, since that is
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -36,6 +37,12 @@ class _Moments:
     def __init__(self, blocks: Mapping[str, Blocks]) -> None:
         self.blocks = blocks
         self.sums: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}
+
+    def reserve(self, device: torch.device) -> None:
+        """Take the memory of both moments now: between activations, it would leave gaps that these do not fit into."""
+        for matrix, blocks in self.blocks.items():
+            self._room[matrix] = torch.zeros(blocks.number, blocks.size, blocks.size, device=device)
 
     def mebibytes(self, block: int = MAX_BLOCK) -> float:
         """Memory of both moments, in MiB; with `block`, if no block were larger."""
@@ -49,7 +56,9 @@ class _Moments:
         split = self.blocks[matrix].split(x).transpose(0, 1)
         with full_precision(x.device):  # the model may be running under autocast
             moment = split.mT @ split
-        self.sums[matrix] = self.sums[matrix] + moment if matrix in self.sums else moment
+        if matrix not in self.sums:
+            self.sums[matrix] = self._room.pop(matrix, torch.zeros_like(moment)).to(moment.device)
+        self.sums[matrix] += moment
 
     def along(self, matrix: str, directions: Tensor) -> Tensor | None:
         """W C W^T for directions W, (r, length); None where nothing was seen."""
@@ -132,6 +141,8 @@ def measured_bases(
         moments[site.module] = _Moments({name: feature_blocks(one) for name, one in pair})
     layers, has_loss = lora_layers(probe.model), False
     try:
+        for site in {site.module: site for site in chosen}.values():
+            moments[site.module].reserve(site.parameter.device)
         with _observed(probe.model, {layers[module]: found for module, found in moments.items()}) as running:
             for batch in probe.batches:
                 running.begin(batch)
@@ -140,6 +151,7 @@ def measured_bases(
                     running.is_forward = False
                     torch.autograd.backward(loss)
                 has_loss = has_loss or bool(loss.isfinite().all())
+                del loss  # with its graph, before that of the next batch is made
         with torch.no_grad():
             bases = _bases(chosen, pairs, moments, decomposition)
     except (RuntimeError, MemoryError) as error:
@@ -215,8 +227,12 @@ def _bases(
 ) -> dict[str, Bases]:
     known: dict[bytes, Tensor] = {}
     found: dict[str, Bases] = {site.name: {} for site in chosen}
+    left = Counter(site.module for site, _, _ in _measured_sides(chosen, decomposition))
     for site, side, blocks in _measured_sides(chosen, decomposition):
         moment = _moment(site, side, blocks, pairs[site.module, site.adapter], moments[site.module])
+        left[site.module] -= 1
+        if not left[site.module]:
+            moments[site.module].sums.clear()  # which take as much memory as the bases
         if moment is None or not bool(moment.any()):
             continue
         if not bool(moment.isfinite().all()):
@@ -227,7 +243,8 @@ def _bases(
         moment = of_first_process(moment).cpu().double()
         key = hashlib.sha256(moment.numpy().tobytes()).digest() + repr(blocks).encode()
         if key not in known:
-            known[key] = of_first_process(eigenvectors(moment, blocks), site.parameter.device)
+            basis = of_first_process(eigenvectors(moment, blocks), site.parameter.device)
+            known[key] = basis.to(torch.promote_types(site.parameter.dtype, torch.float32))  # that of the cores
         found[site.name][side] = known[key]
     return found
 
