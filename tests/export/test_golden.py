@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden.make import BASE_NAME, BASE_OPTIONS, DTYPES, FOLDER, RECIPES, make_golden
+from golden.make import BASE_NAME, BASE_OPTIONS, DTYPES, EARLIER, FOLDER, RECIPES, make_golden
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -72,7 +72,7 @@ def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> Non
     assert found.meta.step == 2
     assert found.meta.config == RECIPES[golden.name].config
     assert {name.rsplit(".", 1)[1] for name in found.sites} == {"lora_A", "lora_B"}
-    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0, "eigen": 4.0}[golden.name]
+    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0, "eigen": 4.0, "eigen_packed": 4.0}[golden.name]
     assert found.config.scaling("model.layers.0.self_attn.q_proj") == scaling
     rounds = {"dynamic": [(1, 1), (2, 1)]}.get(golden.name, [(0, len(found.sites))])
     assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == rounds
@@ -93,7 +93,10 @@ def test_training_resumes_from_it(golden: Path) -> None:
                 assert torch.equal(value, tensors.pop(f"{site}.core.{k}.{key}"))
         if group in over.followers:
             for key, value in over.followers[group].site_state(i).items():
-                assert torch.equal(value, tensors.pop(f"{site}.gauge.{key}"))
+                stored = tensors.pop(f"{site}.gauge.{key}")
+                if golden.name in EARLIER and key.startswith("moment."):
+                    stored = in_axes_of_the_basis(stored, group.core(0, i) if key == "moment.rows" else group.core(-1, i))
+                assert torch.equal(value, stored)
     assert over.schedule.rounds == found.meta.rounds
     score = {key: tensors.pop(key) for key in list(tensors) if key.startswith("score.")}
     assert bool(score) is (golden.name == "dynamic")
@@ -103,7 +106,13 @@ def test_training_resumes_from_it(golden: Path) -> None:
     assert all(torch.equal(restored[key], score[key]) for key in score)
     assert tensors.keys() == {record.core_key(k) for record in found.meta.sites for k in cores_of_recipe(found, record)}
     shared = [record.shares for record in found.meta.sites if record.shares]
-    assert len(shared) == (3 if golden.name == "eigen" else 0)
+    assert len(shared) == (3 if golden.name.startswith("eigen") else 0)
+
+
+def in_axes_of_the_basis(moment: Tensor, basis: Tensor) -> Tensor:
+    """V^T C V of a moment C of one block, its upper triangle row by row, as it is kept."""
+    turned = basis.mT @ moment[0] @ basis
+    return torch.stack([turned[i, j] for i in range(len(turned)) for j in range(i, len(turned))])[None].bfloat16()
 
 
 def cores_of_recipe(found: Checkpoint, record: SiteRecord) -> range:
@@ -123,7 +132,7 @@ def layout(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", RECIPES.keys() - EARLIER.keys())
 def test_todays_writer_writes_the_same_format(name: str, tmp_path: Path) -> None:
     """A difference here is a new format: raise the schema version and make its golden files."""
     golden = FOLDER / name

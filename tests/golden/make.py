@@ -63,9 +63,16 @@ RECIPES: dict[str, Recipe] = {
     "svd": Recipe(LoraOverConfig(decomposition="svd", seed=7), sgd, {"target_modules": ["q_proj"], "use_rslora": True}),
     "chain": Recipe(LoraOverConfig(decomposition="chain", seed=7), sgd, {"target_modules": ["q_proj"]}),
     "eigen": Recipe(EIGEN, adamw, {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
+    "eigen_packed": Recipe(EIGEN, adamw, {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
     "dynamic": Recipe(DYNAMIC, adamw, QV, total=10),
 }
-"""The one of "dynamic" has had two of its three rounds; A of q, k and v share a basis in the one of "eigen"."""
+"""The one of "dynamic" has had two of its three rounds; A of q, k and v share a basis in those of "eigen".
+
+The files of "eigen" have moments in the matrices' own axes, which are read and no longer written.
+"""
+
+EARLIER = {"eigen": "eigen_packed"}
+"""Files with what only earlier versions wrote, by the ones of the same recipe that are written today."""
 
 
 def make_golden(name: str, scratch: Path) -> Made:

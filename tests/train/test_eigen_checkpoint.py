@@ -250,7 +250,7 @@ GAUGE: dict[str, tuple[Change, str]] = {
     "no counts": (lambda t: t.pop(f"{CORE}.gauge.counts"), "no tensor"),
     "another shape": (
         lambda t: t.update({f"{CORE}.gauge.moment.rows": torch.ones(3, 3)}),
-        r"gauge\.moment\.rows is torch\.float32 \(3, 3\), expected torch\.float32 \(1, 4, 4\)",
+        r"gauge\.moment\.rows is torch\.float32 \(3, 3\), expected torch\.bfloat16 \(1, 10\)",
     ),
     "another type": (lambda t: t.update({f"{CORE}.gauge.started.rows": torch.ones(())}), r"expected torch\.bool"),
     "short counts": (
