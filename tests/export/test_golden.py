@@ -72,7 +72,9 @@ def test_todays_reader_understands_the_metadata(kept: Path, golden: Path) -> Non
     assert found.meta.step == 2
     assert found.meta.config == RECIPES[golden.name].config
     assert {name.rsplit(".", 1)[1] for name in found.sites} == {"lora_A", "lora_B"}
-    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0, "eigen": 4.0, "eigen_packed": 4.0}[golden.name]
+    scaling = {"mpo": 4.0, "svd": 8 / 2**0.5, "chain": 4.0, "dynamic": 4.0, "eigen": 4.0, "eigen_packed": 4.0}[
+        golden.name
+    ]
     assert found.config.scaling("model.layers.0.self_attn.q_proj") == scaling
     rounds = {"dynamic": [(1, 1), (2, 1)]}.get(golden.name, [(0, len(found.sites))])
     assert [(r.step, len(r.chosen)) for r in found.meta.rounds] == rounds
@@ -95,7 +97,9 @@ def test_training_resumes_from_it(golden: Path) -> None:
             for key, value in over.followers[group].site_state(i).items():
                 stored = tensors.pop(f"{site}.gauge.{key}")
                 if golden.name in EARLIER and key.startswith("moment."):
-                    stored = in_axes_of_the_basis(stored, group.core(0, i) if key == "moment.rows" else group.core(-1, i))
+                    stored = in_axes_of_the_basis(
+                        stored, group.core(0, i) if key == "moment.rows" else group.core(-1, i)
+                    )
                 assert torch.equal(value, stored)
     assert over.schedule.rounds == found.meta.rounds
     score = {key: tensors.pop(key) for key in list(tensors) if key.startswith("score.")}

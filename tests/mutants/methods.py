@@ -97,14 +97,14 @@ METHODS = (
     ),
     Mutant(
         "eigen-bases-are-never-refreshed",
-        "            self._turn(turns, squares)\n",
+        "        self._turn(part, turns, squares)\n",
         "",
         Selection("test_measured_updates.py", "the_oracles"),
     ),
     Mutant(
         "eigen-each-process-has-bases-of-its-own",
-        "new = of_first_process(torch.where(_wide(is_ready), new, old))",
-        "new = torch.where(_wide(is_ready), new, old)",
+        "new = of_first_process(torch.where(_wide(ready), orthonormalised(old @ rotation), old))",
+        "new = torch.where(_wide(ready), orthonormalised(old @ rotation), old)",
         Selection("test_eigen_processes.py", "eigenvectors_differ"),
     ),
     Mutant(
@@ -121,6 +121,30 @@ METHODS = (
         "        values = torch.stack([site.values for site in group.sites]).to(centre)\n"
         "        centre.copy_(group.decomposition.to_centre(group.stacks, values, *group.shape))\n",
         Selection("test_block_bases.py", "a_refresh_keeps_every_matrix"),
+    ),
+    Mutant(
+        "eigen-moments-stay-as-bases-turn",
+        "            moment.copy_(packed(change.mT @ whole @ change))\n",
+        "",
+        Selection("test_eigen.py", "the_oracles"),
+    ),
+    Mutant(
+        "eigen-bases-lose-their-orthogonality",
+        "orthonormalised(old @ rotation)",
+        "(old @ rotation)",
+        Selection("test_block_bases.py", "stay_orthogonal"),
+    ),
+    Mutant(
+        "eigen-earlier-moments-are-read-as-todays",
+        "moment = packed((basis.mT @ moment.to(basis) @ basis).unsqueeze(0))[0]",
+        "moment = packed(moment.unsqueeze(0))[0]",
+        Selection("test_block_bases.py", "earlier_versions"),
+    ),
+    Mutant(
+        "eigen-optimizer-states-turn-in-the-first-part-alone",
+        "key: value[part] if group.is_joined",
+        "key: value[: part.stop - part.start] if group.is_joined",
+        Selection("test_block_bases.py", "in_parts"),
     ),
     Mutant(
         "a-centred-rmsprop-turns-squares-and-means-apart",

@@ -19,7 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from loraover import LoraOverConfig, OverParameterization
 from loraover.callbacks.diagnostics import core_numbers
-from loraover.overparam.block_bases import RIDGE, Blocks, eigenvectors, next_eigenvectors, orthonormalised, packed, unpacked
+from loraover.overparam import eigenbases
+from loraover.overparam.block_bases import (
+    RIDGE,
+    Blocks,
+    eigenvectors,
+    next_eigenvectors,
+    orthonormalised,
+    packed,
+    unpacked,
+)
 from loraover.overparam.core_group import CoreGroup
 from loraover.overparam.decompositions import Eigen
 from loraover.overparam.eigenbases import BasisFollower
@@ -183,6 +192,115 @@ def test_eigenvectors_stay_where_they_are(length: int, largest: int, seed: int) 
     assert (vectors @ rotation - vectors).abs().max() < 1e-10 * blocks.size
 
 
+# Moments
+
+
+@given(length=LENGTHS, largest=LARGEST, seed=SEEDS)
+@some
+def test_a_moment_is_kept_as_its_upper_triangles(length: int, largest: int, seed: int) -> None:
+    blocks = Blocks.of(length, largest)
+    moment = moments(blocks, "full", seed, torch.float64)
+    triangles = packed(moment)
+    rows, columns = np.triu_indices(blocks.size)
+    assert torch.equal(triangles, moment[..., rows, columns])
+    assert triangles.shape[-1] == blocks.triangle
+    assert torch.equal(unpacked(triangles, blocks.size, torch.float64), moment)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_follow_gradients_in_the_axes_of_the_bases(dtype: torch.dtype) -> None:
+    """Whether they have been turned or not: V^T C V, where C is the running mean of G^T G or G G^T in float64."""
+    eigen = Eigen(block=5, growth=1, refresh=3, decay=0.9)
+    group = group_of(eigen, 4, 12, 3, 0, dtype)
+    follower = BasisFollower(group)
+    # bfloat16 rounds each of 20 sums, of which each later one keeps 0.9: at most 10 roundings of an element of the
+    # size of the root of two diagonal ones, or 13 at a turn, which sums up some.
+    error = 30 * 2.0**-9 if dtype == torch.float32 else 1e-12
+    means = {"rows": torch.zeros(3, 4, 4).double(), "columns": torch.zeros(3, 12, 12).double()}
+    for step in range(20):
+        gradients = normal(step, 3, 4, 12) * 2.0 ** -torch.arange(12)
+        centre = eigen.to_centre([stack.double() for stack in group.stacks], gradients, 4, 12)
+        follower.observe(centre.to(dtype), torch.tensor(True))
+        for side, new in (("rows", gradients @ gradients.mT), ("columns", gradients.mT @ gradients)):
+            means[side] = 0.9 * means[side] + 0.1 * new
+        follower.refresh()
+        for side, blocks in follower.blocks.items():
+            found = eigen.bases.of(group.stacks, side, 4, 12)
+            assert found is not None
+            basis = found[0].double()
+            exact = basis.mT @ torch.stack([blocks.diagonal(mean) for mean in means[side]]) @ basis
+            size = exact.diagonal(dim1=-2, dim2=-1).sqrt()
+            kept = unpacked(follower.moments[side], blocks.size, torch.float64)
+            assert ((kept - exact).abs() <= error * size[..., None] * size[..., None, :]).all()
+            assert follower.moments[side].dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+
+
+def test_moments_of_earlier_versions_are_turned_into_the_axes_of_the_bases() -> None:
+    """They were whole blocks in the matrix's own axes."""
+    eigen = Eigen(block=5, growth=1)
+    group, resumed = group_of(eigen, 4, 12, 3, 0, torch.float64), group_of(eigen, 4, 12, 3, 0, torch.float64)
+    follower, other = BasisFollower(group), BasisFollower(resumed)
+    for step in range(8):
+        follower.observe(eigen.to_centre(group.stacks, normal(step, 3, 4, 12), 4, 12), torch.tensor(True))
+        follower.refresh()
+    for stack, kept in zip(resumed.stacks, group.stacks, strict=True):
+        stack.copy_(kept)
+    for i in range(3):
+        state = follower.site_state(i)
+        for side, blocks in follower.blocks.items():
+            found = eigen.bases.of(group.stacks, side, 4, 12)
+            assert found is not None
+            basis = found[0][i]
+            own = basis @ unpacked(state[f"moment.{side}"].unsqueeze(0), blocks.size, torch.float64)[0] @ basis.mT
+            assert (tuple(own.shape), own.dtype) == follower.earlier_forms()[f"moment.{side}"]
+            state[f"moment.{side}"] = own
+        other.load_site_state(i, state)
+    for side, moment in follower.moments.items():
+        assert (moment - other.moments[side]).abs().max() <= 1e-13 * moment.abs().max()
+
+
+def test_bases_stay_orthogonal_over_many_refreshes() -> None:
+    """Each is a product with the one before, and products alone move away by a rounding error each."""
+    eigen = Eigen(block=16, growth=1, decay=0.5)
+    group = group_of(eigen, 8, 32, 1, 0, torch.float32)
+    follower = BasisFollower(group)
+    for step in range(3000):
+        follower.observe(eigen.to_centre(group.stacks, normal(step, 1, 8, 32).float(), 8, 32), torch.tensor(True))
+        follower.refresh()
+    for side in follower.blocks:
+        found = eigen.bases.of(group.stacks, side, 8, 32)
+        assert found is not None
+        assert_orthogonal(*found)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_refresh_in_parts_is_one_of_all_sites(split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the optimizer's state."""
+
+    def run() -> list[Tensor]:
+        eigen = Eigen(block=5, growth=1, second_moments="carried")
+        group = group_of(eigen, 4, 12, 5, 0, torch.float64)
+        if split:
+            group.split()
+        follower, parameters = BasisFollower(group), group.parameters(group.centre)
+        optimizer = AdamW(parameters, lr=1e-2)
+        group.state = optimizer.state
+        for step in range(6):
+            gradients = eigen.to_centre(group.stacks, normal(step, 5, 4, 12), 4, 12)
+            for parameter, gradient in zip(parameters, gradients if split else [gradients], strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            follower.observe(gradients, torch.tensor(True))
+            follower.refresh()
+        states = [state[key] for state in group.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return [*group.stacks, *follower.moments.values(), *states]
+
+    whole = run()
+    monkeypatch.setattr(eigenbases, "NUMBERS_AT_ONCE", {"cpu": 200})
+    parts = run()
+    assert all((one - other).abs().max() <= 1e-12 for one, other in zip(whole, parts, strict=True))
+
+
 # Groups
 
 
@@ -211,7 +329,9 @@ def test_a_refresh_keeps_every_matrix(
     before = group.contract()
     for step in range(6):
         gradients = normal(seed + 10 + step, count, m, n).to(dtype)
-        follower.observe(eigen.to_centre(group.stacks, (gradients / gradients.norm()).to(group.dtype), m, n), torch.tensor(True))
+        follower.observe(
+            eigen.to_centre(group.stacks, (gradients / gradients.norm()).to(group.dtype), m, n), torch.tensor(True)
+        )
         follower.refresh()
     assert all(bool(started.all()) or ceil(block / min(m, n)) > 6 for started in follower.started.values())
     for side in follower.blocks:
