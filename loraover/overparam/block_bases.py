@@ -235,20 +235,22 @@ def packed(symmetric: Tensor) -> Tensor:
     """Upper triangles of symmetric blocks, row by row: (G, count, size, size) to (G, count, size (size + 1) / 2)."""
     size, places = symmetric.shape[-1], _triangle(symmetric.shape[-1], symmetric.device)
     # Of a matrix: with more dimensions, a CPU selects twenty times as slowly.
-    return symmetric.reshape(-1, size * size).index_select(1, places).unflatten(0, symmetric.shape[:2])
+    found: Tensor = symmetric.reshape(-1, size * size).index_select(1, places)
+    return found.reshape(*symmetric.shape[:2], len(places))
 
 
 def unpacked(triangles: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Undo `packed`, in another dtype."""
-    whole = triangles.flatten(0, 1).to(dtype).index_select(1, _symmetric(size, triangles.device))
-    return whole.unflatten(1, (size, size)).unflatten(0, triangles.shape[:2])
+    whole: Tensor = triangles.flatten(0, 1).to(dtype).index_select(1, _symmetric(size, triangles.device))
+    return whole.reshape(*triangles.shape[:2], size, size)
 
 
 @lru_cache(maxsize=64)
 def _triangle(size: int, device: torch.device) -> Tensor:
     """Places of the upper triangle in a flat (size, size) matrix."""
     rows, columns = torch.triu_indices(size, size)
-    return (rows * size + columns).to(device)
+    places: Tensor = (rows * size + columns).to(device)
+    return places
 
 
 @lru_cache(maxsize=64)

@@ -32,8 +32,11 @@ from loraover.overparam.sharding import of_first_process
 logger = logging.getLogger("loraover")
 
 
-NUMBERS_AT_ONCE = {"cpu": 2**20}
-"""How many numbers of moments are computed together; by default all that a GPU of 80 GB has room for beside a model."""
+NUMBERS_AT_ONCE = {"cpu": 2**17}
+"""How many numbers of a step's moments are computed together, so that they stay in a CPU's cache; elsewhere 2^28."""
+
+REFRESHED_AT_ONCE = 8
+"""How many times as many a refresh turns together."""
 
 
 class BasisFollower:
@@ -98,9 +101,12 @@ class BasisFollower:
             for side, blocks in self.blocks.items():
                 split = blocks.split(clean if side == "columns" else clean.mT).transpose(1, 2)  # (G, count, ..., size)
                 number = _sites_at_once(blocks, clean.device)
-                for part in zip(split.split(number), self.moments[side].split(number), kept.split(number), strict=True):
-                    new, moment, share_kept = part
-                    moment.copy_((moment * share_kept).add_(packed(new.mT @ new)))  # summed in the cores' dtype
+                for start in range(0, len(split), number):
+                    part = slice(start, start + number)
+                    new, moment = split[part], self.moments[side][part]
+                    moment.copy_(
+                        packed(new.mT @ new).add_(moment.to(kept.dtype).mul_(kept[part]))
+                    )  # summed in the cores' dtype
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -129,7 +135,7 @@ class BasisFollower:
     def _parts(self) -> list[slice]:
         """Ranges of sites whose bases are computed together, so that a refresh needs little memory."""
         count, device = len(self.group.sites), self.group.stacks[0].device
-        number = min(_sites_at_once(blocks, device) for blocks in self.blocks.values())
+        number = min(_sites_at_once(blocks, device, REFRESHED_AT_ONCE) for blocks in self.blocks.values())
         return [slice(start, min(start + number, count)) for start in range(0, count, number)]
 
     def _refresh_part(self, part: slice, is_ready: Mapping[Side, Tensor]) -> None:
@@ -307,8 +313,8 @@ def with_measured_bases(config: LoraOverConfig, optimizer: Optimizer) -> LoraOve
     return config
 
 
-def _sites_at_once(blocks: Blocks, device: torch.device) -> int:
-    return max(1, NUMBERS_AT_ONCE.get(device.type, 2**28) // (blocks.number * blocks.size**2))
+def _sites_at_once(blocks: Blocks, device: torch.device, times: int = 1) -> int:
+    return max(1, times * NUMBERS_AT_ONCE.get(device.type, 2**28) // (blocks.number * blocks.size**2))
 
 
 def _wide(flags: Tensor) -> Tensor:

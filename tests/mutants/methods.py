@@ -92,7 +92,7 @@ METHODS = (
     Mutant(
         "eigen-centre-stays-as-bases-turn",
         "            stack.copy_(new)\n        changes = {",
-        "            stack.copy_(new if stack is not group.stacks[group.centre] else stack)\n        changes = {",
+        "            stack.copy_(new if stack is not held[group.centre] else stack)\n        changes = {",
         Selection("test_eigen.py", "the_oracles"),
     ),
     Mutant(

@@ -264,13 +264,11 @@ def test_bases_stay_orthogonal_over_many_refreshes() -> None:
     eigen = Eigen(block=16, growth=1, decay=0.5)
     group = group_of(eigen, 8, 32, 1, 0, torch.float32)
     follower = BasisFollower(group)
-    for step in range(3000):
+    for step in range(300):
         follower.observe(eigen.to_centre(group.stacks, normal(step, 1, 8, 32).float(), 8, 32), torch.tensor(True))
         follower.refresh()
-    for side in follower.blocks:
-        found = eigen.bases.of(group.stacks, side, 8, 32)
-        assert found is not None
-        assert_orthogonal(*found)
+    # Products of 16 terms round by at most 16 u; without a correction, 300 of them are 6e-6 away.
+    assert eigen.bases.departure(group.stacks, 8, 32) <= 16 * UNIT[torch.float32]
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -296,7 +294,8 @@ def test_a_refresh_in_parts_is_one_of_all_sites(split: bool, monkeypatch: pytest
         return [*group.stacks, *follower.moments.values(), *states]
 
     whole = run()
-    monkeypatch.setattr(eigenbases, "NUMBERS_AT_ONCE", {"cpu": 200})
+    monkeypatch.setattr(eigenbases, "NUMBERS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr(eigenbases, "REFRESHED_AT_ONCE", 200)
     parts = run()
     assert all((one - other).abs().max() <= 1e-12 for one, other in zip(whole, parts, strict=True))
 
