@@ -33,6 +33,7 @@ from loraover_serve.judge.search import LEFT
 from loraover_serve.verify import by_pytorch, recorder
 from loraover_serve.verify.pack import KEPT, texts_of
 from loraover_serve.verify.power import Rounding, choose_number
+from loraover_serve.verify.variants import FaultyAdapter
 
 from support.recorded import ANSWER, LINES, QUESTIONS, record
 from support.verified import Case
@@ -63,7 +64,7 @@ def test_recorded_logprobs_are_pytorchs(recorded: Path, asked: Case) -> None:
     for model in found.variants[ADAPTER]:
         if model.factor is not None:
             deltas = {module: delta.times(model.factor) for module, delta in right.subject.deltas.items()}
-            gap = largest_gap(model, right.variants.adapted(deltas), found.places, asked)
+            gap = largest_gap(model, right.variants.adapted(FaultyAdapter("", "", deltas)), found.places, asked)
             assert gap <= relative * largest_gap(model, right.expected[ADAPTER], found.places, asked) + rounding
 
 

@@ -17,8 +17,8 @@ from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.torch import model_logits, tree_logits
 from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import base_faults, chain_of
+from loraover_serve.verify.layers import RightLayers
 from loraover_serve.verify.pytorch import agrees_in_trees
-from loraover_serve.verify.variants import RightLayers
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_models import VOCABULARY, tiny_gpt2, tiny_neox
@@ -61,14 +61,14 @@ def counted(model: nn.Module, stack: ExitStack) -> Counter[int]:
 def each_both_ways(model: Any) -> tuple[RightLayers, int]:
     """Compare every fault of a layer with a whole run; returns the layers, and the number of faults."""
     right, number = RightLayers(chain_of(model)), 0
-    for _, detail, changed, layer in base_faults(model, longest=6):
-        if "layer" not in detail:
+    for each in base_faults(model, longest=6):
+        if "layer" not in each.detail:
             continue
-        with changed():
+        with each.change():
             whole = answers(model)
-        with right.before(layer, "base"), changed():
+        with right.before(each.layer, "base"), each.change():
             found = answers(model)
-        assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True)), detail
+        assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True)), each.detail
         number += 1
     return right, number
 
@@ -143,7 +143,7 @@ def test_layers_that_read_the_keys_of_earlier_ones_all_run() -> None:
         answers(model)
     with right.before(3, "base"):
         assert all(map(torch.equal, answers(model), whole))
-    assert not [detail for _, detail, *_ in base_faults(model, longest=6) if "layer" in detail]
+    assert not [each for each in base_faults(model, longest=6) if "layer" in each.detail]
 
 
 BEGINNING = (1, 5, 9, 4, 7, 2, 2, 8)
@@ -176,12 +176,6 @@ def test_a_tree_is_used_where_it_answers_as_its_sequences_do(
     for index, (question, logits) in enumerate(zip(QUESTIONS, found, strict=True)):
         for place, row in last_rows(index, question.answered, logits).items():
             assert abs(row - expected.at(*place)).max() < 1e-4
-
-
-def test_a_tree_that_saves_little_is_not_used() -> None:
-    model = tiny_decoder("Llama", num_hidden_layers=LAYERS).eval()
-    assert agrees_in_trees(model, QUESTIONS, without_a_tree(model))
-    assert not agrees_in_trees(model, QUESTIONS[:1], without_a_tree(model))
 
 
 def test_linear_layers_by_onednn_round_as_float32_does() -> None:

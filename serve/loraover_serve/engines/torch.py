@@ -176,6 +176,13 @@ def model_logits(
 
 
 def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    """Yield a causal model's logits as `tree_rows` does, without rows: (last tokens, vocabulary)."""
+    return (found[0] for found in tree_rows(model, sequences, lasts))
+
+
+def tree_rows(
+    model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int], rows: int = 1
+) -> Iterator[NDArray[np.float32]]:
     """Yield a causal model's logits after the last tokens of each sequence, and run a common beginning only once.
 
     Several sequences are run as one, in which a token stands once behind the same tokens. Its position is its place in
@@ -186,6 +193,10 @@ def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[
         model: The model.
         sequences: Token ids.
         lasts: Number of the last tokens of each sequence after which logits are wanted.
+        rows: Number of equal rows of the input, which hooks of the model may change, and to which they may add.
+
+    Yields:
+        Logits of shape (rows, last tokens, vocabulary), for each sequence.
     """
     for batch in _tree_batches(sequences, min(TREE, _at_once(model))):
         indices: dict[tuple[int, int], int] = {}  # of a token, by that of the token before it
@@ -203,13 +214,13 @@ def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[
         lasts = lasts[len(batch) :]
         mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
         logits = model(
-            input_ids=torch.tensor([[token for _, token in indices]], device=model.device),
+            input_ids=torch.tensor([[token for _, token in indices]], device=model.device).repeat(rows, 1),
             position_ids=(sees.sum(-1) - 1)[None].to(model.device),
             attention_mask=mask[None, None].to(model.device),
             use_cache=False,
             logits_to_keep=torch.tensor([index for mine in kept for index in mine], device=model.device),
-        ).logits[0]
-        yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept]))
+        ).logits
+        yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept], dim=1))
 
 
 def _tree_batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from loraover_serve.judge.names import BASE_LAYERS, EXTRA_TOKEN, POSITIONS, WINDOW
+from loraover_serve.verify.layers import Edit
 
 Change = Callable[[], AbstractContextManager[tuple[int, ...]]]
 """Context manager that changes the model during a block, and yields the tokens to read before each prompt."""
@@ -22,8 +25,26 @@ THETAS = (10_000.0, 500_000.0, 1_000_000.0)
 WINDOWS = (8, 16, 32, 64, 128)
 
 
-def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, int]]:
-    """Yield the name of each fault, the fault in words, what makes it, and the first layer that it changes.
+@dataclass(frozen=True)
+class BaseFault:
+    """A fault of the base model.
+
+    Args:
+        detail: The fault in words.
+        change: Context manager that makes it.
+        layer: Index of the first layer that it changes.
+        edits: The same fault as changes of modules' outputs, by the module; None if it has to run alone.
+    """
+
+    fault: str
+    detail: str
+    change: Change
+    layer: int = 0
+    edits: Mapping[nn.Module, Edit] | None = None
+
+
+def base_faults(model: Any, longest: int) -> Iterator[BaseFault]:
+    """Yield the faults of a base model.
 
     Args:
         model: The base model.
@@ -32,7 +53,7 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, in
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
         added = (int(config.bos_token_id),)
-        yield EXTRA_TOKEN, "a begin-of-text token is added", lambda: nullcontext(added), 0
+        yield BaseFault(EXTRA_TOKEN, "a begin-of-text token is added", lambda: nullcontext(added))
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
@@ -40,15 +61,18 @@ def base_faults(model: Any, longest: int) -> Iterator[tuple[str, str, Change, in
         mine = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
         for theta in THETAS:
             if theta != mine:
-                yield POSITIONS, f"rope_theta is {theta:g} instead of {mine}", partial(_rotated, rotary, theta), 0
+                detail = f"rope_theta is {theta:g} instead of {mine}"
+                yield BaseFault(POSITIONS, detail, partial(_rotated, rotary, theta))
     layers = _layers(model)
     for size in WINDOWS:
         if size < longest and layers:
-            yield WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size), 0
+            yield BaseFault(WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size))
     for index, layer in enumerate(chain_of(model)):
-        yield BASE_LAYERS, f"layer {index} is missing", partial(_skipping, layer), index
+        skipping = partial(_skipping, layer)
+        yield BaseFault(BASE_LAYERS, f"layer {index} is missing", skipping, index, {layer: _skip})
         if index + 1 < len(layers):
-            yield BASE_LAYERS, f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index), index
+            detail, swapping = f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
+            yield BaseFault(BASE_LAYERS, detail, swapping, index, _exchange(layer, layers[index + 1]))
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -135,6 +159,11 @@ def _windowed(layers: nn.ModuleList, size: int) -> Iterator[tuple[int, ...]]:
         yield ()
 
 
+def _skip(layer: nn.Module, given: Tensor, output: Tensor) -> None:
+    """Give a layer's input for its output."""
+    output.copy_(given)
+
+
 @contextmanager
 def _skipping(layer: nn.Module) -> Iterator[tuple[int, ...]]:
     def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -143,6 +172,51 @@ def _skipping(layer: nn.Module) -> Iterator[tuple[int, ...]]:
 
     with layer.register_forward_hook(skip, with_kwargs=True):
         yield ()
+
+
+def _exchange(one: nn.Module, other: nn.Module) -> dict[nn.Module, Edit] | None:
+    """The changes that let each of two layers compute with the other's weights.
+
+    Returns:
+        The changes by the innermost modules; None if the layers differ in more than these modules' weights.
+    """
+    mine, theirs = list(one.named_modules()), list(other.named_modules())
+    if len(mine) != len(theirs) or any(
+        name != its_name or _makeup(module) != _makeup(its) or not _are_equal(module, its)
+        for (name, module), (its_name, its) in zip(mine, theirs, strict=True)
+    ):
+        return None
+    pairs = [(a, b) for (_, a), (_, b) in zip(mine, theirs, strict=True) if a._parameters]
+    if not all(_maps_rows(module) for module, _ in pairs):
+        return None
+    return {a: partial(_computed_by, b) for a, b in pairs} | {b: partial(_computed_by, a) for a, b in pairs}
+
+
+def _makeup(module: nn.Module) -> tuple[Any, ...]:
+    """The class of a module, the sizes of its parameters, and its settings, but for the index of its layer."""
+    plain = (bool, int, float, str, type(None))
+    settings = {key: value for key, value in vars(module).items() if key != "layer_idx" and isinstance(value, plain)}
+    return type(module), {name: getattr(each, "shape", None) for name, each in module._parameters.items()}, settings
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have equal buffers."""
+    pairs = [(buffer, other._buffers.get(name)) for name, buffer in one._buffers.items()]
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def _maps_rows(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a norm, which maps one input to one output."""
+    from transformers.pytorch_utils import Conv1D
+
+    is_norm = all(each is None or each.dim() == 1 for each in module._parameters.values())
+    is_known = isinstance(module, nn.Linear | Conv1D) or is_norm
+    return is_known and not [*module.children()] and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _computed_by(other: nn.Module, module: nn.Module, given: Tensor, output: Tensor) -> None:
+    """Give what another module computes."""
+    output.copy_(other.forward(given))
 
 
 @contextmanager

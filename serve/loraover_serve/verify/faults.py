@@ -27,7 +27,7 @@ from loraover_serve.judge.names import (
     STALE,
     TRANSPOSED,
 )
-from loraover_serve.verify.variants import Deltas, LowRankChange, read_lora
+from loraover_serve.verify.variants import Deltas, FaultyAdapter, LowRankChange, read_lora
 
 LAYER = re.compile(r"\.(\d+)\.")
 Rule = Callable[[AdapterConfig, int, float], float]
@@ -52,26 +52,6 @@ class RightAdapter:
     others: bool
     earlier: Sequence[AdapterDir] = ()
     confusable: Sequence[AdapterDir] = ()
-
-
-@dataclass(frozen=True)
-class FaultyAdapter:
-    """An adapter that an engine may have served instead.
-
-    Args:
-        detail: The fault in words.
-        deltas: Deltas by the paths of their modules.
-        with_others: Whether the adapter's fully trained parameters are in place.
-        source: Adapter whose deltas these are; None for the right one.
-        layer: Index of the first layer whose deltas are not the right adapter's.
-    """
-
-    fault: str
-    detail: str
-    deltas: Deltas
-    with_others: bool = True
-    source: AdapterDir | None = None
-    layer: int = 0
 
 
 def scaled(subject: RightAdapter) -> Iterator[FaultyAdapter]:

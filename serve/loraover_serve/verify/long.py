@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,6 @@ from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, S
 from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_question, pack_variant, texts_of
 from loraover_serve.verify.pytorch import answered, end_tokens, likeliest
 from loraover_serve.verify.request import RecordRequest
-from loraover_serve.verify.variants import Variants
 
 PREFIX = 4 * 128 + 8
 """Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
@@ -104,51 +104,40 @@ def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, line
     return prompts, messages, min(len(list(same)), min(map(len, prompts)) - 1)
 
 
-def long_seconds(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Sequence[int]], took_s: float) -> float:
-    """Seconds that `record_long` is expected to take, by those of `make_models`.
-
-    Both times grow with the tokens that models read.
+def long_passes(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Sequence[int]]) -> float:
+    """Work of `record_long`, in passes of the base model over one question.
 
     Args:
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
         new_tokens: Number of tokens of an answer.
         versions: Number of versions of the adapter.
-        prompts: Prompts of `make_models`.
-        took_s: Seconds that it took.
+        prompts: The short questions.
     """
     long: Sequence[Sequence[int]] = asked[0]
     shared: int = asked[2]
     readers, tails = 1 + versions, [len(prompt) - shared + new_tokens for prompt in long]
-    runs, others = 3 * readers - 2, 4  # models on their own keys and values and on others'; two models, also rounded
-    read: int = sum(len(prompt) + new_tokens for prompt in prompts)
-    return took_s * (readers * shared + sum(tails) * (new_tokens + runs)) / (read * (1 + others))
+    runs = 3 * readers - 2  # models on their own keys and values, and on others'
+    read = fmean(len(prompt) + new_tokens for prompt in prompts)
+    return (readers * shared + sum(tails) * (new_tokens + runs)) / read
+
+
+def is_long_left_out(request: RecordRequest, *, is_streamed: bool, seconds: float) -> bool:
+    """Whether long questions that nobody asked for would take too long, which is reported."""
+    if request.long is not None or not (is_streamed or seconds > MOST_S):
+        return False
+    why = "the base model is read from its files each time" if is_streamed else f"they would take {seconds:.0f} s"
+    request.report.line(f"leaving out long questions, since {why}; {request.named('long')} records them")
+    return True
 
 
 def record_caches(
-    request: RecordRequest,
-    adapter: AdapterDir,
-    base: Variants,
-    earlier: AdapterDir | None,
-    asked: Any,
-    tokenizer: Any,
-    seconds: float,
+    request: RecordRequest, adapter: AdapterDir, base: Any, earlier: AdapterDir | None, asked: Any, tokenizer: Any
 ) -> dict[str, Any]:
-    """The section `caches` by its name; empty if long questions that nobody asked for would take too long."""
-    say, named = request.report.line, request.named("long")
-    if request.long is None and (base.source.is_streamed or seconds > MOST_S):
-        why = (
-            "the base model is read from its files each time"
-            if base.source.is_streamed
-            else f"they would take {seconds:.0f} s"
-        )
-        say(f"leaving out long questions, since {why}; {named} records them")
-        return {}
-    say(
-        f"running both models on {len(asked[0])} long questions, and on keys and values of one another: "
-        f"{seconds:.0f} s at most"
-    )
+    """The section `caches` by its name; empty if the model keeps no keys and values, and nobody asked for it."""
+    say = request.report.line
+    say(f"running both models on {len(asked[0])} long questions, and on keys and values of one another")
     try:
-        recorded = record_long(request, adapter, base.model, earlier, asked)
+        recorded = record_long(request, adapter, base, earlier, asked)
     except ConfigError as error:
         if request.long:
             raise

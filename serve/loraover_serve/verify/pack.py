@@ -18,9 +18,10 @@ from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import COARSE_CACHE, LAYERS, NOT_APPLIED, SCALED, multiplied
 from loraover_serve.judge.reference import ALPHABET, STEPS_PER_E, UNIT
 from loraover_serve.judge.search import FEW_OF_BASE
-from loraover_serve.verify.base_variants import CACHE_ROUNDINGS
-from loraover_serve.verify.faults import FAULTS, FaultyAdapter, misplaced, rescaled
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, base_faults
+from loraover_serve.verify.faults import FAULTS, RightAdapter, misplaced, rescaled
 from loraover_serve.verify.pytorch import TorchModels, likeliest
+from loraover_serve.verify.variants import FaultyAdapter
 
 KEPT = 16  # likeliest tokens of each model that are recorded: the next ones are noisier and make no interval narrower
 KEPT_OF_FAULTS = 8
@@ -117,36 +118,39 @@ class RecordedFault:
 
 def main_faults(models: TorchModels) -> Iterator[RecordedFault]:
     """Faults of the entire adapter, and the adapter with other factors."""
-    subject = models.subject
-    scaled = ((FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f)), f) for f in FACTORS)
+    variants, subject = models.variants, models.subject
     left = (LAYERS, NOT_APPLIED)  # recorded on fewer questions; the base model's own answers
-    known = ((each, None) for find in FAULTS for each in find(subject) if each.fault not in left)
-    for each, factor in chain(known, scaled):  # each is an adapter, and only one is held
-        model = models.variants.adapted(each.deltas, with_others=each.with_others, prompts=NAMED, source=each.source)
-        at = list(_places(models))
+    known = (each for find in FAULTS for each in find(subject) if each.fault not in left)
+    scaled = (FaultyAdapter(SCALED, multiplied(f), rescaled(subject, f), factor=f) for f in FACTORS)
+    at = list(_places(models))
+    for each, model in variants.adapted_each(chain(known, scaled), subject.deltas, NAMED):
         held = Expected(dict(zip(at, in_a_file(np.stack([model.at(*place) for place in at])), strict=True)))
-        yield RecordedFault(ADAPTER, each.fault, each.detail, held, NAMED, factor)
+        yield RecordedFault(ADAPTER, each.fault, each.detail, held, NAMED, each.factor)
 
 
 def many_faults(models: TorchModels) -> Iterator[RecordedFault]:
     """Faults of single layers of the adapter, those of the base model, and a coarse cache, which is not a fault."""
-    variants = models.variants
-    for each in misplaced(models.subject):
-        model = variants.adapted(each.deltas, prompts=NAMED_LAYERS, layer=each.layer)
+    variants, subject = models.variants, models.subject
+    for each, model in variants.adapted_each(misplaced(subject), subject.deltas, NAMED_LAYERS):
         yield RecordedFault(ADAPTER, each.fault, each.detail, model, NAMED_LAYERS)
-    for way, model in variants.with_coarse_caches():
+    for way, model in variants.with_coarse_caches(NAMED):
         yield RecordedFault(BASE, COARSE_CACHE, f"keys and values are {way} to float8", model, NAMED)
-    for fault, detail, run in variants.base_faults():
-        yield RecordedFault(BASE, fault, detail, run(NAMED_LAYERS), NAMED_LAYERS)
+    for fault, detail, model in variants.base_each(NAMED_LAYERS):
+        yield RecordedFault(BASE, fault, detail, model, NAMED_LAYERS)
 
 
-def planned_passes(models: TorchModels) -> list[float]:
-    """Cost of each of `main_faults` and `many_faults`, in passes of the model over one question."""
-    variants, number = models.variants, len(models.questions)
+def planned_passes(model: Any, subject: RightAdapter, number: int, longest: int) -> list[float]:
+    """Cost of each of `main_faults` and `many_faults`, in passes of the model over one question.
+
+    Args:
+        model: The base model.
+        number: Number of questions.
+        longest: Number of tokens of the longest prompt.
+    """
     named, few = min(NAMED, number), min(NAMED_LAYERS, number)
-    main = sum(each.fault not in (LAYERS, NOT_APPLIED) for find in FAULTS for each in find(models.subject))
-    layers = max(1, variants.model.config.get_text_config().num_hidden_layers)
-    firsts = [each.layer for each in misplaced(models.subject)] + variants.first_layers()
+    main = sum(each.fault not in (LAYERS, NOT_APPLIED) for find in FAULTS for each in find(subject))
+    layers = max(1, model.config.get_text_config().num_hidden_layers)
+    firsts = [each.layer for each in misplaced(subject)] + [each.layer for each in base_faults(model, longest)]
     return [named] * (main + len(FACTORS) + len(CACHE_ROUNDINGS)) + [few * (1 - at / layers) for at in firsts]
 
 

@@ -36,8 +36,7 @@ class Rounding:
 
 def measure_rounding(models: TorchModels, format_: NumberFormat) -> Rounding:
     """Run both models in a number format, and compare what a server would answer."""
-    base = models.variants.rounded(format_, prompts=MEASURED)
-    adapter = models.variants.rounded(format_, models.subject.deltas, prompts=MEASURED)
+    base, adapter = models.variants.rounded_both(format_, models.subject.deltas, MEASURED)
     changes, off = [], []
     for index, question in enumerate(models.questions[:MEASURED]):
         for position in question.answered:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, final
 
 import numpy as np
@@ -19,21 +19,23 @@ from loraover.common.errors import ConfigError
 from loraover.common.reporter import Reporter
 from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
-from loraover.models.memory import Needs, fit_base
+from loraover.models.memory import ACTIVATIONS, Needs, fit_base
 from loraover.reference import reference_model, reference_name
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.comparison.served_weights import ServedWeights
 from loraover_serve.engines.answers import Expected, last_rows, row_of
-from loraover_serve.engines.base import TokenRequest
 from loraover_serve.engines.endpoint import text_of
-from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within, tree_logits
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within, tree_rows
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, FaultyModel, Model, Models, Question
 from loraover_serve.judge.templates import Conversations
-from loraover_serve.verify.faults import FAULTS, FaultyAdapter, RightAdapter, rescaled
-from loraover_serve.verify.variants import Variants
+from loraover_serve.verify.base_variants import chain_of
+from loraover_serve.verify.faults import FAULTS, RightAdapter, rescaled
+from loraover_serve.verify.layers import RowModel, as_rows, at_input
+from loraover_serve.verify.variants import DELTAS_AT_ONCE, TOKENS_AT_ONCE, FaultyAdapter, Variants
+from loraover_serve.verify.work import Advance, unseen
 
 HELD = 4
 """Largest number of models whose logprobs are held at once: base and adapter, and both of them rounded."""
@@ -45,8 +47,11 @@ FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 EXACT = ("fp32", "fp64")
 """Data types in which another order of sums changes no answer by more than a server's noise."""
 
-LARGEST_TREE = 0.75
-"""Share of the questions' tokens that a tree of them may have, since each of its tokens costs a little more."""
+STEP = 0.5
+"""Time of a pass over the next token of an answer, in passes over its question."""
+
+ROUNDED = 4.0
+"""Time in which each weight of the model is rounded, in passes over a question."""
 
 TREE_ERROR = 1e-4
 """Largest error of a tree's logprobs, as a share of their spread: float32 gives 1e-6, tokens seen wrongly 1e-2."""
@@ -161,7 +166,7 @@ class TorchModels(Models):
         if number_format == "bf16":
             return self.bf16_strength
         format_ = as_served(number_format, self.variants.dtype)
-        base, adapter = self.variants.rounded(format_), self.variants.rounded(format_, self.subject.deltas)
+        base, adapter = self.variants.rounded_both(format_, self.subject.deltas)
         return self.strength_of(self.model(base), self.model(adapter), self._asked)
 
     @property
@@ -181,7 +186,7 @@ class TorchModels(Models):
         return strength_along(changes).value
 
     def scaled(self, factor: float, questions: int | None = None) -> Model:
-        return self.model(self.variants.adapted(rescaled(self.subject, factor), prompts=questions))
+        return self.model(self.variants.adapted(FaultyAdapter("", "", rescaled(self.subject, factor)), questions))
 
     def adapter_faults(self) -> Iterator[FaultyModel]:
         for fault in FAULTS:
@@ -189,14 +194,7 @@ class TorchModels(Models):
                 yield FaultyModel(each.fault, each.detail, partial(self._run, each))
 
     def _run(self, faulty: FaultyAdapter, questions: int | None) -> Model:
-        expected = self.variants.adapted(
-            faulty.deltas,
-            with_others=faulty.with_others,
-            prompts=questions,
-            source=faulty.source,
-            layer=faulty.layer,
-        )
-        return self.model(expected)
+        return self.model(self.variants.adapted(faulty, questions))
 
     def base_faults(self) -> Iterator[FaultyModel]:
         def run(faulty: Callable[[int | None], Expected], questions: int | None) -> Model:
@@ -240,6 +238,8 @@ def fit_reference(
     held = sum(math.prod(shape) for shape in adapter.shapes.values())
     if device == "cpu":  # which has the logprobs in its memory
         held += HELD * len(prompts) * new_tokens * vocabulary
+    if dtype in EXACT:  # several models run at once
+        held += TOKENS_AT_ONCE * ACTIVATIONS * load_config(base).get_text_config().hidden_size + DELTAS_AT_ONCE // 4
     tokens = max(max(map(len, prompts)) + new_tokens, LOGITS_AT_ONCE // vocabulary)
     needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
     place = {"device": device, "compute_dtype": dtype}
@@ -259,6 +259,8 @@ def make_models(
     messages: Sequence[str] = (),
     answers_only: bool = False,
     weights: ServedWeights | None = None,
+    loaded: Any = None,
+    advance: Advance = unseen,
 ) -> TorchModels:
     """Run the adapted model and the base model in PyTorch.
 
@@ -272,33 +274,35 @@ def make_models(
         messages: Message of each prompt's chat; empty if prompts are no chats.
         answers_only: Whether faults are run at the tokens of answers alone, as a server gives them.
         weights: Weights that a server has in the place of the base model's own.
+        loaded: The base model with these weights, if it is loaded already.
+        advance: Function that is told how many of `right_passes` are done.
 
     Raises:
         ConfigError: Served weights that do not fit the base model, or one that is read from its files each time.
         CheckpointError: An adapter of another model, or one that PEFT refuses.
         EngineError: A model that PyTorch fails to run.
     """
-    model, name = _load_base(base, weights, dtype, device, report), reference_name(adapter)
+    model = load_base(base, weights, dtype, device, report) if loaded is None else loaded
+    name, steps = reference_name(adapter), right_passes(len(prompts), new_tokens)
     with reference_model(model, adapter) as adapted:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
         engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
-        answers = engine.run(ADAPTER, 0, 0, [TokenRequest(prompt, new_tokens) for prompt in prompts])
-        ends = end_tokens(load_config(base))
-        questions = tuple(answered(prompts, messages, (answer.token_ids for answer in answers), ends))
+        answers = engine.generate(ADAPTER, prompts, new_tokens)
+        advance(steps["answers"])
+        questions = tuple(answered(prompts, messages, answers, ends := end_tokens(load_config(base))))
         tokens, windows = [question.tokens for question in questions], [question.window for question in questions]
 
         def run(arm: str, within: Within = nullcontext) -> Expected:
-            return Expected.of(windows, engine.logits(arm, tokens, within=within), in_file=base.is_streamed)
+            found = Expected.of(windows, engine.logits(arm, tokens, within=within), in_file=base.is_streamed)
+            advance(steps["exact"] if within is nullcontext else steps["rounded"])
+            return found
 
-        start = time.monotonic()
         plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
-        pass_s = (time.monotonic() - start) / len(plain)
         coarse = partial(rounding, format_=as_served("bf16", dtype))
         rounded = {arm: run(arm, within=coarse) for arm in (BASE, ADAPTER)}
-        start = time.monotonic()
-        if as_tree := dtype in EXACT and agrees_in_trees(model, questions, plain[BASE]):
-            pass_s = time.monotonic() - start
-    how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree, "pass_s": pass_s}
+        as_tree = dtype in EXACT and agrees_in_trees(model, questions, plain[BASE])
+        advance(steps["tree"])
+    how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
     variants = Variants(adapter, base, device, questions, dtype, **how)
     found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
     if weights is not None:
@@ -307,7 +311,17 @@ def make_models(
     return _with_rounding(found, rounded)
 
 
-def _load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, device: str, report: Reporter) -> Any:
+def right_passes(number: int, new_tokens: int) -> dict[str, float]:
+    """Cost of each run of `make_models`, in passes of the base model over one question."""
+    return {
+        "answers": number * (1 + STEP * (new_tokens - 1)),
+        "exact": number,
+        "rounded": number + ROUNDED,
+        "tree": number,
+    }
+
+
+def load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, device: str, report: Reporter) -> Any:
     """Load the base model, with the weights of a server in the place of its own if there are any."""
     report.line(f"loading the base model from {base.origin}")
     model = load_model(base, dtype=dtype, device=device)
@@ -343,7 +357,7 @@ def _with_rounding(models: TorchModels, rounded: Mapping[str, Expected]) -> Torc
 
 @torch.inference_mode()
 def agrees_in_trees(model: Any, questions: Sequence[Question], expected: Expected) -> bool:
-    """Whether a model answers questions in one tree as it has answered them, and a tree has less tokens by a quarter.
+    """Whether a model answers questions in trees, in which several models are run at once, as it has answered them.
 
     Args:
         model: The model.
@@ -351,17 +365,19 @@ def agrees_in_trees(model: Any, questions: Sequence[Question], expected: Expecte
         expected: Logprobs of this model after the tokens of each question's window.
     """
     sequences = [question.tokens for question in questions]
-    beginnings = {tokens[:length] for tokens in sequences for length in range(1, len(tokens) + 1)}
-    if len(beginnings) > LARGEST_TREE * sum(map(len, sequences)):
-        return False
-    errors, moves = [], []
+    errors, moves, layers = [], [], chain_of(model)
+    half = len(layers) // 2
+    rows = [RowModel(), RowModel(layer=half), RowModel(layer=half)]  # equal models, of which two join half way
     try:
-        found = tree_logits(model, sequences, [len(question.answered) for question in questions])
-        for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
-            for place, row in last_rows(index, question.answered, logits).items():
-                right = expected.at(*place)
-                errors.append(np.mean(np.square(row - right)))
-                moves.append(np.var(right))
+        with as_rows(model, layers, rows):
+            found = tree_rows(model, sequences, [len(each.answered) for each in questions], at_input(rows))
+            for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
+                for place, row in chain.from_iterable(
+                    last_rows(index, question.answered, mine).items() for mine in logits
+                ):
+                    right = expected.at(*place)
+                    errors.append(np.mean(np.square(row - right)))
+                    moves.append(np.var(right))
     except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such mask, or no positions
         return False
     return bool(np.mean(errors) <= TREE_ERROR**2 * np.mean(moves))

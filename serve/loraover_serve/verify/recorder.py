@@ -8,9 +8,9 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from loraover.checkpoint.source import read_source
 from loraover.common.atomic_output import check_file_writable, publish_file
 from loraover.common.errors import ConfigError
 from loraover.common.provenance import environment, today
-from loraover.common.reporter import Reporter
 from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_device
 from loraover.models.fast_linear import fast_linear
@@ -34,6 +33,7 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, as_served
 from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_if_given
 from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
 from loraover_serve.judge.reference import OF_ALL_BASES
@@ -41,10 +41,10 @@ from loraover_serve.verify.by_pytorch import make_subject
 from loraover_serve.verify.by_reference import SEALED
 from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.checker import write_checker
-from loraover_serve.verify.long import check_earlier, long_seconds, record_caches, wanted_long
+from loraover_serve.verify.faults import RightAdapter
+from loraover_serve.verify.long import check_earlier, is_long_left_out, long_passes, record_caches, wanted_long
 from loraover_serve.verify.pack import (
     NAMED,
-    RecordedFault,
     RecordedPlace,
     choose_places,
     faulty_tops,
@@ -56,15 +56,15 @@ from loraover_serve.verify.pack import (
     texts_of,
 )
 from loraover_serve.verify.power import MEASURED, choose_number, effect_of, measure_rounding
-from loraover_serve.verify.pytorch import TorchModels, fit_reference, make_models
+from loraover_serve.verify.pytorch import ROUNDED, TorchModels, fit_reference, load_base, make_models, right_passes
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
+from loraover_serve.verify.work import TRIED, Advance, Work, each_done, time_passes
 
 PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
-ROUNDED_PASSES = 2  # of a model take about as long as one in which each weight is rounded
 
 
 class RecordReport(StrictModel):
@@ -234,24 +234,27 @@ def record(
     prompts, messages = as_chats(tokenizer, [tuple(batch[0].tolist()) for batch in found.batches])
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
-    subject, runs, start = make_subject(adapter, base), 1 if earlier is None else 2, time.monotonic()
-    how: dict[str, Any] = {"messages": messages, "answers_only": True, "weights": weights}
-    models = make_models(adapter, base, *asked, subject=subject, **how)
-    long_s = 0.0 if long is None else long_seconds(long, request.new_tokens, runs, prompts, time.monotonic() - start)
-    costs = planned_passes(models)
-    rounding = ROUNDED_PASSES * 2 * len(FORMATS) * min(MEASURED, len(models.questions))
-    rest_s = models.variants.pass_s / len(models.questions) * (rounding + sum(costs))
-    say(
-        f"running both models in {', '.join(FORMATS)}; this and the {len(costs)} known faults take about {rest_s:.0f} s"
-    )
-    formats = {name: measure_rounding(models, as_served(name, dtype)) for name in FORMATS}
-    power = choose_number(len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts))
-    models = replace(models, questions=models.questions[: power["questions"]])
-    say(f"running the known faults of serving on {min(NAMED, power['questions'])} questions")
-    places, variants = record_faults(models, len(costs), request.report)
-    caches: dict[str, Any] = {}
-    if long is not None:
-        caches = record_caches(request, adapter, models.variants, earlier, long, tokenizer, long_s)
+    subject, model = make_subject(adapter, base), load_base(base, weights, dtype, device, request.report)
+    work = plan_work(model, subject, prompts, request.new_tokens, long, 1 if earlier is None else 2)
+    if long and is_long_left_out(request, is_streamed=base.is_streamed, seconds=work.long * work.pass_s):
+        long, work = None, replace(work, long=0.0)
+    say(f"recording {len(prompts)} questions takes about {work.seconds:.0f} s")
+    with work.shown(request.report, "recording, passes of the model over a question") as advance:
+        how: dict[str, Any] = {"messages": messages, "answers_only": True, "weights": weights}
+        models = make_models(adapter, base, *asked, subject=subject, loaded=model, advance=advance, **how)
+        say(f"running both models in {', '.join(FORMATS)}")
+        each = (measure_rounding(models, as_served(name, dtype)) for name in FORMATS)
+        formats = dict(zip(FORMATS, each_done(each, repeat(work.formats / len(FORMATS)), advance), strict=True))
+        power = choose_number(
+            len(models.questions), models.bf16_strength, formats["bf16"], chosen=bool(request.prompts)
+        )
+        models = replace(models, questions=models.questions[: power["questions"]])
+        say(f"running {len(work.faults)} known faults of serving on {min(NAMED, power['questions'])} questions")
+        places, variants = record_faults(models, work.faults, advance)
+        caches: dict[str, Any] = {}
+        if long is not None:
+            caches = record_caches(request, adapter, model, earlier, long, tokenizer)
+            advance(work.long)
     return (
         {
             "schema_version": PLAIN_VERSION if weights is None else SCHEMA_VERSION,
@@ -278,25 +281,46 @@ def record(
     )
 
 
+def plan_work(
+    model: Any,
+    subject: RightAdapter,
+    prompts: Sequence[tuple[int, ...]],
+    new_tokens: int,
+    long: Any,
+    versions: int,
+) -> Work:
+    """The work of a recording, with the time of a pass, which is measured.
+
+    Args:
+        model: The base model.
+        long: Long questions, as `long_prompts` returns them; None if they are left out.
+        versions: Number of versions of the adapter that read long questions.
+    """
+    number, right = len(prompts), right_passes(len(prompts), new_tokens)
+    return Work(
+        pass_s=time_passes(lambda: [*model_logits(model, prompts[:TRIED], last=1)], min(TRIED, number)),
+        right=right["answers"] + 2 * right["exact"] + 2 * right["rounded"] + right["tree"],
+        formats=len(FORMATS) * (2 * min(MEASURED, number) + ROUNDED),
+        faults=planned_passes(model, subject, number, max(map(len, prompts)) + new_tokens - 1),
+        long=0.0 if long is None else long_passes(long, new_tokens, versions, prompts),
+    )
+
+
 def record_faults(
-    models: TorchModels, number: int, report: Reporter
+    models: TorchModels, costs: Sequence[float], advance: Advance
 ) -> tuple[list[RecordedPlace], list[dict[str, Any]]]:
     """The places of all questions, and the known faults there as the file of a reference has them.
 
     Args:
-        number: Number of the faults.
+        costs: Passes of each fault.
+        advance: Function that is told how many of them are done.
     """
-    faults, packed_faults = list[RecordedFault](), list[dict[str, Any]]()
-    with report.task("faults", number) as done:
-        for fault in main_faults(models):
-            faults.append(fault)
-            done(len(faults))
-        right = models.expected[BASE], models.expected[ADAPTER]
-        places = choose_places(models.questions, right, faulty_tops(models, faults))
-        for fault in chain(faults, many_faults(models)):
-            packed_faults.append(fault.packed(places, models))
-            done(max(len(faults), len(packed_faults)))
-    return places, packed_faults
+    left = iter(costs)
+    faults = [*each_done(main_faults(models), left, advance)]
+    right = models.expected[BASE], models.expected[ADAPTER]
+    places = choose_places(models.questions, right, faulty_tops(models, faults))
+    more = each_done(many_faults(models), left, advance)
+    return places, [fault.packed(places, models) for fault in chain(faults, more)]
 
 
 def read_questions(base: ModelSource, file: Path | None, new_tokens: int) -> Prompts:

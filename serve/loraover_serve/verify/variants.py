@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby, tee
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from loraover.adapters.numerics.delta import read_deltas
@@ -17,10 +20,17 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected
-from loraover_serve.engines.torch import model_logits, tree_logits
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TREE, model_logits, tree_rows
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import WINDOW
-from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, Change, base_faults, chain_of, coarse_cache
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, BaseFault, base_faults, chain_of, coarse_cache
+from loraover_serve.verify.layers import Edit, RightLayers, RowModel, RowsError, as_rows, at_input
+
+TOKENS_AT_ONCE = 1024
+"""Tokens of all models that are run at once: with more, a processor's matrix products are no faster."""
+
+DELTAS_AT_ONCE = 2**28
+"""Bytes of the deltas of models that are run at once, beside those of the right adapter."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,39 @@ class LowRankChange:
         """The delta, multiplied by a factor."""
         return LowRankChange(self.a, self.b * factor, self.scaling, self.is_embedding)
 
+    def __call__(self, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        """Add the delta to what a module has computed."""
+        a, b = self.a.to(output), self.b.to(output)
+        if self.is_embedding:
+            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
+            output += scale * (nn.functional.embedding(given, a.mT) @ b.mT)
+        else:  # without a tensor between them, of the output's size
+            output.view(-1, len(b)).addmm_((given @ a.mT).flatten(0, -2), b.mT)
+
 
 Deltas = Mapping[str, LowRankChange]
+
+
+@dataclass(frozen=True)
+class FaultyAdapter:
+    """An adapter that an engine may have served instead.
+
+    Args:
+        detail: The fault in words.
+        deltas: Deltas by the paths of their modules.
+        with_others: Whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
+        source: Adapter whose deltas these are; None for the right one.
+        layer: Index of the first layer whose deltas are not the right adapter's.
+        factor: Factor on every delta_W, for a fault that is one.
+    """
+
+    fault: str
+    detail: str
+    deltas: Deltas
+    with_others: bool = True
+    source: AdapterDir | None = None
+    layer: int = 0
+    factor: float | None = None
 
 
 def read_lora(adapter: AdapterDir) -> dict[str, LowRankChange]:
@@ -65,8 +106,8 @@ class Variants:
         dtype: Data type to run in: fp32, bf16, fp16 or fp64.
         answers_only: Whether logprobs are wanted after the tokens of answers alone, as a server gives them.
         loaded: The base model, if it is loaded already.
-        as_tree: Whether a common beginning of questions is run only once, which not every model allows.
-        pass_s: Seconds that the base model takes for all questions; 0 if that is not known.
+        as_tree: Whether a common beginning of questions is run only once, and several models at once, which not every
+            model allows.
 
     Attributes:
         source: The base model.
@@ -83,11 +124,10 @@ class Variants:
         answers_only: bool = False,
         loaded: Any = None,
         as_tree: bool = False,
-        pass_s: float = 0.0,
     ) -> None:
         self._adapter, self.source, self._device, self._questions = adapter, base, device, questions
         self._positions = [question.answered if answers_only else question.window for question in questions]
-        self.dtype, self._loaded, self._as_tree, self.pass_s = dtype, loaded, as_tree, pass_s
+        self.dtype, self._loaded, self._as_tree = dtype, loaded, as_tree
 
     @cached_property
     def model(self) -> Any:
@@ -100,69 +140,168 @@ class Variants:
     def _right(self) -> RightLayers:
         return RightLayers(chain_of(self.model))
 
-    def adapted(
-        self,
-        deltas: Deltas,
-        *,
-        with_others: bool = True,
-        prompts: int | None = None,
-        source: AdapterDir | None = None,
-        layer: int = 0,
-    ) -> Expected:
-        """Logprobs of the base model with these deltas.
+    def adapted(self, faulty: FaultyAdapter, prompts: int | None = None) -> Expected:
+        """Logprobs of the base model with an adapter.
 
         Args:
-            deltas: Deltas by the paths of their modules.
-            with_others: Whether the adapter's fully trained parameters (`modules_to_save`) replace the base model's.
             prompts: Number of prompts to run, the first ones; None means all.
-            source: Adapter whose deltas these are; None for the one in question.
-            layer: Index of the first layer whose deltas are not those of the adapter in question.
         """
-        adapter = source or self._adapter
-        with (
-            adding(self.model, deltas, adapter, with_others=with_others),
-            self._right.before(layer, ("adapter", prompts)),
-        ):
-            return self._run(prompts)
+        ((_, found),) = self.adapted_each([faulty], {}, prompts)
+        return found
 
-    def rounded(self, format_: NumberFormat, deltas: Deltas | None = None, *, prompts: int | None = None) -> Expected:
-        """Logprobs of the base model in a coarser number format, with an adapter if deltas are given."""
+    def adapted_each(
+        self, faults: Iterable[FaultyAdapter], right: Deltas, prompts: int | None
+    ) -> Iterator[tuple[FaultyAdapter, Expected]]:
+        """Logprobs of the base model with each of several adapters, as many of which are run at once as memory holds.
+
+        Args:
+            faults: The adapters.
+            right: Deltas of the right adapter, from which each adapter differs in its first layer and above alone.
+            prompts: Number of prompts to run, the first ones; None means all.
+        """
+        for (source, with_others), alike in groupby(faults, lambda each: (each.source, each.with_others)):
+            adapter, (held, models) = source or self._adapter, tee(alike)
+            edits = partial(edits_of, self.model, adapter=adapter)
+            rows = (RowModel(edits(each.deltas), each.layer) for each in models)
+            with replacing(self.model, adapter) if with_others else nullcontext():
+                start = RowModel(edits_of(self.model, right, self._adapter))
+                yield from zip(held, self._each(rows, start, ("adapter", prompts), prompts), strict=True)
+
+    def rounded(self, format_: NumberFormat) -> Expected:
+        """Logprobs of the base model in a coarser number format."""
         with rounding(self.model, format_):
-            return self._run(prompts) if deltas is None else self.adapted(deltas, prompts=prompts)
+            (found,) = self._each([RowModel()], RowModel(), None, None)
+        return found
 
-    def with_coarse_caches(self) -> Iterator[tuple[str, Expected]]:
+    def rounded_both(
+        self, format_: NumberFormat, deltas: Deltas, prompts: int | None = None
+    ) -> tuple[Expected, Expected]:
+        """Logprobs of the base model in a coarser number format, without an adapter and with it."""
+        with rounding(self.model, format_):
+            plain, adapted = RowModel(), RowModel(edits_of(self.model, deltas, self._adapter))
+            if not self._adapter.others:
+                base, found = self._each([plain, adapted], plain, None, prompts)
+                return base, found
+            (base,) = self._each([plain], plain, None, prompts)
+            return base, self.adapted(FaultyAdapter("", "", deltas), prompts)
+
+    def with_coarse_caches(self, prompts: int | None = None) -> Iterator[tuple[str, Expected]]:
         """How keys and values are held in float8, and logprobs of the base model with them, for each way."""
         for way, held in CACHE_ROUNDINGS.items():
             with coarse_cache(self.model, held):
-                yield way, self._run()
+                (found,) = self._each([RowModel()], RowModel(), None, prompts)
+            yield way, found
 
     def base_faults(self) -> Iterator[tuple[str, str, Callable[[int | None], Expected]]]:
         """Name of each fault of the base model, the fault in words, and a function that runs it on some prompts."""
-        for fault, detail, changed, layer in self._base_faults():
-            in_tree = self._as_tree and fault != WINDOW  # which makes a mask of its own
-            yield fault, detail, partial(self._changed, changed, layer, in_tree)
+        for each in self._base_faults():
+            yield each.fault, each.detail, partial(self._changed, each)
 
-    def first_layers(self) -> list[int]:
-        """Index of the first layer that each fault of the base model changes."""
-        return [layer for *_, layer in self._base_faults()]
+    def base_each(self, prompts: int | None) -> Iterator[tuple[str, str, Expected]]:
+        """Name of each fault of the base model, the fault in words, and its logprobs; some are run at once."""
+        for are_rows, alike in groupby(self._base_faults(), lambda each: each.edits is not None):
+            faults = list(alike)
+            if are_rows:
+                rows = [RowModel(each.edits or {}, each.layer) for each in faults]
+                found = self._each(rows, RowModel(), ("base", prompts), prompts)
+            else:
+                found = (self._changed(each, prompts) for each in faults)
+            for each, model in zip(faults, found, strict=True):
+                yield each.fault, each.detail, model
 
-    def _base_faults(self) -> Iterator[tuple[str, str, Change, int]]:
+    def _base_faults(self) -> Iterator[BaseFault]:
         return base_faults(self.model, max(len(question.tokens) for question in self._questions))
 
-    def _changed(self, changed: Change, layer: int, in_tree: bool, prompts: int | None) -> Expected:
-        with self._right.before(layer, ("base", prompts)), changed() as before:
-            return self._run(prompts, before, in_tree=in_tree)
+    def _changed(self, faulty: BaseFault, prompts: int | None) -> Expected:
+        """Logprobs of the base model with a fault that is run alone."""
+        in_tree = self._as_tree and faulty.fault != WINDOW  # which makes a mask of its own
+        with self._right.before(faulty.layer, ("base", prompts)), faulty.change() as before:
+            return self._expected([each[0] for each in self._logits(prompts, before=before, in_tree=in_tree)])
+
+    def _each(
+        self, models: Iterable[RowModel], right: RowModel, shared: object, prompts: int | None
+    ) -> Iterator[Expected]:
+        """Logprobs of models; several of them are rows of one batch.
+
+        Args:
+            models: The models.
+            right: The model from which each of them differs in its first layer and above alone.
+            shared: See `RightLayers`.
+            prompts: Number of prompts to run, the first ones; None means all.
+        """
+        if not self._right.layers:
+            models = (replace(model, layer=0) for model in models)
+        for batch in _batches(models, right, self._at_once(prompts)):
+            try:
+                found = self._rows(batch, right, shared, prompts)
+            except RowsError:
+                found = [row for model in batch for row in self._rows([model], right, shared, prompts)]
+            yield from map(self._expected, found)
+
+    def _at_once(self, prompts: int | None) -> int:
+        """Number of models that are run at once."""
+        if not self._as_tree:
+            return 1
+        asked = self._questions[:prompts]
+        tokens = len({each.tokens[:length] for each in asked for length in range(1, len(each.tokens) + 1)})
+        logits = sum(map(len, self._positions[:prompts])) * self.model.config.get_text_config().vocab_size
+        return max(1, min(TOKENS_AT_ONCE // min(tokens, TREE), LOGITS_AT_ONCE // int(logits)))
+
+    def _rows(
+        self, batch: Sequence[RowModel], right: RowModel, shared: object, prompts: int | None
+    ) -> list[list[NDArray[np.float32]]]:
+        """Logits of each model of a batch, for each prompt."""
+        joins = len(batch) > 1 and batch[-1].layer > 0
+        models, last = ([right, *batch], batch[-1].layer) if joins else (batch, None)
+        with (
+            self._right.before(batch[0].layer, shared, last=last),
+            as_rows(self.model, self._right.layers, models),
+        ):
+            found = self._logits(prompts, rows=at_input(models))
+        return [[each[row] for each in found] for row in range(len(batch))]
 
     @torch.inference_mode()
-    def _run(self, prompts: int | None = None, before: Sequence[int] = (), *, in_tree: bool | None = None) -> Expected:
+    def _logits(
+        self, prompts: int | None, *, before: Sequence[int] = (), rows: int = 1, in_tree: bool | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Logits after the last tokens of each prompt, (models, tokens, vocabulary)."""
         sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
-        positions = self._positions[:prompts]
-        lasts = [len(mine) for mine in positions]
+        lasts = [len(mine) for mine in self._positions[:prompts]]
         if self._as_tree if in_tree is None else in_tree:
-            found = tree_logits(self.model, sequences, lasts)
-        else:
-            found = model_logits(self.model, sequences, last=max(lasts))
-        return Expected.of(positions, found, in_file=self.source.is_streamed)
+            return list(tree_rows(self.model, sequences, lasts, rows))
+        return [logits[None] for logits in model_logits(self.model, sequences, last=max(lasts))]
+
+    def _expected(self, logits: Sequence[NDArray[np.float32]]) -> Expected:
+        return Expected.of(self._positions[: len(logits)], logits, in_file=self.source.is_streamed)
+
+
+def _batches(models: Iterable[RowModel], right: RowModel, most: int) -> Iterator[list[RowModel]]:
+    """Yield models in batches of at most so many, whose own deltas have at most DELTAS_AT_ONCE bytes."""
+    batch, held = list[RowModel](), 0
+    for model in models:
+        mine = [each for module, each in model.edits.items() if each is not right.edits.get(module)]
+        size = sum(4 * (each.a.numel() + each.b.numel()) for each in mine if isinstance(each, LowRankChange))
+        if batch and (len(batch) == most or held + size > DELTAS_AT_ONCE or model.layer < batch[-1].layer):
+            yield batch
+            batch, held = [], 0
+        batch.append(model)
+        held += size
+    if batch:
+        yield batch
+
+
+def edits_of(model: nn.Module, deltas: Deltas, adapter: AdapterDir) -> dict[nn.Module, Edit]:
+    """The deltas of an adapter by a model's modules."""
+    return {target_module(model, adapter, module): delta for module, delta in deltas.items()}
+
+
+@contextmanager
+def replacing(model: nn.Module, adapter: AdapterDir) -> Iterator[None]:
+    """Put an adapter's fully trained parameters (`modules_to_save`) into a model for a block."""
+    with ExitStack() as undo:
+        with adapter.open() as exact:
+            undo.callback(put_parameters, model, load_others(model, exact))
+        yield
 
 
 @contextmanager
@@ -172,80 +311,8 @@ def adding(model: nn.Module, deltas: Deltas, adapter: AdapterDir, *, with_others
     Args:
         with_others: Whether these parameters (`modules_to_save`) replace the base model's.
     """
-
-    def add(delta: LowRankChange, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        a, b = delta.a.to(output), delta.b.to(output)
-        if delta.is_embedding:
-            scale = getattr(module, "embed_scale", 1.0)  # Gemma scales its embeddings inside the module
-            return output + scale * (nn.functional.embedding(args[0], a.mT) @ b.mT)
-        return output + (args[0] @ a.mT) @ b.mT
-
-    with ExitStack() as undo:
-        for module, delta in deltas.items():
-            target = target_module(model, adapter, module)
-            undo.enter_context(target.register_forward_hook(partial(add, delta)))
-        if with_others:
-            with adapter.open() as exact:
-                undo.callback(put_parameters, model, load_others(model, exact))
+    with (
+        as_rows(model, nn.ModuleList(), [RowModel(edits_of(model, deltas, adapter))]),
+        replacing(model, adapter) if with_others else nullcontext(),
+    ):
         yield
-
-
-class RightLayers:
-    """Outputs of layers that models share, run in the order of their first faulty layer: each starts at that layer.
-
-    Only the outputs of that layer are held, so a fault in layer k costs the layers from k - 1 on.
-
-    Args:
-        layers: The layers in order, each a function of the output of the one before it; empty: all layers run.
-    """
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self._layers = layers
-        self._shared: object = None
-        self._held: tuple[int, list[Any]] = -1, []
-
-    @contextmanager
-    def before(self, layer: int, shared: object) -> Iterator[None]:
-        """Run the model in the block without the layers whose outputs are known.
-
-        Args:
-            layer: Index of the first layer that may have a fault.
-            shared: What blocks must have in common to share outputs, such as the name of the model and the sequences.
-        """
-        last = min(layer, len(self._layers)) - 1
-        if last < 0:
-            yield
-            return
-        if shared != self._shared or self._held[0] > last:
-            self._shared, self._held = shared, (-1, [])
-        outputs: list[Any] = []
-        with ExitStack() as changes:
-            keep = self._layers[last].register_forward_hook(lambda module, args, output: outputs.append(output))
-            changes.enter_context(keep)
-            changes.enter_context(_giving(self._layers[: self._held[0] + 1], self._held[1]))
-            yield
-        self._held = (last, outputs) if outputs else (-1, [])
-
-
-@contextmanager
-def _giving(layers: nn.ModuleList, outputs: Sequence[Any]) -> Iterator[None]:
-    """Let layers return the outputs, one for each run of the model, instead of computing them."""
-    own = [vars(layer).get("forward") for layer in layers]
-    coming = iter(outputs)
-    given: Any = None
-
-    def forward(*args: Any, is_first: bool, **kwargs: Any) -> Any:
-        nonlocal given
-        given = next(coming) if is_first else given
-        return given
-
-    for index, layer in enumerate(layers):
-        layer.forward = partial(forward, is_first=index == 0)
-    try:
-        yield
-    finally:
-        for layer, before in zip(layers, own, strict=True):
-            if before is None:
-                del layer.forward
-            else:
-                layer.forward = before

@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,8 +37,10 @@ from loraover_serve.judge.names import (
 )
 from loraover_serve.judge.vectors.reference import KIND, LEVELS, MOST_SENSITIVE, SIZE, VectorReference, VectorTask
 from loraover_serve.verify.power import power_of
+from loraover_serve.verify.pytorch import ROUNDED
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import NO_LIMIT, Reading, Rows, VectorRunner, read_reading
+from loraover_serve.verify.work import TRIED, Advance, Work, each_done, time_passes
 
 TEXTS = 32
 """Number of texts, unless a file has others."""
@@ -108,12 +111,40 @@ def content_of(
     Raises:
         ConfigError: Models whose answers no reference can hold.
     """
-    device, say = str(choose_device(request.device)), request.report.line
+    say, reading = request.report.line, recording.reading
+    work, few = recording.plan(), recording.few
+    say(f"recording {len(recording.texts)} texts takes about {work.seconds:.0f} s: {words_of(reading)}")
+    with work.shown(request.report, "recording, passes of the model over a text") as advance:
+        right = recording.right()
+        advance(work.right)
+        content = _first_contents(recording, request, base, digests, right)
+        try:
+            reference = VectorReference(content)
+        except ValueError as error:
+            raise ConfigError(
+                f"{request.adapter}: {base.name} and the adapter cannot be recorded: {error}. Give each class its own "
+                f"name in id2label of config.json, and try {request.named('compute_dtype', 'fp32')}."
+            ) from error
+        say(f"running both models in {', '.join(FORMATS)}, and the known faults of serving")
+        measured = _measure(recording, reference, request.compute_dtype, advance)
+        settings = chain(recording.poolings(), each_done(recording.settings(), repeat(2 * few), advance))
+        variants = each_done(recording.variants(), repeat(few), advance)
+        found = {"settings": [*filter(None, settings)], "variants": [*filter(None, variants)]}
+    return content | measured | found
+
+
+def _first_contents(
+    recording: VectorRecording,
+    request: RecordRequest,
+    base: ModelSource,
+    digests: Mapping[str, Any],
+    right: Mapping[str, Rows],
+) -> dict[str, Any]:
+    """Contents of the reference before number formats and faults are known."""
+    device = str(choose_device(request.device))
     runner, reading = recording.runner, recording.reading
-    say(f"running both models on {len(recording.texts)} texts: {words_of(reading)}")
-    right = recording.right()
     numbers = [len(row) for row in right[BASE]]
-    content: dict[str, Any] = {
+    return {
         "schema_version": 1,
         "kind": KIND,
         "adapter": request.adapter.resolve().name,
@@ -137,17 +168,6 @@ def content_of(
         "words": words_of(reading),
         "made": {"device": device},
     }
-    try:
-        reference = VectorReference(content)
-    except ValueError as error:
-        raise ConfigError(
-            f"{request.adapter}: {base.name} and the adapter cannot be recorded: {error}. Give each class its own name "
-            f"in id2label of config.json, and try {request.named('compute_dtype', 'fp32')}."
-        ) from error
-    say(f"running both models in {', '.join(FORMATS)}, and the known faults of serving")
-    measured = _measure(recording, reference, request.compute_dtype)
-    settings, variants = (filter(None, each) for each in (recording.settings(), recording.variants()))
-    return content | measured | {"settings": [*settings], "variants": [*variants]}
 
 
 def find_vector_task(request: RecordRequest, adapter: AdapterDir, base: ModelSource) -> VectorTask:
@@ -252,6 +272,22 @@ class VectorRecording:
         """Inputs of the first texts, or of all."""
         return [reading.encode(self.tokenizer, *each) for each in self.texts[:number]]
 
+    @property
+    def few(self) -> int:
+        """Number of texts on which faults and number formats are run."""
+        return min(RUN_FAULTY, len(self.texts))
+
+    def plan(self) -> Work:
+        """The work of a recording, with the time of a pass, which is measured on the last texts."""
+        tried = [self.reading.encode(self.tokenizer, *each) for each in self.texts[-TRIED:]]
+        heads = 2 if self.runner.has_head else 0
+        return Work(
+            pass_s=time_passes(lambda: self.runner.rows(self.runner.model, tried, self.reading), len(tried)),
+            right=2 * len(self.texts),
+            formats=len(FORMATS) * 2 * (self.few + ROUNDED),
+            faults=[2 * self.few] * len([*self._readings()]) + [self.few] * (len(VECTOR_FACTORS) + heads),
+        )
+
     def right(self) -> dict[str, Rows]:
         """Rows of both right models, by arm; those by other poolings are kept for `settings`."""
         self._pooled = self._both(self.reading)
@@ -267,31 +303,33 @@ class VectorRecording:
         with self.runner.right() as model:
             return {BASE: base, ADAPTER: self.runner.rows(model, inputs, reading)}
 
-    def settings(self) -> Iterator[dict[str, Any]]:
-        """Other ways of servers to compute both models, as the file has them."""
+    def poolings(self) -> Iterator[dict[str, Any]]:
+        """Other poolings of servers, as the file has them."""
         right = {arm: found[self._name] for arm, found in self._pooled.items()}
         for how in self._pooled[BASE]:
             if how != self._name:
                 rows = {arm: found[how] for arm, found in self._pooled.items()}
                 detail = f"vectors are made by the pooling {how}, and not {self._name}"
                 yield _packed(right, rows, POOLING, detail)
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """Other ways of servers to read texts, as the file has them."""
+        right = {arm: found[self._name] for arm, found in self._pooled.items()}
         for fault, detail, reading in self._readings():
-            number = min(RUN_FAULTY, len(self.texts))
-            found = self._both(reading, number)
+            found = self._both(reading, self.few)
             rows = {arm: each[self._name] for arm, each in found.items()}
             if all(len(a) == len(b) for arm in rows for a, b in zip(rows[arm], right[arm], strict=False)):
                 yield _packed(right, rows, fault, detail)
 
     def _readings(self) -> Iterator[tuple[str, str, Reading]]:
         mine = self.reading
-        number = min(RUN_FAULTY, len(self.texts))
-        lengths = [ids["input_ids"].shape[1] for ids in self.inputs(mine, number)]
+        lengths = [ids["input_ids"].shape[1] for ids in self.inputs(mine, self.few)]
         if mine.prefix:
             yield PREFIX, f"inputs come without the prefix {mine.prefix!r}", replace(mine, prefix="")
         for text in mine.prompts[:3]:
             yield ADDED_PREFIX, f"inputs come behind the prefix {text!r}", replace(mine, prefix=text)
         bare = replace(mine, with_special=False)
-        if any(a["input_ids"].shape[1] != n for a, n in zip(self.inputs(bare, number), lengths, strict=True)):
+        if any(a["input_ids"].shape[1] != n for a, n in zip(self.inputs(bare, self.few), lengths, strict=True)):
             yield SPECIAL, "inputs come without the special tokens of the tokenizer", bare
         for tokens in CUTS:
             if tokens < mine.longest and sum(each > tokens for each in lengths) >= 2:
@@ -299,8 +337,7 @@ class VectorRecording:
 
     def variants(self) -> Iterator[dict[str, Any]]:
         """Faults of the adapter alone, as the file has them."""
-        number = min(RUN_FAULTY, len(self.texts))
-        inputs = self.inputs(self.reading, number)
+        inputs = self.inputs(self.reading, self.few)
         right = {ADAPTER: self._pooled[ADAPTER][self._name]}
 
         def rows(model: Any) -> dict[str, Rows]:
@@ -319,7 +356,7 @@ class VectorRecording:
 
     def rounded(self, name: str, dtype: str) -> dict[str, Rows]:
         """Rows of the first texts in a number format, by arm."""
-        inputs = self.inputs(self.reading, min(RUN_FAULTY, len(self.texts)))
+        inputs = self.inputs(self.reading, self.few)
         found = {}
         for arm in (BASE, ADAPTER):
             with self.runner.rounded(as_served(name, dtype), adapted=arm == ADAPTER) as model:
@@ -327,13 +364,14 @@ class VectorRecording:
         return found
 
 
-def _measure(recording: VectorRecording, reference: VectorReference, dtype: str) -> dict[str, Any]:
+def _measure(recording: VectorRecording, reference: VectorReference, dtype: str, advance: Advance) -> dict[str, Any]:
     """Changes by number formats, how much more they move the adapted model, and how well the texts decide."""
     models = reference.models()
     right = {BASE: models.base.rows, ADAPTER: models.adapter.rows}
     formats, ratio, half = dict[str, Any](), 1.0, math.inf
     for name in FORMATS:
         found = recording.rounded(name, dtype)
+        advance(2 * (recording.few + ROUNDED))
         if not _are_finite(found):  # the model overflows in this format, which then explains no server's answers
             formats[name] = {"distance": TINY, "strength": 1.0, "sensitivity": 1.0}
             continue
