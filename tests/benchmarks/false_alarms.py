@@ -50,6 +50,7 @@ from loraover_serve.verify.chats import pack_chats
 from loraover_serve.verify.long import long_prompts, packed_long, record_long
 from loraover_serve.verify.recorder import QUESTIONS_FILE
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.variants import Variants
 from loraover_serve.vllm.server import VllmServerConfig
 
 from benchmarks.verify_noise import MODEL, make_adapters, quantise
@@ -72,7 +73,8 @@ def make_references(source: ModelSource, folder: Path) -> Iterator[dict[str, Any
     lines, tokenizer = QUESTIONS_FILE.read_text(encoding="utf-8").splitlines(), load_tokenizer(source)
     request = RecordRequest(folder / ADAPTER, model=source.name, device="cpu", long=True, earlier=folder / "weak")
     adapter, earlier = read_source(folder / ADAPTER), read_source(folder / "weak")
-    vocabulary, plain = load_config(source).get_text_config().vocab_size, load_model(source)
+    vocabulary = load_config(source).get_text_config().vocab_size
+    plain = Variants(adapter, source, "cpu", [], loaded=load_model(source))
     for index in range(BEGINNINGS):
         asked = long_prompts(request, source, tokenizer, lines[index * LINES :] + lines[: index * LINES])
         recorded = record_long(request, adapter, plain, earlier, asked)

@@ -40,17 +40,24 @@ def _levels(largest: int, block: int | None) -> Round:
     def round_(x: Tensor) -> Tensor:
         width = x.shape[-1]
         size = block or width
-        blocks = nn.functional.pad(x, (0, -width % size)).reshape(*x.shape[:-1], -1, size)
-        scale = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / largest
-        return ((blocks / scale).round() * scale).flatten(-2)[..., :width].contiguous()
+        whole = nn.functional.pad(x, (0, -width % size)) if width % size else x
+        blocks = whole.reshape(*x.shape[:-1], -1, size)
+        scale = _scale(blocks, largest)
+        return (blocks / scale).round_().mul_(scale).flatten(-2)[..., :width].contiguous()
 
     return round_
+
+
+def _scale(x: Tensor, largest: float) -> Tensor:
+    """Scale of each row, (..., 1), with which the largest number of a format is the row's."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return torch.maximum(-low, high).clamp_min_(torch.finfo(x.dtype).tiny) / largest
 
 
 def _float8(x: Tensor) -> Tensor:
     """Rounding to float8 with 4 bits of exponent and 3 of mantissa, with one scale for each row."""
     largest = torch.finfo(torch.float8_e4m3fn).max
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / largest
+    scale = _scale(x, largest)
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
@@ -105,18 +112,25 @@ def _each(output: Any, round_: Round) -> Any:
 def rounding(model: nn.Module, format_: NumberFormat) -> Iterator[None]:
     """Run a model in a coarser number format for a block; one rounded layer at a time is in memory.
 
+    Of an embedding, only the rows of its tokens are rounded.
+
     Args:
         format_: The number format.
     """
     exact: dict[nn.Module, nn.Parameter] = {}
 
     def before(module: Any, args: tuple[Any, ...]) -> None:
+        if type(module) is nn.Embedding:
+            return
         exact[module] = module.weight
         if module.weight.is_floating_point():  # else the base model is quantised, and its weights are coarse already
             module.weight = nn.Parameter(change_rows(module.weight, format_.weights), requires_grad=False)
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        module.weight = exact.pop(module)
+        if type(module) is nn.Embedding:
+            output = format_.weights(output)
+        else:
+            module.weight = exact.pop(module)
         return output if format_.outputs is None else _each(output, format_.outputs)
 
     with ExitStack() as hooks:

@@ -5,6 +5,7 @@ PEFT gets an adapter's files as they are, as a script with transformers uses the
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -181,7 +182,7 @@ def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[
 
 
 def tree_rows(
-    model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int], rows: int = 1
+    model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int], rows: int = 1, *, cache: Any = None
 ) -> Iterator[NDArray[np.float32]]:
     """Yield a causal model's logits after the last tokens of each sequence, and run a common beginning only once.
 
@@ -194,10 +195,12 @@ def tree_rows(
         sequences: Token ids.
         lasts: Number of the last tokens of each sequence after which logits are wanted.
         rows: Number of equal rows of the input, which hooks of the model may change, and to which they may add.
+        cache: Keys and values of tokens before all sequences, which stay as they are; None if there are none.
 
     Yields:
         Logits of shape (rows, last tokens, vocabulary), for each sequence.
     """
+    read = 0 if cache is None else cache.get_seq_length()
     for batch in _tree_batches(sequences, min(TREE, _at_once(model))):
         indices: dict[tuple[int, int], int] = {}  # of a token, by that of the token before it
         paths = []
@@ -212,13 +215,16 @@ def tree_rows(
                 sees[index] |= sees[before]
         kept = [path[-last:] for path, last in zip(paths, lasts, strict=False)]
         lasts = lasts[len(batch) :]
+        sees = torch.cat([torch.ones(len(sees), read, dtype=torch.bool), sees], 1)
         mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+        behind = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
         logits = model(
             input_ids=torch.tensor([[token for _, token in indices]], device=model.device).repeat(rows, 1),
             position_ids=(sees.sum(-1) - 1)[None].to(model.device),
             attention_mask=mask[None, None].to(model.device),
-            use_cache=False,
+            use_cache=cache is not None,
             logits_to_keep=torch.tensor([index for mine in kept for index in mine], device=model.device),
+            **behind,
         ).logits
         yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept], dim=1))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import takewhile
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -24,12 +25,14 @@ from loraover.models.load import ModelSource, load_config
 from loraover.reference import reference_model
 from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.endpoint import as_chats
+from loraover_serve.engines.torch import tree_rows
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
 from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_question, pack_variant, texts_of
 from loraover_serve.verify.pytorch import answered, end_tokens, likeliest
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.variants import Variants
 
 PREFIX = 4 * 128 + 8
 """Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
@@ -131,13 +134,18 @@ def is_long_left_out(request: RecordRequest, *, is_streamed: bool, seconds: floa
 
 
 def record_caches(
-    request: RecordRequest, adapter: AdapterDir, base: Any, earlier: AdapterDir | None, asked: Any, tokenizer: Any
+    request: RecordRequest,
+    adapter: AdapterDir,
+    variants: Variants,
+    earlier: AdapterDir | None,
+    asked: Any,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """The section `caches` by its name; empty if the model keeps no keys and values, and nobody asked for it."""
     say = request.report.line
     say(f"running both models on {len(asked[0])} long questions, and on keys and values of one another")
     try:
-        recorded = record_long(request, adapter, base, earlier, asked)
+        recorded = record_long(request, adapter, variants, earlier, asked)
     except ConfigError as error:
         if request.long:
             raise
@@ -147,24 +155,27 @@ def record_caches(
 
 
 def record_long(
-    request: RecordRequest, adapter: AdapterDir, plain: Any, earlier: AdapterDir | None, asked: Any
+    request: RecordRequest, adapter: AdapterDir, variants: Variants, earlier: AdapterDir | None, asked: Any
 ) -> tuple[list[Question], Expected, Expected, list[StaleModel]]:
     """The long questions, the right models' logprobs, and those on keys and values of other models.
 
     Args:
-        plain: The base model, which stays as it is.
+        variants: The base model, which stays as it is.
         earlier: Earlier version of the adapter; None if none is named.
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
     """
     prompts, messages, shared = asked
+    plain = variants.model
     with ExitStack() as until:
         models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
         if earlier is not None:
             models[EARLIER] = until.enter_context(reference_model(plain, earlier))
         caches = {arm: _read(model, prompts[0][:shared]) for arm, model in models.items()}
+        continued = partial(_continued, as_tree=variants.as_tree and all(map(_keeps_all, caches.values())))
         tails = [list(prompt[shared:]) for prompt in prompts]
         for _ in range(request.new_tokens):
-            for tail, logits in zip(tails, _continued(models[ADAPTER], caches[ADAPTER], tails, 1), strict=True):
+            found = continued(models[ADAPTER], caches[ADAPTER], tails, 1)
+            for tail, logits in zip(tails, found, strict=True):
                 tail.append(int(logits[-1].argmax()))
         answers = (tuple(tail[len(prompt) - shared :]) for prompt, tail in zip(prompts, tails, strict=True))
         questions = [*answered(prompts, messages, answers, end_tokens(plain.config))]
@@ -172,24 +183,24 @@ def record_long(
         def run(arm: str, of: str) -> Expected:
             read = [question.tokens[shared:] for question in questions]
             at = [question.answered for question in questions]
-            return Expected.of(at, _continued(models[arm], caches[of], read, max(map(len, at))))
+            return Expected.of(at, continued(models[arm], caches[of], read, max(map(len, at))))
 
         def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
             return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
 
         name = request.adapter.resolve().name
-        found = [
+        models_on_others = [
             stale(ADAPTER, BASE, STALE_OF_BASE, f"{name} continues what the base model has read"),
             stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
         ]
         if earlier is not None:
             before = f"an earlier version ({earlier.path.resolve().name})"
-            found += [
+            models_on_others += [
                 stale(ADAPTER, EARLIER, STALE_OF_EARLIER, f"{name} continues what {before} has read"),
                 stale(EARLIER, EARLIER, STALE, f"{before} is served"),
                 stale(EARLIER, ADAPTER, STALE_OF_LATER, f"{before} continues what {name} has read"),
             ]
-        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), found
+        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), models_on_others
 
 
 def packed_long(
@@ -214,11 +225,16 @@ def packed_long(
 
 
 @torch.inference_mode()
-def _continued(model: Any, cache: Any, tails: Sequence[Sequence[int]], kept: int) -> Iterator[NDArray[np.float32]]:
+def _continued(
+    model: Any, cache: Any, tails: Sequence[Sequence[int]], kept: int, *, as_tree: bool
+) -> Iterator[NDArray[np.float32]]:
     """Run a model on tails behind keys and values, which stay as they are; yields the logits of each one's last tokens.
 
-    All are run at once, with other tokens behind the shorter ones, which no token before them sees.
+    All are run at once: as a tree, or with other tokens behind the shorter ones, which no token before them sees.
     """
+    if as_tree:
+        yield from (found[0] for found in tree_rows(model, tails, [kept] * len(tails), cache=cache))
+        return
     longest = max(map(len, tails))
     ids = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=model.device)
     copies = copy.deepcopy(cache)
@@ -228,6 +244,11 @@ def _continued(model: Any, cache: Any, tails: Sequence[Sequence[int]], kept: int
     for tail, found in zip(tails, logits, strict=True):
         last = most - (longest - len(tail))
         yield found[last - kept : last].float().cpu().numpy()
+
+
+def _keeps_all(cache: Any) -> bool:
+    """Whether a cache holds the keys and values of all tokens, and of some not only those of a window."""
+    return not any(getattr(layer, "is_sliding", True) for layer in getattr(cache, "layers", [None]))
 
 
 @torch.inference_mode()

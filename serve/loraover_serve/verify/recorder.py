@@ -253,7 +253,7 @@ def record(
         places, variants = record_faults(models, work.faults, advance)
         caches: dict[str, Any] = {}
         if long is not None:
-            caches = record_caches(request, adapter, model, earlier, long, tokenizer)
+            caches = record_caches(request, adapter, models.variants, earlier, long, tokenizer)
             advance(work.long)
     return (
         {

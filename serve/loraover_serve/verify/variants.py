@@ -127,7 +127,7 @@ class Variants:
     ) -> None:
         self._adapter, self.source, self._device, self._questions = adapter, base, device, questions
         self._positions = [question.answered if answers_only else question.window for question in questions]
-        self.dtype, self._loaded, self._as_tree = dtype, loaded, as_tree
+        self.dtype, self._loaded, self.as_tree = dtype, loaded, as_tree
 
     @cached_property
     def model(self) -> Any:
@@ -214,7 +214,7 @@ class Variants:
 
     def _changed(self, faulty: BaseFault, prompts: int | None) -> Expected:
         """Logprobs of the base model with a fault that is run alone."""
-        in_tree = self._as_tree and faulty.fault != WINDOW  # which makes a mask of its own
+        in_tree = self.as_tree and faulty.fault != WINDOW  # which makes a mask of its own
         with self._right.before(faulty.layer, ("base", prompts)), faulty.change() as before:
             return self._expected([each[0] for each in self._logits(prompts, before=before, in_tree=in_tree)])
 
@@ -240,7 +240,7 @@ class Variants:
 
     def _at_once(self, prompts: int | None) -> int:
         """Number of models that are run at once."""
-        if not self._as_tree:
+        if not self.as_tree:
             return 1
         asked = self._questions[:prompts]
         tokens = len({each.tokens[:length] for each in asked for length in range(1, len(each.tokens) + 1)})
@@ -267,7 +267,7 @@ class Variants:
         """Logits after the last tokens of each prompt, (models, tokens, vocabulary)."""
         sequences = [[*before, *question.tokens] for question in self._questions[:prompts]]
         lasts = [len(mine) for mine in self._positions[:prompts]]
-        if self._as_tree if in_tree is None else in_tree:
+        if self.as_tree if in_tree is None else in_tree:
             return list(tree_rows(self.model, sequences, lasts, rows))
         return [logits[None] for logits in model_logits(self.model, sequences, last=max(lasts))]
 
