@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, final
 
 from loraover.client.at_once import at_once
@@ -192,6 +192,7 @@ def speak_as(endpoint: Endpoint, base: str, tokenizer: Any) -> Speaker:
     return Speaker(endpoint, base, probe, partial(ids_by_text, tokenizer))
 
 
+@lru_cache(maxsize=1)
 def ids_by_text(tokenizer: Any) -> dict[str, int]:
     """Ids of the tokens whose text no other token has, in any of the spellings that servers use."""
     pieces = ((index, str(tokenizer.convert_ids_to_tokens(index))) for index in range(len(tokenizer)))

@@ -229,6 +229,11 @@ def tree_rows(
         yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept], dim=1))
 
 
+def tree_tokens(sequences: Iterable[Sequence[int]]) -> int:
+    """Number of tokens of a tree of sequences."""
+    return len({tuple(tokens[:length]) for tokens in sequences for length in range(1, len(tokens) + 1)})
+
+
 def _tree_batches(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
     """Yield sequences in groups that are trees of at most so many tokens, or one sequence."""
     batch: list[Sequence[int]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from statistics import fmean
@@ -32,7 +32,7 @@ from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, S
 from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_question, pack_variant, texts_of
 from loraover_serve.verify.pytorch import answered, end_tokens, likeliest
 from loraover_serve.verify.request import RecordRequest
-from loraover_serve.verify.variants import Variants
+from loraover_serve.verify.variants import Variants, adding, read_lora
 
 PREFIX = 4 * 128 + 8
 """Tokens that all long questions begin with: four blocks of the largest usual size, and a few that fill none."""
@@ -166,15 +166,25 @@ def record_long(
     """
     prompts, messages, shared = asked
     plain = variants.model
-    with ExitStack() as until:
-        models = {BASE: plain, ADAPTER: until.enter_context(reference_model(plain, adapter))}
-        if earlier is not None:
-            models[EARLIER] = until.enter_context(reference_model(plain, earlier))
-        caches = {arm: _read(model, prompts[0][:shared]) for arm, model in models.items()}
+    deltas = {} if earlier is None else read_lora(earlier)
+    with reference_model(plain, adapter) as adapted:
+
+        @contextmanager
+        def running(arm: str) -> Iterator[Any]:
+            if arm == EARLIER and earlier is not None:
+                with adding(plain, deltas, earlier, with_others=True):
+                    yield plain
+            else:
+                yield adapted if arm == ADAPTER else plain
+
+        caches = {}
+        for arm in (BASE, ADAPTER) if earlier is None else (BASE, ADAPTER, EARLIER):
+            with running(arm) as model:
+                caches[arm] = _read(model, prompts[0][:shared])
         continued = partial(_continued, as_tree=variants.as_tree and all(map(_keeps_all, caches.values())))
         tails = [list(prompt[shared:]) for prompt in prompts]
         for _ in range(request.new_tokens):
-            found = continued(models[ADAPTER], caches[ADAPTER], tails, 1)
+            found = continued(adapted, caches[ADAPTER], tails, 1)
             for tail, logits in zip(tails, found, strict=True):
                 tail.append(int(logits[-1].argmax()))
         answers = (tuple(tail[len(prompt) - shared :]) for prompt, tail in zip(prompts, tails, strict=True))
@@ -183,24 +193,25 @@ def record_long(
         def run(arm: str, of: str) -> Expected:
             read = [question.tokens[shared:] for question in questions]
             at = [question.answered for question in questions]
-            return Expected.of(at, continued(models[arm], caches[of], read, max(map(len, at))))
+            with running(arm) as model:
+                return Expected.of(at, continued(model, caches[of], read, max(map(len, at))))
 
         def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
             return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
 
         name = request.adapter.resolve().name
-        models_on_others = [
+        on_others = [
             stale(ADAPTER, BASE, STALE_OF_BASE, f"{name} continues what the base model has read"),
             stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
         ]
         if earlier is not None:
             before = f"an earlier version ({earlier.path.resolve().name})"
-            models_on_others += [
+            on_others += [
                 stale(ADAPTER, EARLIER, STALE_OF_EARLIER, f"{name} continues what {before} has read"),
                 stale(EARLIER, EARLIER, STALE, f"{before} is served"),
                 stale(EARLIER, ADAPTER, STALE_OF_LATER, f"{before} continues what {name} has read"),
             ]
-        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), models_on_others
+        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), on_others
 
 
 def packed_long(

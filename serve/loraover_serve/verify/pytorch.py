@@ -304,11 +304,9 @@ def make_models(
         advance(steps["tree"])
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
     variants = Variants(adapter, base, device, questions, dtype, **how)
-    found = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
-    if weights is not None:
-        kind = weights.number_format
-        found = replace(found, weights=weights.in_words, coarseness=kind, finest=kind)
-    return _with_rounding(found, rounded)
+    kind, words = (None, None) if weights is None else (weights.number_format, weights.in_words)
+    served = {"weights": words, "coarseness": kind, "finest": kind}
+    return _with_rounding(TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends, **served), rounded)
 
 
 def right_passes(number: int, new_tokens: int) -> dict[str, float]:

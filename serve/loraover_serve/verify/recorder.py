@@ -33,7 +33,7 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, as_served
 from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_if_given
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.engines.torch import model_logits
+from loraover_serve.engines.torch import model_logits, tree_tokens
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
 from loraover_serve.judge.reference import OF_ALL_BASES
@@ -56,7 +56,15 @@ from loraover_serve.verify.pack import (
     texts_of,
 )
 from loraover_serve.verify.power import MEASURED, choose_number, effect_of, measure_rounding
-from loraover_serve.verify.pytorch import ROUNDED, TorchModels, fit_reference, load_base, make_models, right_passes
+from loraover_serve.verify.pytorch import (
+    EXACT,
+    ROUNDED,
+    TorchModels,
+    fit_reference,
+    load_base,
+    make_models,
+    right_passes,
+)
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
@@ -65,6 +73,7 @@ from loraover_serve.verify.work import TRIED, Advance, Work, each_done, time_pas
 PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
+IN_BATCH = 0.8  # time of a pass in a batch with others, as a share of that of a pass alone
 
 
 class RecordReport(StrictModel):
@@ -235,7 +244,7 @@ def record(
     asked = prompts, request.new_tokens, device, request.report, dtype
     base = fit_reference(adapter, base, *asked, request.max_memory_gib)
     subject, model = make_subject(adapter, base), load_base(base, weights, dtype, device, request.report)
-    work = plan_work(model, subject, prompts, request.new_tokens, long, 1 if earlier is None else 2)
+    work = plan_work(model, subject, prompts, request.new_tokens, long, 1 if earlier is None else 2, dtype)
     if long and is_long_left_out(request, is_streamed=base.is_streamed, seconds=work.long * work.pass_s):
         long, work = None, replace(work, long=0.0)
     say(f"recording {len(prompts)} questions takes about {work.seconds:.0f} s")
@@ -288,6 +297,7 @@ def plan_work(
     new_tokens: int,
     long: Any,
     versions: int,
+    dtype: str,
 ) -> Work:
     """The work of a recording, with the time of a pass, which is measured.
 
@@ -295,13 +305,17 @@ def plan_work(
         model: The base model.
         long: Long questions, as `long_prompts` returns them; None if they are left out.
         versions: Number of versions of the adapter that read long questions.
+        dtype: Data type to run in.
     """
     number, right = len(prompts), right_passes(len(prompts), new_tokens)
+    is_tree = dtype in EXACT
+    sharing = tree_tokens(prompts[:NAMED]) / sum(map(len, prompts[:NAMED])) if is_tree else 1.0
+    faults = planned_passes(model, subject, number, max(map(len, prompts)) + new_tokens - 1)
     return Work(
         pass_s=time_passes(lambda: [*model_logits(model, prompts[:TRIED], last=1)], min(TRIED, number)),
         right=right["answers"] + 2 * right["exact"] + 2 * right["rounded"] + right["tree"],
-        formats=len(FORMATS) * (2 * min(MEASURED, number) + ROUNDED),
-        faults=planned_passes(model, subject, number, max(map(len, prompts)) + new_tokens - 1),
+        formats=len(FORMATS) * (2 * sharing * min(MEASURED, number) + ROUNDED),
+        faults=[each * sharing * (IN_BATCH if is_tree else 1.0) for each in faults],
         long=0.0 if long is None else long_passes(long, new_tokens, versions, prompts),
     )
 

@@ -20,7 +20,7 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected
-from loraover_serve.engines.torch import LOGITS_AT_ONCE, TREE, model_logits, tree_rows
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TREE, model_logits, tree_rows, tree_tokens
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import WINDOW
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, BaseFault, base_faults, chain_of, coarse_cache
@@ -242,8 +242,7 @@ class Variants:
         """Number of models that are run at once."""
         if not self.as_tree:
             return 1
-        asked = self._questions[:prompts]
-        tokens = len({each.tokens[:length] for each in asked for length in range(1, len(each.tokens) + 1)})
+        tokens = tree_tokens(question.tokens for question in self._questions[:prompts])
         logits = sum(map(len, self._positions[:prompts])) * self.model.config.get_text_config().vocab_size
         return max(1, min(TOKENS_AT_ONCE // min(tokens, TREE), LOGITS_AT_ONCE // int(logits)))
 
