@@ -305,7 +305,7 @@ def make_models(
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
     variants = Variants(adapter, base, device, questions, dtype, **how)
     kind, words = (None, None) if weights is None else (weights.number_format, weights.in_words)
-    served = {"weights": words, "coarseness": kind, "finest": kind}
+    served: dict[str, Any] = {"weights": words, "coarseness": kind, "finest": kind}
     return _with_rounding(TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends, **served), rounded)
 
 
