@@ -32,6 +32,7 @@ from loraover.client.endpoint import Endpoint
 from loraover.client.speaker import Response
 from loraover.common.errors import EngineError
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_model
+from loraover.reference import reference_model
 from loraover_export import export_gguf
 from loraover_export.formats.gguf.base import write_base
 from loraover_serve.comparison.rounding import FORMATS
@@ -77,7 +78,8 @@ def make_references(source: ModelSource, folder: Path) -> Iterator[dict[str, Any
     plain = Variants(adapter, source, "cpu", [], loaded=load_model(source))
     for index in range(BEGINNINGS):
         asked = long_prompts(request, source, tokenizer, lines[index * LINES :] + lines[: index * LINES])
-        recorded = record_long(request, adapter, plain, earlier, asked)
+        with reference_model(plain.model, adapter) as adapted:
+            recorded = record_long(request, adapted, plain, earlier, asked)
         packed = packed_long(recorded, tokenizer)
         yield {
             "schema_version": 1,

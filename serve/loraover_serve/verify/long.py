@@ -22,7 +22,6 @@ from loraover.checkpoint.carried_files import adapter_digest
 from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource, load_config
-from loraover.reference import reference_model
 from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.endpoint import as_chats
 from loraover_serve.engines.torch import tree_rows
@@ -119,7 +118,7 @@ def long_passes(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Se
     long: Sequence[Sequence[int]] = asked[0]
     shared: int = asked[2]
     readers, tails = 1 + versions, [len(prompt) - shared + new_tokens for prompt in long]
-    runs = 3 * readers - 2  # models on their own keys and values, and on others'
+    runs = 3 * readers - 3  # models on their own keys and values, and on others'
     read = fmean(len(prompt) + new_tokens for prompt in prompts)
     return (readers * shared + sum(tails) * (new_tokens + runs)) / read
 
@@ -135,7 +134,7 @@ def is_long_left_out(request: RecordRequest, *, is_streamed: bool, seconds: floa
 
 def record_caches(
     request: RecordRequest,
-    adapter: AdapterDir,
+    adapted: Any,
     variants: Variants,
     earlier: AdapterDir | None,
     asked: Any,
@@ -145,7 +144,7 @@ def record_caches(
     say = request.report.line
     say(f"running both models on {len(asked[0])} long questions, and on keys and values of one another")
     try:
-        recorded = record_long(request, adapter, variants, earlier, asked)
+        recorded = record_long(request, adapted, variants, earlier, asked)
     except ConfigError as error:
         if request.long:
             raise
@@ -155,11 +154,12 @@ def record_caches(
 
 
 def record_long(
-    request: RecordRequest, adapter: AdapterDir, variants: Variants, earlier: AdapterDir | None, asked: Any
+    request: RecordRequest, adapted: Any, variants: Variants, earlier: AdapterDir | None, asked: Any
 ) -> tuple[list[Question], Expected, Expected, list[StaleModel]]:
     """The long questions, the right models' logprobs, and those on keys and values of other models.
 
     Args:
+        adapted: The adapted model, as `reference_model` makes it.
         variants: The base model, which stays as it is.
         earlier: Earlier version of the adapter; None if none is named.
         asked: Prompts, messages and number of shared tokens, as `long_prompts` returns them.
@@ -167,51 +167,51 @@ def record_long(
     prompts, messages, shared = asked
     plain = variants.model
     deltas = {} if earlier is None else read_lora(earlier)
-    with reference_model(plain, adapter) as adapted:
 
-        @contextmanager
-        def running(arm: str) -> Iterator[Any]:
-            if arm == EARLIER and earlier is not None:
-                with adding(plain, deltas, earlier, with_others=True):
-                    yield plain
-            else:
-                yield adapted if arm == ADAPTER else plain
+    @contextmanager
+    def running(arm: str) -> Iterator[Any]:
+        if arm == EARLIER and earlier is not None:
+            with adding(plain, deltas, earlier, with_others=True):
+                yield plain
+        else:
+            yield adapted if arm == ADAPTER else plain
 
-        caches = {}
-        for arm in (BASE, ADAPTER) if earlier is None else (BASE, ADAPTER, EARLIER):
-            with running(arm) as model:
-                caches[arm] = _read(model, prompts[0][:shared])
-        continued = partial(_continued, as_tree=variants.as_tree and all(map(_keeps_all, caches.values())))
-        tails = [list(prompt[shared:]) for prompt in prompts]
-        for _ in range(request.new_tokens):
-            found = continued(adapted, caches[ADAPTER], tails, 1)
-            for tail, logits in zip(tails, found, strict=True):
-                tail.append(int(logits[-1].argmax()))
-        answers = (tuple(tail[len(prompt) - shared :]) for prompt, tail in zip(prompts, tails, strict=True))
-        questions = [*answered(prompts, messages, answers, end_tokens(plain.config))]
+    caches = {}
+    for arm in (BASE, ADAPTER) if earlier is None else (BASE, ADAPTER, EARLIER):
+        with running(arm) as model:
+            caches[arm] = _read(model, prompts[0][:shared])
+    continued = partial(_continued, as_tree=variants.as_tree and all(map(_keeps_all, caches.values())))
+    tails, logits = [list(prompt[shared:]) for prompt in prompts], list[NDArray[np.float32]]()
+    for kept in range(1, request.new_tokens + 1):
+        logits = [*continued(adapted, caches[ADAPTER], tails, kept)]
+        for tail, found in zip(tails, logits, strict=True):
+            tail.append(int(found[-1].argmax()))
+    answers = (tuple(tail[len(prompt) - shared :]) for prompt, tail in zip(prompts, tails, strict=True))
+    questions = [*answered(prompts, messages, answers, end_tokens(plain.config))]
+    at = [question.answered for question in questions]
+    right = Expected.of(at, (found[: len(mine)] for found, mine in zip(logits, at, strict=True)))
 
-        def run(arm: str, of: str) -> Expected:
-            read = [question.tokens[shared:] for question in questions]
-            at = [question.answered for question in questions]
-            with running(arm) as model:
-                return Expected.of(at, continued(model, caches[of], read, max(map(len, at))))
+    def run(arm: str, of: str) -> Expected:
+        read = [question.tokens[shared:] for question in questions]
+        with running(arm) as model:
+            return Expected.of(at, continued(model, caches[of], read, max(map(len, at))))
 
-        def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
-            return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
+    def stale(arm: str, of: str, fault: str, detail: str) -> StaleModel:
+        return StaleModel(BASE if arm == BASE else ADAPTER, fault, detail, run(arm, of))
 
-        name = request.adapter.resolve().name
-        on_others = [
-            stale(ADAPTER, BASE, STALE_OF_BASE, f"{name} continues what the base model has read"),
-            stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
+    name = request.adapter.resolve().name
+    on_others = [
+        stale(ADAPTER, BASE, STALE_OF_BASE, f"{name} continues what the base model has read"),
+        stale(BASE, ADAPTER, STALE_OF_ADAPTER, f"the base model continues what {name} has read"),
+    ]
+    if earlier is not None:
+        before = f"an earlier version ({earlier.path.resolve().name})"
+        on_others += [
+            stale(ADAPTER, EARLIER, STALE_OF_EARLIER, f"{name} continues what {before} has read"),
+            stale(EARLIER, EARLIER, STALE, f"{before} is served"),
+            stale(EARLIER, ADAPTER, STALE_OF_LATER, f"{before} continues what {name} has read"),
         ]
-        if earlier is not None:
-            before = f"an earlier version ({earlier.path.resolve().name})"
-            on_others += [
-                stale(ADAPTER, EARLIER, STALE_OF_EARLIER, f"{name} continues what {before} has read"),
-                stale(EARLIER, EARLIER, STALE, f"{before} is served"),
-                stale(EARLIER, ADAPTER, STALE_OF_LATER, f"{before} continues what {name} has read"),
-            ]
-        return questions, run(BASE, BASE), run(ADAPTER, ADAPTER), on_others
+    return questions, run(BASE, BASE), right, on_others
 
 
 def packed_long(

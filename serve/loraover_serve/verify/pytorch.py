@@ -260,6 +260,7 @@ def make_models(
     answers_only: bool = False,
     weights: ServedWeights | None = None,
     loaded: Any = None,
+    adapted: Any = None,
     advance: Advance = unseen,
 ) -> TorchModels:
     """Run the adapted model and the base model in PyTorch.
@@ -275,6 +276,7 @@ def make_models(
         answers_only: Whether faults are run at the tokens of answers alone, as a server gives them.
         weights: Weights that a server has in the place of the base model's own.
         loaded: The base model with these weights, if it is loaded already.
+        adapted: The adapted model on the same weights, as `reference_model` makes it, if it is made already.
         advance: Function that is told how many of `right_passes` are done.
 
     Raises:
@@ -284,9 +286,9 @@ def make_models(
     """
     model = load_base(base, weights, dtype, device, report) if loaded is None else loaded
     name, steps = reference_name(adapter), right_passes(len(prompts), new_tokens)
-    with reference_model(model, adapter) as adapted:
+    with reference_model(model, adapter) if adapted is None else nullcontext(adapted) as right:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
-        engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, adapted)})
+        engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, right)})
         answers = engine.generate(ADAPTER, prompts, new_tokens)
         advance(steps["answers"])
         questions = tuple(answered(prompts, messages, answers, ends := end_tokens(load_config(base))))

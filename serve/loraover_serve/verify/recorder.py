@@ -28,6 +28,7 @@ from loraover.common.strict_json import StrictModel
 from loraover.models.device import choose_device
 from loraover.models.fast_linear import fast_linear
 from loraover.models.load import ModelSource, load_config, load_tokenizer
+from loraover.reference import reference_model
 from loraover.sources.verb import verb
 from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, as_served
@@ -248,9 +249,10 @@ def record(
     if long and is_long_left_out(request, is_streamed=base.is_streamed, seconds=work.long * work.pass_s):
         long, work = None, replace(work, long=0.0)
     say(f"recording {len(prompts)} questions takes about {work.seconds:.0f} s")
-    with work.shown(request.report, "recording, passes of the model over a question") as advance:
-        how: dict[str, Any] = {"messages": messages, "answers_only": True, "weights": weights}
-        models = make_models(adapter, base, *asked, subject=subject, loaded=model, advance=advance, **how)
+    shown = work.shown(request.report, "recording, passes of the model over a question")
+    with reference_model(model, adapter) as adapted, shown as advance:
+        how: dict[str, Any] = {"messages": messages, "answers_only": True, "weights": weights, "advance": advance}
+        models = make_models(adapter, base, *asked, subject=subject, loaded=model, adapted=adapted, **how)
         say(f"running both models in {', '.join(FORMATS)}")
         each = (measure_rounding(models, as_served(name, dtype)) for name in FORMATS)
         formats = dict(zip(FORMATS, each_done(each, repeat(work.formats / len(FORMATS)), advance), strict=True))
@@ -262,7 +264,7 @@ def record(
         places, variants = record_faults(models, work.faults, advance)
         caches: dict[str, Any] = {}
         if long is not None:
-            caches = record_caches(request, adapter, models.variants, earlier, long, tokenizer)
+            caches = record_caches(request, adapted, models.variants, earlier, long, tokenizer)
             advance(work.long)
     return (
         {
