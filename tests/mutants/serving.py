@@ -92,15 +92,27 @@ SERVING = (
     ),
     Mutant(
         "verify-right-layers-of-another-model",
-        "if shared != self._shared or self._held[0] > last:",
-        "if self._held[0] > last:",
+        "if shared != self._shared or self._held[0] > known:",
+        "if self._held[0] > known:",
         Selection("test_right_layers.py", "another_model"),
     ),
     Mutant(
         "verify-right-layers-up-to-the-fault",
-        "last = min(layer, len(self._layers)) - 1",
-        "last = min(layer, len(self._layers) - 1)",
+        "min(layer if last is None else last, len(self.layers)) - 1",
+        "min(layer if last is None else last, len(self.layers) - 1)",
         Selection("test_right_layers.py", "whole_run"),
+    ),
+    Mutant(
+        "verify-rows-of-a-batch-are-mixed",
+        "present = edits[self._present.start : self._present.stop]",
+        "present = edits[: len(self._present)]",
+        Selection("test_rows.py", "as_each_model_alone"),
+    ),
+    Mutant(
+        "verify-a-fault-begins-as-another-one",
+        "more = cat([hidden[first:], *[hidden[:1]] * number])",
+        "more = cat([hidden[first:], *[hidden[-1:]] * number])",
+        Selection("test_rows.py", "as_each_model_alone"),
     ),
     Mutant(
         "verify-logits-kept-of-the-padding",
