@@ -26,7 +26,7 @@ WINDOWS = (8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class BaseFault:
+class FaultyBase:
     """A fault of the base model.
 
     Args:
@@ -43,7 +43,7 @@ class BaseFault:
     edits: Mapping[nn.Module, Edit] | None = None
 
 
-def base_faults(model: Any, longest: int) -> Iterator[BaseFault]:
+def base_faults(model: Any, longest: int) -> Iterator[FaultyBase]:
     """Yield the faults of a base model.
 
     Args:
@@ -53,7 +53,7 @@ def base_faults(model: Any, longest: int) -> Iterator[BaseFault]:
     config = model.config.get_text_config()
     if config.bos_token_id is not None:
         added = (int(config.bos_token_id),)
-        yield BaseFault(EXTRA_TOKEN, "a begin-of-text token is added", lambda: nullcontext(added))
+        yield FaultyBase(EXTRA_TOKEN, "a begin-of-text token is added", lambda: nullcontext(added))
     rotary = next(
         (module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)), None
     )
@@ -62,17 +62,17 @@ def base_faults(model: Any, longest: int) -> Iterator[BaseFault]:
         for theta in THETAS:
             if theta != mine:
                 detail = f"rope_theta is {theta:g} instead of {mine}"
-                yield BaseFault(POSITIONS, detail, partial(_rotated, rotary, theta))
+                yield FaultyBase(POSITIONS, detail, partial(_rotated, rotary, theta))
     layers = _layers(model)
     for size in WINDOWS:
         if size < longest and layers:
-            yield BaseFault(WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size))
+            yield FaultyBase(WINDOW, f"attention reaches {size} tokens back", partial(_windowed, layers, size))
     for index, layer in enumerate(chain_of(model)):
         skipping = partial(_skipping, layer)
-        yield BaseFault(BASE_LAYERS, f"layer {index} is missing", skipping, index, {layer: _skip})
+        yield FaultyBase(BASE_LAYERS, f"layer {index} is missing", skipping, index, {layer: _skip})
         if index + 1 < len(layers):
             detail, swapping = f"layers {index} and {index + 1} are swapped", partial(_swapped, layers, index)
-            yield BaseFault(BASE_LAYERS, detail, swapping, index, _exchange(layer, layers[index + 1]))
+            yield FaultyBase(BASE_LAYERS, detail, swapping, index, _exchange(layer, layers[index + 1]))
 
 
 def nearest(x: Tensor) -> Tensor:

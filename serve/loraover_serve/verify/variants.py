@@ -23,7 +23,7 @@ from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.torch import LOGITS_AT_ONCE, TREE, model_logits, tree_rows, tree_tokens
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import WINDOW
-from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, BaseFault, base_faults, chain_of, coarse_cache
+from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, FaultyBase, base_faults, chain_of, coarse_cache
 from loraover_serve.verify.layers import Edit, RightLayers, RowModel, RowsError, as_rows, at_input
 
 TOKENS_AT_ONCE = 1024
@@ -209,10 +209,10 @@ class Variants:
             for each, model in zip(faults, found, strict=True):
                 yield each.fault, each.detail, model
 
-    def _base_faults(self) -> Iterator[BaseFault]:
+    def _base_faults(self) -> Iterator[FaultyBase]:
         return base_faults(self.model, max(len(question.tokens) for question in self._questions))
 
-    def _changed(self, faulty: BaseFault, prompts: int | None) -> Expected:
+    def _changed(self, faulty: FaultyBase, prompts: int | None) -> Expected:
         """Logprobs of the base model with a fault that is run alone."""
         in_tree = self.as_tree and faulty.fault != WINDOW  # which makes a mask of its own
         with self._right.before(faulty.layer, ("base", prompts)), faulty.change() as before:
