@@ -42,8 +42,8 @@ HEADS = (
 )
 NOT_RECORDED = (
     "Not recorded: Gemma on OpenVINO, which optimum-intel does not export; Phi3 on ONNX Runtime, whose swappable graph "
-    "has no place for its fused layers; Qwen3Moe on ONNX Runtime, OpenVINO, MLX and vLLM, which do not build or run the "
-    "tiny model; tiny models on vLLM in bfloat16, which ends with an illegal instruction here."
+    "has no place for its fused layers; Qwen3Moe on ONNX Runtime, OpenVINO, MLX and vLLM, which cannot build or run "
+    "the tiny model; tiny models on vLLM in bfloat16, which ends with an illegal instruction here."
 )
 Families = dict[tuple[str, str], list[DrawnSets]]
 
