@@ -136,7 +136,7 @@ def layout(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {key: (str(tensor.dtype), tuple(tensor.shape)) for key, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", RECIPES.keys() - EARLIER.keys())
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in EARLIER])
 def test_todays_writer_writes_the_same_format(name: str, tmp_path: Path) -> None:
     """A difference here is a new format: raise the schema version and make its golden files."""
     golden = FOLDER / name
