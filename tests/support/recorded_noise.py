@@ -19,7 +19,6 @@ from loraover_serve.judge.limits import (
     EXCESS,
     FEW_AS_BASE,
     FLOOR,
-    NEARER,
     NUMBER_FORMATS,
     ROUNDED_STRENGTH,
     SEEN,
@@ -56,13 +55,13 @@ class Limits:
         excess: As `EXCESS`.
         certain: As `CERTAIN`.
         deviation: As `ROUNDED_STRENGTH`.
-        nearer: As `NEARER`.
+        nearer: As `EXCESS`, of the base model's distance to the adapter's.
     """
 
     excess: float = EXCESS
     certain: float = CERTAIN
     deviation: float = ROUNDED_STRENGTH
-    nearer: float = NEARER
+    nearer: float = EXCESS
 
 
 IN_USE = Limits()
@@ -173,6 +172,14 @@ class Recorded:
         kept = {name: self._kept[name] for name in ("likely", "base")}
         adapter = self._kept["adapter"] + (factor - 1) * effect
         return self._with(kept | {"effect": effect, "adapter": adapter}, 1 + (self.bias - 1) / scale)
+
+    def without_chance(self) -> Recorded:
+        """The engine with a strength of 1, if the interval of its own holds 1, so that its deviation is chance."""
+        found = self.strength("adapter")
+        if abs(float(found.value) - 1) > float(found.half):
+            return self
+        adapter = self._kept["adapter"] + (1 - float(found.value)) * self.effect
+        return self._with(self._kept | {"adapter": adapter}, self.bias)
 
     def partly(self, prompts: int, factor: float) -> Recorded:
         """The engine with a fault of its scaling on the first prompts alone."""
@@ -290,7 +297,7 @@ class Recorded:
             return found
 
         to_base, to_adapter, changed = map(np.sqrt, (square(value), square(value - 1), size))
-        as_base, clear = _as_base(to_base, to_adapter, changed, self._largest_noise, self._usual_noise)
+        as_base, clear = _as_base(to_base, to_adapter, changed, self._largest_noise, self._more_noise)
         excess = log_ratios(self.excess(arm)[chosen])
         return DrawnSets(
             engine=self,
@@ -308,10 +315,9 @@ class Recorded:
         return CLEAR * math.sqrt(2) * (self.noise("base") + FLOOR) * math.sqrt(self.effect.shape[-1])
 
     @property
-    def _usual_noise(self) -> float:
-        """Noise of the adapter's answers at most positions, as the root of its sum of squares."""
-        base = np.sqrt(np.square(self._kept["base"]).sum(-1))
-        return self.sensitivity * float(np.median(base))
+    def _more_noise(self) -> float:
+        """Noise of the adapter's answers beside that of the base model's, as the root of its sum of squares."""
+        return math.sqrt(self.sensitivity**2 - 1) * self.noise("base") * math.sqrt(self.effect.shape[-1])
 
     def _of_base(self, signs: Floats, chosen: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the base model's noise looks like another temperature, or like the adapter."""
@@ -360,10 +366,10 @@ def _explained(found: Projections) -> NDArray[np.bool_]:
 
 
 def _as_base(
-    to_base: Floats, to_adapter: Floats, size: Floats, largest: float, usual: float
+    to_base: Floats, to_adapter: Floats, size: Floats, largest: float, more: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Numbers of answers that are the base model's, and of those at which that would be seen, in each set."""
     mine = np.median(np.minimum(to_base, to_adapter), axis=(-2, -1), keepdims=True)
-    clear = size > CLEAR * np.maximum(mine, usual)
+    clear = size > CLEAR * np.maximum(mine, more)
     found = clear & (to_base < to_adapter / AS_BASE) & (to_base <= largest)
     return found.sum((-2, -1)), clear.sum((-2, -1))

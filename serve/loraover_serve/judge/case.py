@@ -44,7 +44,6 @@ from loraover_serve.judge.limits import (
     FEW_AS_BASE,
     FEW_PROMPTS,
     FLOOR,
-    NEARER,
     NUMBER_FORMATS,
     PLAIN,
     ROUNDED_STRENGTH,
@@ -227,15 +226,9 @@ class Case:
     @cached_property
     def as_base(self) -> tuple[list[Change], list[Change]]:
         """Answers of the adapter that are the base model's, and the others for which this could be seen."""
-        usual = median(by_place) if (by_place := self._noise_by_place) else 0.0
         limit = CLEAR * math.sqrt(2) * (self.noise.rms + FLOOR)
-        return split_base(self.answers, limit, noise=self.sensitivity * usual)
-
-    @cached_property
-    def _noise_by_place(self) -> list[float]:
-        """RMS distance of the base model's answer at each place; none on an engine with one model."""
-        off = () if self.is_one_model else self.evidence.off(BASE, self.evidence.base)
-        return [math.sqrt(each.square) for each in off]
+        more = 0.0 if self.is_one_model else math.sqrt(self.sensitivity**2 - 1) * self.noise.rms
+        return split_base(self.answers, limit, noise=more)
 
     @cached_property
     def generated(self) -> list[ComparedAnswer]:
@@ -298,7 +291,7 @@ class Case:
 
     def is_nearer(self) -> bool:
         """Whether the base model's answers are further off than the adapter's noise explains."""
-        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(NEARER * self.sensitivity)
+        return self.prompts >= FEW_PROMPTS and self.excess.high < -math.log(EXCESS * self.sensitivity)
 
 
 def fit_along(changes: Sequence[Change]) -> Fit:
@@ -330,7 +323,7 @@ def split_base(
     Args:
         changes: Changes by the engine's adapter, projected on those by the right adapter in PyTorch.
         limit: Largest RMS change, in nats, that is taken for noise. A weaker adapter changes more.
-        noise: RMS noise of the adapter's answers at most places, in nats, so far as it is known.
+        noise: RMS noise, in nats, that the adapter's answers have beside that of the base model's.
     """
     if not changes:
         return [], []

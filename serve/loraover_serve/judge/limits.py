@@ -37,12 +37,8 @@ CERTAIN = 5.0
 EXCESS = 1.35
 """Largest ratio that still counts as noise: the adapter's distance to the base model's times the sensitivity.
 
-`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines."""
-
-NEARER = 2.0
-"""Largest ratio of the base model's distance to the adapter's that still counts as noise.
-
-`python -m benchmarks.family_limits` in tests/ derives it from recorded engines."""
+`python -m benchmarks.verify_calibration` in tests/ derives it from recorded engines, and `benchmarks.family_limits`
+judges other models by it. It is also the largest ratio of the base model's distance to the adapter's."""
 
 EXACT_STRENGTH = 0.002
 """Largest deviation of the strength that is not a fault on an engine that computes in float32."""
