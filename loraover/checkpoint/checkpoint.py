@@ -251,7 +251,7 @@ def _check_layout(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path / META_FILE}: sites: a site is listed twice.")
     if not checkpoint.sites and checkpoint.meta.config.schedule != "dynamic":
         raise CheckpointError(
-            f"{checkpoint.path / META_FILE}: sites is empty; only a dynamic schedule may have no sites."
+            f"{checkpoint.path / META_FILE}: sites: is empty; only a dynamic schedule may have no sites."
         )
     with open_tensors(checkpoint.cores_path) as file:
         shapes = {key: file.shape(key) for key in file.keys}

@@ -59,7 +59,10 @@ def test_a_recipe_that_contradicts_its_start_is_refused(
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"target_modules": ["q_proj"]}, "adapts model.layers.0.mlp.down_proj and 11 other modules, and the 2 modules"),
+        (
+            {"target_modules": ["q_proj"]},
+            "down_proj and 11 other modules, but this recipe's lora does not: it adapts 2 modules",
+        ),
         ({"alpha_pattern": {"q_proj": 0}}, "the scaling of model.layers.0.self_attn.q_proj is 0"),
     ],
 )

@@ -19,8 +19,8 @@ _OUT_OF_DEFAULTS = "remove it from the server's defaults, which may come from th
 REMEDIES = {
     names.NOT_APPLIED: "load the adapter, check the server's log for why it is not applied, and request it by the name "
     "that the server lists",
-    names.SCALED: "compare lora_alpha, r and use_rslora in adapter_config.json with the server's, and make sure that "
-    "the adapter is not both merged into the base model and applied",
+    names.SCALED: "compare lora_alpha, r and use_rslora with the server's, and make sure that the adapter is not both "
+    "merged and applied",
     names.TRANSPOSED: _ANEW,
     names.PERMUTED: f"{_ANEW}, since llama.cpp keeps these rows in another order than PEFT",
     names.LEFT_OUT: "check the server's log for modules that it skips, or merge the adapter into the base model",

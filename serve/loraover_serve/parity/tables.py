@@ -177,10 +177,9 @@ def repeats(report: ParityReport) -> Table[Outputs]:
         ],
         report.outputs,
         "Equal texts on the engine itself",
-        "The first three numbers are shares of prompts with equal texts. The noise is the RMS difference between the "
-        "logprobs of vanilla and control, in nats, which are two copies of one adapter. An adapter has no effect if "
-        "its answers are the base model's, or if they are nearer to PyTorch's base model than to PyTorch's adapted "
-        "model.",
+        "The first three numbers are shares of prompts with equal texts. Vanilla and control are two copies of one "
+        "adapter. The noise is the RMS difference between their logprobs, in nats. An adapter has no effect if its "
+        "answers are the base model's, or nearer to PyTorch's base model than to its adapter.",
     )
 
 
