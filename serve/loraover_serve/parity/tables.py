@@ -179,7 +179,7 @@ def repeats(report: ParityReport) -> Table[Outputs]:
         "Equal texts on the engine itself",
         "The first three numbers are shares of prompts with equal texts. Vanilla and control are two copies of one "
         "adapter. The noise is the RMS difference between their logprobs, in nats. An adapter has no effect if its "
-        "answers are the base model's, or nearer to PyTorch's base model than to its adapter.",
+        "answers are the base model's. It has none either if PyTorch's base model is nearer than its adapter.",
     )
 
 
