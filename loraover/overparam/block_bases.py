@@ -153,15 +153,20 @@ class SideBases(ABC):
     def centre(self, m: int, n: int) -> int:
         """Index of the core between the bases, which has the matrix's shape."""
 
-    def numbers(self, m: int, n: int) -> int:
-        """Numbers kept for one m x n matrix that are not trained: bases, and the moments that they follow."""
-        found = 0
+    def numbers(self, m: int, n: int) -> tuple[int, int]:
+        """Numbers kept for one m x n matrix that are not trained: in bases, and in the moments that they follow."""
+        bases = moments = 0
         for side in SIDES:
             blocks = self.blocks(side, m, n)
             if blocks is not None and not self.are_stepped:
-                is_followed = self.source(side, m, n) == "gradient"
-                found += blocks.number * (blocks.size**2 + (blocks.triangle if is_followed else 0))
-        return found
+                bases += blocks.number * blocks.size**2
+                moments += blocks.number * blocks.triangle * (self.source(side, m, n) == "gradient")
+        return bases, moments
+
+    def bytes(self, m: int, n: int) -> int:
+        """Bytes of `numbers` beside cores of float32: moments are kept in bfloat16, see `BasisFollower`."""
+        bases, moments = self.numbers(m, n)
+        return 4 * bases + 2 * moments
 
     def shareable(self, m: int, n: int) -> tuple[int, ...]:
         """Indices of the cores that several matrices of one shape may share: a measured basis of columns."""

@@ -73,11 +73,11 @@ class Schedule:
         return min(sum(cores), sum(cores) - sum(added) + int(self._capacity)), int(self._capacity)
 
     @property
-    def most_gauge_numbers(self) -> int:
-        """Largest possible number of values that are kept beside the trained ones: bases and their moments."""
+    def most_gauge_bytes(self) -> int:
+        """Largest possible number of bytes that are kept beside the trained numbers: of bases and their moments."""
         decompositions = {name: self._decomposition.of_site(name) for name in self.candidates}
-        numbers = (d.bases.numbers(*self.candidates[n].shape) for n, d in decompositions.items() if d.bases is not None)
-        kept = sorted(numbers, reverse=True)
+        sizes = (d.bases.bytes(*self.candidates[n].shape) for n, d in decompositions.items() if d.bases is not None)
+        kept = sorted(sizes, reverse=True)
         return sum(kept[: int(self._capacity)] if self.config.budget is not None and self._counts_sites else kept)
 
     @property

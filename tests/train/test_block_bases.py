@@ -413,11 +413,13 @@ def test_trained_numbers_and_those_of_the_gauge_are_counted_apart(options: dict[
     matrices = sum(site.parameter.numel() for site in over.sites.values())
     assert over.num_parameters() == (matrices, matrices)
     assert over.decomposition.bases is not None
-    expected = sum(over.decomposition.bases.numbers(*site.shape) for site in over.sites.values())
+    bases, shapes = over.decomposition.bases, [site.shape for site in over.sites.values()]
+    expected = sum(sum(bases.numbers(*shape)) for shape in shapes)
     assert over.gauge_numbers() == expected
     held = [tensor for follower in over.followers.values() for tensor in follower.moments.values()]
     held += [stack for group in over.groups for k, stack in enumerate(group.stacks) if k not in group.trained]
     assert sum(tensor.numel() for tensor in held) == expected
+    assert sum(tensor.nbytes for tensor in held) == sum(bases.bytes(*shape) for shape in shapes)
     assert core_numbers(over)["gauge_condition"] == pytest.approx(1)
     assert core_numbers(over)["added_parameters"] == 0
 

@@ -100,7 +100,7 @@ def test_what_reads_one_input_shares_its_basis_in_memory_and_in_the_checkpoint(t
     assert {len(record.shares) for record in found.meta.sites if record.name.endswith(alone)} == {0}
     bases = over.decomposition.bases
     assert bases is not None
-    assert over.gauge_numbers() < sum(bases.numbers(*site.shape) for site in over.sites.values())
+    assert over.gauge_numbers() < sum(sum(bases.numbers(*site.shape)) for site in over.sites.values())
 
 
 def test_trained_bases_are_not_shared() -> None:

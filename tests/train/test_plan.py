@@ -74,7 +74,7 @@ def test_a_plan_counts_bases_and_their_moments(bases: dict[str, Path], tmp_path:
     recipe = write_recipe(tmp_path / "recipe.yaml", bases["llama"], over=over, evaluation={"examples": 0})
     half = plan(recipe, {"over.budget": {"fraction": 0.5}, "over.schedule": "static"})
     found, result = plan(recipe), loraover.train(recipe, tmp_path / "run")
-    assert found.gauge == 4 * result.gauge_numbers > 0
+    assert 2 * result.gauge_numbers < found.gauge < 4 * result.gauge_numbers  # bases in float32, moments in bfloat16
     assert found.cores == found.adapter == 4 * result.lora_parameters
     assert found.gauge / 2 <= half.gauge < found.gauge
 

@@ -105,7 +105,7 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
     if recipe.method == "lora-over":
         schedule = Schedule(recipe.over, find_sites(model), steps=steps, probe=None)
         cores, added = schedule.most_parameters
-        gauge = schedule.most_gauge_numbers
+        gauge = schedule.most_gauge_bytes
     elif cores := method.count_cores(model):
         added = cores - trained // CORE_BYTES
     rows = 1 + recipe.training.micro_batch if method.keeps_row_gradients else 1
@@ -119,7 +119,7 @@ def estimate_memory(recipe: Recipe, source: ModelSource, steps: int, *, with_act
         gathered=gathered,
         adapter=0 if recipe.method == "full" else adapter // (pieces if spread in CUTS_WEIGHTS else 1),
         cores=cores * CORE_BYTES,
-        gauge=gauge * CORE_BYTES,
+        gauge=gauge,
         gradients=rows * trained // pieces + cores * CORE_BYTES,
         optimizer_states=2 * (kept // pieces + cores * CORE_BYTES) * recipe.clients,
         activations=_activations(model, recipe) if with_activations else None,
