@@ -101,19 +101,20 @@ class Draft:
     request: FolderRequest
     folder: Path
 
-    def seal(self, certificate: Sealed, source: Path | None = None) -> Sealed:
+    def seal(self, certificate: Sealed, source: Path | None = None, known: Mapping[str, str] | None = None) -> Sealed:
         """Write the certificate, with the digests of all files in the folder.
 
         Args:
             certificate: Certificate of the files.
             source: Folder of the adapter, whose chat template is copied first.
+            known: Digests of files that were hashed before.
 
         Raises:
             AbandonedError: The verdict is "failed", so that the block ends without an output.
         """
         if source is not None and certificate.verdict != "failed":
             keep_chat_template(source, self.folder)
-        return certificate.keep(self.folder / self.product.certificate)
+        return certificate.keep(self.folder / self.product.certificate, known)
 
     def describe(self, base_model: str | None, revision: str | None, facts: Mapping[str, str]) -> None:
         """Write the model card.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, final
 
@@ -122,15 +122,20 @@ class Certificate(Proof):
         default={}, description="SHA-256 of each file that lay beside the certificate when it was written, by its path"
     )
 
-    def keep(self, file: Path) -> Self:
+    def keep(self, file: Path, known: Mapping[str, str] | None = None) -> Self:
         """Write the certificate beside the output, and return it with the digests of the output's files.
 
-        It names no reference, which may be recorded again. A verdict "failed" raises AbandonedError.
+        It names no reference, which may be recorded again. A verdict "failed" raises AbandonedError. `known` has the
+        digests of files that were hashed before.
         """
         if self.verdict == "failed":
             raise AbandonedError
         found = list_folder(file.parent).files.items()
-        output = {name: sha256_of(path) for name, path in found if not name.endswith((REFERENCE_FILE, KEPT_FILE))}
+        output = {
+            name: (known or {}).get(name) or sha256_of(path)
+            for name, path in found
+            if not name.endswith((REFERENCE_FILE, KEPT_FILE))
+        }
         kept = self.model_copy(update={"output": output})
         file.write_text(kept.model_dump_json(indent=1) + "\n")
         return kept

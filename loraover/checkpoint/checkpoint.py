@@ -17,7 +17,7 @@ from functools import cached_property
 from math import inf, log2
 from pathlib import Path
 from threading import Event
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -113,18 +113,17 @@ class Checkpoint(AdapterDir):
             cores.append(core[None])
         return tuple(cores)
 
-    def contract(self, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Numbers]:
+    def contract(self, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Magnitude]:
         """Contract the cores of one matrix in float64.
 
         Returns:
-            The contraction (m, n), and a bound of the contraction of the cores' absolute values, which scales error
-            bounds.
+            The contraction (m, n), and the magnitude that scales its error bounds.
         """
         decomposition = self.decomposition.of_site(site.name)
         matrix = decomposition.contract_arrays([widened(core) for core in cores], site.m, site.n)[0]
-        return np.ascontiguousarray(matrix), magnitude(decomposition, cores, site.m, site.n)[0]
+        return np.ascontiguousarray(matrix), magnitude(decomposition, cores, site.m, site.n)
 
-    def check_stored(self, stored: Array, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Numbers]:
+    def check_stored(self, stored: Array, cores: Sequence[Array], site: SiteRecord) -> tuple[Numbers, Magnitude]:
         """Contract the cores of one matrix, and check that its stored values can be what training wrote.
 
         Training contracts in the cores' dtype, on any device and in any order, and then casts. The first of these two
@@ -146,19 +145,18 @@ class Checkpoint(AdapterDir):
         matrix, magnitude = self.contract(cores, site)
         contraction = gamma(terms, unit_roundoff(cores[0].dtype))
         lost = lost_to_underflow(terms, cores) if cores[0].dtype == np.float32 else 0.0
-        cast, numbers = unit_roundoff(stored.dtype), widened(stored)
-        allowed = np.abs(matrix)
-        allowed *= cast
-        error = magnitude * (contraction * (1 + cast))
-        allowed += error
-        np.subtract(numbers, matrix, out=error)
-        np.abs(error, out=error)
-        error -= allowed
-        if error.max() > lost * (1 + cast) + smallest_subnormal(stored.dtype):
-            row, column = divmod(int(error.argmax()), site.n)
+        cast = unit_roundoff(stored.dtype)
+        unavoidable = lost * (1 + cast) + smallest_subnormal(stored.dtype)
+        excess = widened(stored) - matrix
+        np.abs(excess, out=excess)
+        excess -= magnitude.times(contraction * (1 + cast))
+        if excess.max() > unavoidable:
+            excess -= cast * np.abs(matrix)  # rarely more than the rest
+        if excess.max() > unavoidable:
+            row, column = divmod(int(excess.argmax()), site.n)
             raise CheckpointError(
                 f"{self.tensors_path}: {site_key(site.name)} contradicts its cores: element ({row}, {column}) "
-                f"is {numbers[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
+                f"is {widened(stored)[row, column]:.9g}, the cores give {matrix[row, column]:.9g}. A or B was "
                 "changed outside the optimizer step; save the checkpoint again."
             )
         return matrix, magnitude
@@ -178,9 +176,9 @@ class ExactCheckpoint(ExactAdapter):
             return super().array(key)
         checkpoint, stored = self._checkpoint, self.stored(key)
         with one_thread():
-            value, bound = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
-        bound *= gamma(checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n), U64)
-        return ExactArray(value, bound, site)
+            value, magnitude = checkpoint.check_stored(stored, checkpoint.read_cores(self._cores, site), site)
+        terms = checkpoint.decomposition.of_site(site.name).contraction_terms(site.m, site.n)
+        return ExactArray(value, magnitude.times(gamma(terms, U64)), site)
 
     def factor(self, name: str) -> Factor:
         site = self._checkpoint.sites.get(name)
@@ -289,12 +287,33 @@ LARGEST_LOSS = 2.0**-104
 """Loss whose part in a certificate, gamma_k(2^-53) times it, is below half of float32's smallest number, 2^-150."""
 
 
-def magnitude(decomposition: Decomposition, cores: Sequence[Array], m: int, n: int) -> Numbers:
-    """Return upper bounds (G, m, n), in float64, of |C_1| ... |C_K|, the contraction of the cores' absolute values.
+class Magnitude(NamedTuple):
+    """Upper bounds of |C_1| ... |C_K|, the contraction of a matrix's cores' absolute values: slack (computed + lost).
 
-    It is the contraction in the cores' dtype, raised by what that contraction may have rounded away: (1 + gamma_k(u))
-    (computed + lost), see `docs/error-bounds.md`. Cores in float32 that could overflow, or lose more than would be
-    noticed, are contracted in float64.
+    Args:
+        computed: The contraction (m, n) in float32 or float64.
+        slack: 1 + gamma_k(u), by what the contraction and `times` may have rounded away.
+        lost: What an element of `computed` may have lost below the normal range.
+    """
+
+    computed: Array
+    slack: float
+    lost: float
+
+    def times(self, factor: float) -> Numbers:
+        """Return the bounds multiplied by a number, (m, n) in float64."""
+        found: Numbers = self.computed.astype(np.float64)
+        found *= self.slack * factor
+        if self.lost:
+            found += self.slack * factor * self.lost
+        return found
+
+
+def magnitude(decomposition: Decomposition, cores: Sequence[Array], m: int, n: int) -> Magnitude:
+    """Bound |C_1| ... |C_K| of the cores (1, p_k, q_k) of one matrix, see `docs/error-bounds.md`.
+
+    It is contracted in the cores' dtype. Cores in float32 that could overflow, or lose more than would be noticed, are
+    contracted in float64.
     """
     sizes = [np.abs(core) for core in cores]
     terms = decomposition.contraction_terms(m, n)
@@ -308,10 +327,7 @@ def magnitude(decomposition: Decomposition, cores: Sequence[Array], m: int, n: i
     if computed is None or not np.isfinite(computed.max()):
         roundoff, lost = U64, 0.0
         computed = decomposition.contract_arrays([widened(size) for size in sizes], m, n)
-    found = np.array(computed, dtype=np.float64, order="C")
-    found += lost
-    found *= 1 + gamma(terms + 2, roundoff)  # two more for the sum and the product
-    return found
+    return Magnitude(computed[0], 1 + gamma(terms + 4, roundoff), lost)  # four more for sums and products of `times`
 
 
 def lost_to_underflow(terms: int, cores: Sequence[Array]) -> float:
@@ -322,5 +338,5 @@ def lost_to_underflow(terms: int, cores: Sequence[Array]) -> float:
     """
     products = max(len(cores) - 1, 1)
     exponent = 1 + log2(len(cores)) + products * log2(terms / products) - 126
-    exponent += sum(log2(max(1.0, float(np.abs(core).max()))) for core in cores)
+    exponent += sum(log2(max(1.0, float(core.max()), -float(core.min()))) for core in cores)
     return 2.0**exponent if exponent < 1024 else inf

@@ -14,9 +14,11 @@ from loraover.checkpoint.adapter_config import write_config
 from loraover.checkpoint.base_model import base_facts, naming
 from loraover.checkpoint.carried_files import record_beside
 from loraover.checkpoint.checkpoint import HASHED_LATER, Checkpoint, open_checkpoint
-from loraover.checkpoint.files import CONFIG_FILE
+from loraover.checkpoint.files import CONFIG_FILE, TENSORS_FILE
+from loraover.checkpoint.tensor_file import sha256_of
 from loraover.common.atomic_output import AbandonedError
 from loraover.common.provenance import environment, hardware_used, today
+from loraover.common.threads import workers
 from loraover.models.load import ModelSource
 from loraover.sources.hub import push_checked
 from loraover.sources.verb import verb
@@ -52,8 +54,10 @@ def fold_checkpoint(request: FoldRequest) -> FoldCertificate:
         certificate = _fold(request, source, base, draft.folder)
         if certificate.verdict == "failed":
             raise AbandonedError
-        to_page(certificate, request.command()).write(draft.folder / HTML_FILE)
-        certificate = draft.seal(certificate, request.checkpoint)
+        with workers() as threads:
+            digest = threads.start(sha256_of, draft.folder / TENSORS_FILE)
+            to_page(certificate, request.command()).write(draft.folder / HTML_FILE)
+            certificate = draft.seal(certificate, request.checkpoint, {TENSORS_FILE: digest.result()})
         name = certificate.base_model
         revision = base.revision if base is not None and name == base.name else source.config.revision
         facts = {

@@ -155,7 +155,9 @@ def measure(written: Array, exact: ExactArray) -> Errors:
     if exact.bound is not None:
         bound += exact.bound
     bound *= unit_roundoff(written.dtype)
-    np.maximum(bound, smallest_subnormal(written.dtype) / 2, out=bound)
+    least = smallest_subnormal(written.dtype) / 2
+    if float(bound.min(initial=least)) < least:
+        np.maximum(bound, least, out=bound)
     if exact.bound is not None:
         bound += exact.bound
     error = widened(written) - value
