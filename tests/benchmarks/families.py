@@ -3,11 +3,10 @@
     cd tests && ../.venv/bin/python -m benchmarks.families --work DIR [--only FAMILY] [--engine ENGINE]
 
 Tiny models of four families are trained here on text of GSM8K until their logits are peaked; SmolLM2-135M is real. Each
-has twenty adapters, the real one eight: of seven ranks, on the attention or on all linear layers, trained as LoRA,
-rsLoRA, LoHa (converted) or LoRA-Over (folded), and scaled to effects from 0.05 to 5 nats. Engines with quantised
-weights are compared with PyTorch on the same weights. What is kept stands in
-`tests/serve/noise/families/FAMILY-ENGINE.npz`, as `benchmarks.verify_noise` has it with one more axis, for adapters. A
-file that exists is not made again.
+has twenty adapters: of seven ranks, on the attention or on all linear layers, trained as LoRA, rsLoRA, LoHa (converted)
+or LoRA-Over (folded), and scaled to effects from 0.05 to 5 nats. Engines with quantised weights are compared with
+PyTorch on the same weights. What is kept stands in `tests/serve/noise/families/FAMILY-ENGINE.npz`, as
+`benchmarks.verify_noise` has it with one more axis, for adapters. A file that exists is not made again.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ ENGINES: dict[str, Callable[..., Any]] = {
 FLOATS = ("onnx-fp32", "vllm-bf16", "vllm-fp16", "torch-fp8")
 """Engines that are compared with the base model's own weights."""
 
-ADAPTERS, REAL_ADAPTERS = 20, 8
+ADAPTERS = 20
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("lora", "lora-over", "rslora", "loha", "lora")
 EFFECTS = np.geomspace(0.05, 5.0, ADAPTERS)
@@ -118,12 +117,12 @@ class Kind:
         return f"a{self.number}"
 
     @classmethod
-    def of(cls, family: str) -> list[Kind]:
-        """The twenty, of which the place of the effect is not that of the rank; the first of them for a real model."""
-        effects = EFFECTS[np.random.default_rng(0).permutation(ADAPTERS)]
+    def all(cls) -> list[Kind]:
+        """The twenty, of which the place of the effect is not that of the rank."""
+        effects = np.random.default_rng(0).permutation(EFFECTS)
         return [
-            cls(n, KINDS[n % 5], RANKS[n % 7], LINEAR if n % 2 else ATTENTION, float(effects[n]))
-            for n in range(ADAPTERS if family != REAL else REAL_ADAPTERS)
+            cls(n, KINDS[n % 5], RANKS[n % 7], LINEAR if n % 2 else ATTENTION, float(effect))
+            for n, effect in enumerate(effects)
         ]
 
 
@@ -273,7 +272,7 @@ def main(work: Path, only: Sequence[str], engine: Sequence[str]) -> None:
         source = make_base(family, folder / "model", texts)
         tokenizer = load_tokenizer(source)
         asked = [tuple(tokenizer(text).input_ids[:PROMPT_TOKENS]) for text in texts[-PROMPTS:]]
-        kinds = Kind.of(family)
+        kinds = Kind.all()
         for kind in kinds:
             if not (folder / kind.name).exists():
                 make_adapter(kind, source, folder / kind.name, texts, torch.tensor(asked))
