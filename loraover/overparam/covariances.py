@@ -139,19 +139,12 @@ def measured_bases(
     for site in chosen:
         pair = pairs[site.module, site.adapter].items()
         moments[site.module] = _Moments({name: feature_blocks(one) for name, one in pair})
-    layers, has_loss = lora_layers(probe.model), False
+    layers = lora_layers(probe.model)
     try:
         for site in {site.module: site for site in chosen}.values():
             moments[site.module].reserve(site.parameter.device)
         with _observed(probe.model, {layers[module]: found for module, found in moments.items()}) as running:
-            for batch in probe.batches:
-                running.begin(batch)
-                with torch.enable_grad():
-                    loss = probe.loss(probe.model, batch)
-                    running.is_forward = False
-                    torch.autograd.backward(loss)
-                has_loss = has_loss or bool(loss.isfinite().all())
-                del loss  # with its graph, before that of the next batch is made
+            has_loss = [_run(probe, batch, running) for batch in probe.batches]
         with torch.no_grad():
             bases = _bases(chosen, pairs, moments, decomposition)
     except (RuntimeError, MemoryError) as error:
@@ -160,7 +153,7 @@ def measured_bases(
         raise _too_large(moments, max(1, largest // 2)) from error
     finally:
         probe.model.zero_grad()
-    if not has_loss:
+    if not any(has_loss):
         raise ConfigError(
             "calibration: no batch has a finite loss, so there are no gradients to measure. A batch whose labels are "
             "all -100 has none; check the labels and the truncation of the training data."
@@ -175,6 +168,16 @@ def measured_bases(
             "if the optimizer's state cannot be turned."
         )
     return bases
+
+
+def _run(probe: Probe, batch: Any, running: _Pass) -> bool:
+    """Run a batch forward and backward, and return whether its loss is finite; its graph is freed."""
+    running.begin(batch)
+    with torch.enable_grad():
+        loss = probe.loss(probe.model, batch)
+        running.is_forward = False
+        torch.autograd.backward(loss)
+    return bool(loss.isfinite().all())
 
 
 def _too_large(moments: Mapping[str, _Moments], block: int) -> ConfigError:

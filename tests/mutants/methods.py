@@ -172,7 +172,7 @@ METHODS = (
     ),
     Mutant(
         "calibration-is-silent-without-a-label",
-        "if not has_loss:",
+        "if not any(has_loss):",
         "if False:",
         Selection("test_measured_bases.py", "all_masked"),
     ),

@@ -150,6 +150,11 @@ class TorchModels(Models):
     def beside(self, answers: Answers) -> TorchModels:
         return replace(self, answers=answers)
 
+    def with_weights(self, weights: ServedWeights) -> TorchModels:
+        """Return the same as the models that run on the weights of a server."""
+        kind = weights.number_format
+        return replace(self, weights=weights.in_words, coarseness=kind, finest=kind)
+
     def text(self, place: int) -> str | None:
         return text_of(self._tokenizer, self.read(place))
 
@@ -306,9 +311,8 @@ def make_models(
         advance(steps["tree"])
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
     variants = Variants(adapter, base, device, questions, dtype, **how)
-    kind, words = (None, None) if weights is None else (weights.number_format, weights.in_words)
-    served: dict[str, Any] = {"weights": words, "coarseness": kind, "finest": kind}
-    return _with_rounding(TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends, **served), rounded)
+    models = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
+    return _with_rounding(models if weights is None else models.with_weights(weights), rounded)
 
 
 def right_passes(number: int, new_tokens: int) -> dict[str, float]:
