@@ -43,6 +43,7 @@ from support.optimizers import adamw_8bit
 from support.parallel_run import cores as everything
 from support.speed import examples
 from support.tiny_models import fill_b
+from tolerances import UNIT, gamma
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda p: AdamW(p, lr=1e-2, amsgrad=True),
@@ -297,3 +298,19 @@ def test_stored_products_may_be_flushed_to_zero_but_differ_by_no_more(tmp_path: 
     checkpoint.check_stored(as_array((matrix + 0.99 * lost).float()), arrays, site)
     with pytest.raises(CheckpointError, match="contradicts its cores"):
         checkpoint.check_stored(as_array((matrix + 1.01 * lost).float()), arrays, site)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_stored_element_may_be_off_by_both_roundings_and_by_no_more(sign: float, tmp_path: Path) -> None:
+    """gamma_k(u) times the product of absolute values for the contraction, and u times the element for the cast."""
+    made = make_checkpoint(tmp_path)
+    checkpoint = read_checkpoint(made.path)
+    site, decomposition, u = checkpoint.meta.sites[0], checkpoint.decomposition, UNIT[torch.float32]
+    with open_tensors(checkpoint.cores_path) as file:
+        arrays = checkpoint.read_cores(file, site)
+    cores = [as_tensor(core).double() for core in arrays]
+    matrix, magnitude = (decomposition.contract(each, site.m, site.n)[0] for each in (cores, [c.abs() for c in cores]))
+    allowed = gamma(decomposition.contraction_terms(site.m, site.n), u) * magnitude * (1 + u) + u * matrix.abs()
+    checkpoint.check_stored(as_array((matrix + sign * 0.8 * allowed).float()), arrays, site)
+    with pytest.raises(CheckpointError, match="contradicts its cores"):
+        checkpoint.check_stored(as_array((matrix + sign * 1.2 * allowed).float()), arrays, site)
