@@ -10,7 +10,6 @@ families has with a right adapter.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,13 +64,13 @@ def line(family: str, drawn: Families) -> str:
     """The row of a family that is left out: limits of the others, and shares of its drawn sets of prompts."""
     limits = derived([each for (name, _), all_ in drawn.items() if name != family for each in all_])
     mine = {engine: all_ for (name, engine), all_ in drawn.items() if name == family}
-    right, numbers = [each for all_ in mine.values() for each in all_], Counter(map(len, mine.values()))
+    right, number = [each for all_ in mine.values() for each in all_], len(next(iter(mine.values())))
     known = [each.engine for each in right]
     visible = [each for each in known if np.sqrt(np.square(each.effect).mean()) > VISIBLE * each.noise("base")]
     verdicts, in_use = [each.by(limits) for each in right], [each.by(IN_USE) for each in right]
     cells = [
         family,
-        ", ".join(f"{adapters} on {engines}" for adapters, engines in numbers.items()),
+        f"{number} on {len(mine)}",
         f"{limits.excess:.2f}",
         f"{limits.certain:.2f}",
         f"{limits.nearer:.2f}",
