@@ -26,9 +26,10 @@ BLOCK_BYTES = 2**23
 """Largest part of a linear layer's weight that is in memory at once, in its dtype."""
 
 
-MMAP_THRESHOLD, GIVEN_BACK_BYTES = -3, 2**18
-"""Parameter of glibc's mallopt, and the smallest block that goes back to the kernel when it is freed. By itself, glibc
-raises it to 32 MiB, so that weights which were released would stay with the process."""
+TRIM_THRESHOLD, MMAP_THRESHOLD, GIVEN_BACK_BYTES = -1, -3, 2**18
+"""Parameters of glibc's mallopt, and the smallest block that goes back to the kernel when it is freed. By itself, glibc
+raises it to 32 MiB, and to twice as much what it keeps free at the heap's end: released weights would stay with the
+process."""
 
 
 @final
@@ -113,9 +114,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def in_files() -> tuple[dict[str, Any], tempfile.TemporaryDirectory[str]]:
     """Return the arguments with which transformers leaves weights in their files, and a folder for those it changes."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries than glibc have none
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, GIVEN_BACK_BYTES)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # other libraries than glibc have none
+        library.mallopt(MMAP_THRESHOLD, GIVEN_BACK_BYTES)
+        library.mallopt(TRIM_THRESHOLD, BLOCK_BYTES)
+        library.malloc_trim(0)  # what was released before
     folder = tempfile.TemporaryDirectory(prefix="loraover-weights-")
     return {"device_map": {"": "disk"}, "offload_folder": folder.name}, folder
 

@@ -110,6 +110,7 @@ def work(verb: str, source: Path, output: Path) -> Cost:
     """Do one piece of work within LIMIT, and delete what it wrote."""
     from loraover_export import convert_adapter, merge_adapter, shrink_adapter
 
+    torch.set_num_threads(1)  # each thread has a layer's weight in float64
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, hard))
     verbs: dict[str, Callable[..., Any]] = {

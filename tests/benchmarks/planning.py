@@ -95,13 +95,14 @@ def measured(shape: Shape) -> RunNeeds:
 
 def measure() -> Iterator[Table]:
     """Compare what a plan predicts with what the run needs, for plain LoRA and LoRA-Over."""
+    has_bf16 = prefers_bf16(choose_device())
     table = table_of(
         "SmolLM2-135M, all linear layers: predicted by --plan, and measured",
         *("run", "peak predicted", "measured", "off by", "step predicted", "measured", "off by"),
         caption=f"Wanted: memory within {WITHIN.peak_bytes:.0%}, time within {WITHIN.step_seconds:.0%}. "
-        "Processor time of one thread.",
+        f"Processor time of one thread.{'' if has_bf16 else ' Not measured: bf16, which this processor does not have.'}",
     )
-    for shape in (*SHAPES, *(SHORT_SHAPES if prefers_bf16(choose_device()) else ())):
+    for shape in (*SHAPES, *(SHORT_SHAPES if has_bf16 else ())):
         both = [in_child(work, shape) for work in (predicted, measured)]
         step, peak = (mine / real - 1 for mine, real in zip(*both, strict=True))
         table.add_row(

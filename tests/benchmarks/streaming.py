@@ -137,7 +137,7 @@ def limited() -> Iterator[Path | None]:
 def measure() -> Iterator[Table]:
     """Yield the table of checks with and without a limit."""
     table = table_of(
-        "SmolLM2 in float32 from files in bf16, one thread",
+        "SmolLM2 in float32 from files in bf16",
         "",
         "in memory, s",
         "added MiB",
