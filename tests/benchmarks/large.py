@@ -1,8 +1,8 @@
 """Convert, merge and shrink in the shapes of Llama-3.1-70B, in a process that the kernel limits to 4 GiB of memory.
 
-The base model's files are synthetic: its embedding and head, and one shard for each of two layers. What reads the base
-model is measured on these two layers: seconds of 80 layers are 40 times as many, and the memory of 80 layers adds 78
-times what the second layer adds to the first. What reads the adapter alone is measured on all 80 layers.
+The base model's files are synthetic: its embedding and head, and one shard for each of a few layers. What reads the
+base model is measured on FEW and on MORE layers. The seconds of 80 layers are in proportion to those of MORE layers, and
+their memory grows with each layer as it grows from FEW to MORE. What reads the adapter alone is measured on all 80.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SHAPES = MODELS["Llama-3.1-70B"]
 RANK, SMALLER, LOHA_RANK = 16, 8, 4
 LIMIT = 2**32
 """Bytes of private memory that the kernel gives a process, imports included."""
+FEW, MORE = 2, 6
+"""Layers of base models that are written."""
 ROWS = 1024
 """Rows of a base weight that are drawn; they are repeated, since arithmetic takes as long on them."""
 
@@ -45,10 +47,10 @@ class Cost(NamedTuple):
     seconds: float
     peak: int
 
-    def extended(self, one_layer: Cost) -> Cost:
-        """What all layers take, by what two layers and one layer took."""
-        more = max(0, self.peak - one_layer.peak)
-        return Cost(self.seconds * SHAPES.layers / 2, self.peak + (SHAPES.layers - 2) * more)
+    def extended(self, few: Cost) -> Cost:
+        """What all layers take, by what MORE and FEW layers took."""
+        each = max(0, self.peak - few.peak) / (MORE - FEW)
+        return Cost(self.seconds * SHAPES.layers / MORE, round(self.peak + (SHAPES.layers - MORE) * each))
 
 
 def write_base(folder: Path, layers: int) -> None:
@@ -145,10 +147,9 @@ def measure() -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for job, (verb, kind) in WITH_BASE.items():
-            one, two = (_cost(folder, verb, kind, layers) for layers in (1, 2))
-            table.add_row(
-                job, "2 layers", *_shown(two), *(f"extrapolated {cell}" for cell in _shown(two.extended(one)))
-            )
+            few, more = (_cost(folder, verb, kind, layers) for layers in (FEW, MORE))
+            extended = (f"extrapolated {cell}" for cell in _shown(more.extended(few)))
+            table.add_row(job, f"{MORE} layers", *_shown(more), *extended)
         for job, (verb, kind) in ALONE.items():
             found = _shown(_cost(folder, verb, kind, SHAPES.layers))
             table.add_row(job, f"{SHAPES.layers} layers", *found, *found)

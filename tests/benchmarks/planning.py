@@ -100,7 +100,7 @@ def measure() -> Iterator[Table]:
         "SmolLM2-135M, all linear layers: predicted by --plan, and measured",
         *("run", "peak predicted", "measured", "off by", "step predicted", "measured", "off by"),
         caption=f"Wanted: memory within {WITHIN.peak_bytes:.0%}, time within {WITHIN.step_seconds:.0%}. "
-        f"Processor time of one thread.{'' if has_bf16 else ' Not measured: bf16, which this processor does not have.'}",
+        f"Processor time of one thread.{'' if has_bf16 else ' Not measured: bf16, which this processor lacks.'}",
     )
     for shape in (*SHAPES, *(SHORT_SHAPES if has_bf16 else ())):
         both = [in_child(work, shape) for work in (predicted, measured)]

@@ -1,10 +1,10 @@
 """Checks of SmolLM2 with its weights in memory, and read from their files within a limit on the process's memory.
 
 The model is stored in bf16, in files of at most 100 MB, and computed in float32, where its weights take 538 MB. Each
-process first does the same work on a tiny model, so that what it imports does not count. From then on it is in a
-control group (version 1, which takes root on Linux): the kernel drops pages of files to keep the group within its
-limit, and kills a process that needs more. Elsewhere the limit is not set, and the memory is measured all the same: it
-is what the process has for itself, read from /proc every few milliseconds.
+process first does the same work on a tiny model, so that what it imports does not count. Then its control group
+(version 1, which takes root on Linux) is limited to what the process has, and LIMIT_MIB more: the kernel drops pages of
+files to keep the group within its limit, and kills a process that needs more. Elsewhere the limit is not set, and the
+memory is measured all the same: it is what the process has for itself, read from /proc every few milliseconds.
 """
 
 from __future__ import annotations
@@ -105,13 +105,15 @@ def _private() -> int:
 
 def measured(verb: str, folder: Path, limit: float | None, group: Path | None) -> tuple[float, int]:
     """Return seconds, and the bytes of memory that the work added."""
+    if group is not None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     check(verb, folder, "small", None)
     for file in (folder / "large").glob("*.safetensors"):  # the group shall read them itself
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if group is not None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
+        (group / "memory.limit_in_bytes").write_text(str(_private() + LIMIT_MIB * 2**20))
     memory, started = Memory(), time.perf_counter()
     with memory.measured():
         check(verb, folder, "large", limit)
@@ -120,7 +122,7 @@ def measured(verb: str, folder: Path, limit: float | None, group: Path | None) -
 
 @contextmanager
 def limited() -> Iterator[Path | None]:
-    """Make a control group with a limit for a block; None where that is not allowed."""
+    """Make a control group for a block; None where that is not allowed."""
     group = GROUPS / f"loraover-{os.getpid()}"
     try:
         group.mkdir()
@@ -128,7 +130,6 @@ def limited() -> Iterator[Path | None]:
         yield None
         return
     try:
-        (group / "memory.limit_in_bytes").write_text(str(LIMIT_MIB * 2**20))
         yield group
     finally:
         group.rmdir()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,3 +171,36 @@ def test_a_model_that_fits_on_all_gpus_only_is_spread_over_them(
 def test_a_model_that_is_spread_computes_what_it_computes_in_one_place(folder: Path) -> None:
     whole, spread = load(folder, is_streamed=False), load(folder, is_streamed=False, is_spread=True)
     assert logits(spread).cpu().equal(logits(whole))
+
+
+GIVEN_BACK = """
+import numpy
+from psutil import Process
+from loraover.common.threads import KEPT_BYTES
+from loraover.models.streaming import in_files
+
+def held():
+    return Process().memory_info().rss / 1e6
+
+def made():
+    return [b"x" * 100_000 for _ in range(500)]
+
+numpy.empty(KEPT_BYTES, dtype=numpy.uint8)
+start = held()
+blocks = made()
+kept = blocks.pop()
+del blocks
+in_files()
+after = held()
+del kept
+blocks = made()
+del blocks
+print(after - start, held() - start)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries than glibc have no such setting")
+def test_memory_that_is_freed_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    assert max(map(float, done.stdout.split())) < 10, "of 50 MB each"
