@@ -1,7 +1,7 @@
 """Convert, merge and shrink in the shapes of Llama-3.1-70B, in a process that the kernel limits to 4 GiB of memory.
 
 The base model's files are synthetic: its embedding and head, and one shard for each of a few layers. What reads the
-base model is measured on FEW and on MORE layers. The seconds of 80 layers are in proportion to those of MORE layers, and
+base model is measured on FEW and on MORE layers. The seconds of 80 layers are in proportion to those of MORE, and
 their memory grows with each layer as it grows from FEW to MORE. What reads the adapter alone is measured on all 80.
 """
 
