@@ -305,8 +305,7 @@ def make_models(
             return found
 
         plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
-        coarse = partial(rounding, format_=as_served("bf16", dtype))
-        rounded = {arm: run(arm, within=coarse) for arm in (BASE, ADAPTER)}
+        rounded = {arm: run(arm, within=partial(rounding, format_=as_served("bf16", dtype))) for arm in (BASE, ADAPTER)}
         as_tree = dtype in EXACT and agrees_in_trees(model, questions, plain[BASE])
         advance(steps["tree"])
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
