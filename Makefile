@@ -52,7 +52,7 @@ demo:
 	@echo "== 5/5 Serve the earlier version on vLLM, replace it by the adapter, and check the answers by the reference"
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
 	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
-	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/lora-over/trainer/checkpoint-8 $(RUN)/verified
+	@$(MAKE) --no-print-directory --jobs 2 demo-on-stock demo-on-plug-in
 	@$(BIN)/python docs/examples/demo_page.py $(RUN)
 	@echo
 	@echo "== What you have now, in $(RUN)"
@@ -67,6 +67,9 @@ demo:
 	@echo "Check an adapter you have      $(BIN)/loraover check ADAPTER"
 	@echo "Is it as fast as a plain LoRA? make demo-parity"
 	@echo "A fault of llama-server        make demo-llama-server"
+
+demo-on-%:
+	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/lora-over/trainer/checkpoint-8 $(RUN)/verified $*
 
 # Does the folded adapter cost what a plain LoRA costs, on ONNX Runtime and on the real vLLM? Exit 3 says that a run was too short.
 demo-parity: vllm $(RUN)/demo/adapter_config.json
