@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -161,8 +163,8 @@ def ran(request: pytest.FixtureRequest, bases: dict[str, Path], tmp_path_factory
 
 
 def run_script(name: str, *arguments: str | Path) -> dict[str, Any]:
-    """Run an example in this process, and return its variables."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Run an example in this process, and return its variables; those that it adds to the environment are removed."""
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
@@ -294,7 +296,6 @@ def test_a_replaced_adapter_is_caught_and_cured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long_case = make_long_case(tmp_path)
-    monkeypatch.chdir(tmp_path)  # for the log
     mine, earlier = tmp_path / "mine", tmp_path / "before"
     for version, plain in ((long_case.adapter, mine), (long_case.earlier, earlier)):
         loraover_export.export_vllm(version, output=plain, dtype="fp32")
@@ -312,8 +313,10 @@ def test_a_replaced_adapter_is_caught_and_cured(
             started.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
 
     monkeypatch.setattr("loraover_serve.serve_adapters", asked_once_more)
-    found = run_script("catch_a_fault", mine, earlier, tmp_path / "verified")
-    ((stock,), (cured,)) = found["stock"].engines, found["cured"].engines
+    stock, cured = (
+        run_script("catch_a_fault", mine, earlier, tmp_path / "verified", kind)["report"].engines[0]
+        for kind in ("stock", "plug-in")
+    )
     assert (stock.verdict, stock.fault) == ("differs", STALE_OF_EARLIER), stock.reason
     assert (cured.verdict, cured.fault) == ("as trained", None), cured.reason
     assert "Stale cache of an earlier version: answers of the adapter" in capsys.readouterr().out

@@ -125,7 +125,7 @@ class ServeRequest(ServerRequest):
         flag="--adapters",
     )
     max_lora_rank: int = option(
-        "Largest rank that the server takes of the adapters in that folder.",
+        "Largest rank that the server takes of the adapters in that folder; on a CPU, vLLM computes all at this rank.",
         default=DEFAULT_MAX_LORA_RANK,
         needs="folder",
     )
