@@ -97,15 +97,15 @@ class Workers:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
-    """Yield as many threads as PyTorch would use, at most MAX_WORKERS; each of them calculates on one thread.
+def workers(most: int = MAX_WORKERS) -> Iterator[Workers]:
+    """Yield as many threads as PyTorch would use, at most `most`; each of them calculates on one thread.
 
     When the block is left, by its end or by an exception, functions that have not begun are dropped, and those that
     run are waited for, so that nothing of them outlives the block.
     """
     import numpy as np  # only now: `--help` shall not wait for it
 
-    threads = min(usual_threads(), MAX_WORKERS)
+    threads = min(usual_threads(), most)
     ending = Event()
     # By default, glibc gives blocks above 128 KiB back to the system when they are freed, and the system clears the
     # memory of each new one, which takes ten times as long as one operation on it. Once a larger block has been freed,

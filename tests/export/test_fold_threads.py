@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from loraover.adapters.numerics import rounding
 from loraover.adapters.numerics.rounding import write_rounded
 from loraover.checkpoint.checkpoint import open_checkpoint
 from loraover.common.errors import CheckpointError
+from loraover.common.threads import workers
 from loraover_export import fold_checkpoint
 
 from support.checkpoint_damage import CONFIG, CORES, TENSORS
@@ -37,7 +42,8 @@ def source(made: Made, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rounding, "SMALL", 0)
     before, alive = torch.get_num_threads(), threading.active_count()
     torch.set_num_threads(2)
     yield
@@ -66,6 +72,18 @@ def test_an_exception_in_a_thread_is_the_callers(made: Made, tmp_path: Path, wro
     with pytest.raises(LookupError, match="a fault in a thread"):
         fold_checkpoint(made.path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("times", "most"), [(0.99, 2), (1.01, 1)])
+def test_one_thread_rounds_small_matrices(
+    times: float, most: int, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [math.prod(shape) for shape in open_checkpoint(made.path).shapes.values()]
+    monkeypatch.setattr(rounding, "SMALL", times * sum(sizes) / len(sizes))
+    monkeypatch.setattr(rounding, "MAX_WORKERS", 2)
+    with mock.patch.object(rounding, "workers", wraps=workers) as started:
+        fold_checkpoint(made.path, tmp_path / "out")
+    assert started.call_args_list[0] == mock.call(most)
 
 
 @pytest.mark.parametrize("file", [CORES, TENSORS])
@@ -113,3 +131,15 @@ def test_a_fold_loads_neither_transformers_nor_peft(made: Made, tmp_path: Path) 
     command = [sys.executable, "-c", program, str(made.path), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]"]
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 1), ("2", 2)])
+def test_a_command_starts_no_threads_of_numpy_unless_asked(asked: str | None, threads: int) -> None:
+    program = (
+        "from loraover.cli import main; import numpy; from threadpoolctl import threadpool_info; "
+        "print([each['num_threads'] for each in threadpool_info() if each['internal_api'] == 'openblas'])"
+    )
+    others = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    environment = others if asked is None else others | {"OPENBLAS_NUM_THREADS": asked}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == [f"[{threads}]"]

@@ -191,6 +191,12 @@ def test_there_are_as_many_workers_as_pytorch_has_threads() -> None:
     assert MAX_WORKERS >= 4
 
 
+def test_workers_may_be_fewer() -> None:
+    with workers(1) as threads:
+        found = [threads.start(threading.get_ident) for _ in range(8)]
+        assert len({future.result() for future in found}) == 1
+
+
 def test_an_exception_is_raised_in_the_caller() -> None:
     def fail() -> None:
         raise LookupError("site 7")

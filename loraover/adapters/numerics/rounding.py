@@ -5,6 +5,7 @@ The tensors of an adapter are rounded once from their exact values, certified, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -22,10 +23,16 @@ from loraover.checkpoint.tensor_file import first_other, save_arrays
 from loraover.common.arrays import BFLOAT16, Array, is_finite, is_floating, name_of, widened
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
-from loraover.common.threads import workers
+from loraover.common.threads import MAX_WORKERS, workers
 
 STORAGE = {"fp32": np.dtype(np.float32), "bf16": BFLOAT16, "fp16": np.dtype(np.float16)}
 """Data types of NumPy by the names that commands use."""
+
+SMALL = 2**15
+"""Mean number of elements of matrices that one thread rounds as fast as several.
+
+Between NumPy's calls only one thread runs, so threads mostly wait for one another.
+"""
 
 
 def narrowed(x: Array, dtype: np.dtype[Any]) -> Array:
@@ -155,7 +162,9 @@ def round_exact(
 
     rounded: dict[str, Array] = {}
     certificates = []
-    with adapter.open() as opened, workers() as threads:
+    keys = list(keys)
+    are_small = sum(math.prod(adapter.shapes[key]) for key in keys) < SMALL * len(keys)
+    with adapter.open() as opened, workers(1 if are_small else MAX_WORKERS) as threads:
         others = [threads.start(function, threads.ending) for function in beside]
         folds = {key: threads.start(round_one, opened, key) for key in keys}
         try:
