@@ -49,7 +49,7 @@ demo:
 	@echo "== 4/5 Record what PyTorch answers, beside the adapter; its earlier version is that of half of the training"
 	@$(BIN)/loraover record $(RUN)/folded --prompts docs/examples/questions.txt --long --earlier $(RUN)/lora-over/trainer/checkpoint-8
 	@echo
-	@echo "== 5/5 Serve the earlier version on vLLM, replace it by the adapter, and check the answers by the reference"
+	@echo "== 5/5 Replace the earlier version by the adapter on vLLM, as it comes (stock) and with the plug-in, and check the answers"
 	@while kill -0 "$$(cat $(RUN)/install-vllm.pid)" 2> /dev/null; do sleep 1; done
 	@test -x "$(LORAOVER_VLLM)" || { cat $(RUN)/install-vllm.log; exit 1; }
 	@$(MAKE) --no-print-directory --jobs 2 demo-on-stock demo-on-plug-in
@@ -68,6 +68,7 @@ demo:
 	@echo "Is it as fast as a plain LoRA? make demo-parity"
 	@echo "A fault of llama-server        make demo-llama-server"
 
+# The last step of the demo on one server: stock or plug-in.
 demo-on-%:
 	@$(BIN)/python docs/examples/catch_a_fault.py $(RUN)/folded $(RUN)/lora-over/trainer/checkpoint-8 $(RUN)/verified $*
 

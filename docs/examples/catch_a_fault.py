@@ -17,12 +17,16 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from loraover.adapters.uniform.request_fields import max_lora_rank
 from loraover_serve import serve_adapters, verify_adapter
 from loraover_serve.judge.reference import read_reference
 from loraover_serve.vllm.server import free_port
 
 NAME = "demo"
-OPTIONS = ["--dtype=float32", "--enforce-eager", "--enable-prompt-tokens-details", "--max-num-batched-tokens=1024"]
+OPTIONS = [
+    *("--dtype=float32", "--enforce-eager", "--enable-prompt-tokens-details"),
+    "--max-num-batched-tokens=1024",  # vLLM computes a batch of this size when it starts
+]
 os.environ |= {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # vLLM's own switch for adapters that are loaded while it runs
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all servers of a machine compute on the same cores
@@ -32,6 +36,7 @@ os.environ |= {
 
 adapter, earlier, output = map(Path, sys.argv[1:4])
 kind = sys.argv[4]
+assert kind in ("stock", "plug-in"), f"{kind} is neither stock nor plug-in"
 reference = adapter / "adapter_reference.json.gz"
 long = read_reference(reference).caches
 assert long is not None, f"{reference} has no long questions: record it with --long and --earlier"
@@ -50,8 +55,13 @@ with tempfile.TemporaryDirectory() as scratch:
     live = Path(scratch) / "live"
     write(earlier, live / NAME)
     start = partial(serve_adapters, options=OPTIONS, port=free_port("127.0.0.1"), log=output / f"{kind}.log")
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    plugged = {"folder": live, "model": base, "cache": Path(scratch) / "cache", "max_lora_rank": 8}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    plugged = {
+        "folder": live,
+        "model": config["base_model_name_or_path"],
+        "cache": Path(scratch) / "cache",
+        "max_lora_rank": max_lora_rank(config["r"]),  # vLLM on a CPU computes each adapter at this rank
+    }
     with start([live / NAME]) if kind == "stock" else start(**plugged) as server:
         print(f"{kind}: asking for the earlier version, replacing it, and checking the answers", flush=True)
         for question in long.questions:  # what users do: the server keeps keys and values of their prompts

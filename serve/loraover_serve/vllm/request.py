@@ -125,7 +125,8 @@ class ServeRequest(ServerRequest):
         flag="--adapters",
     )
     max_lora_rank: int = option(
-        "Largest rank that the server takes of the adapters in that folder; on a CPU, vLLM computes all at this rank.",
+        "Largest rank that the server takes of the adapters in that folder. On a CPU, vLLM computes all adapters at "
+        "this rank, so a larger one is slower.",
         default=DEFAULT_MAX_LORA_RANK,
         needs="folder",
     )
