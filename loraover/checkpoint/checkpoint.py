@@ -27,7 +27,7 @@ from loraover.checkpoint.files import CONFIG_FILE, CORES_FILE, META_FILE, TENSOR
 from loraover.checkpoint.metadata import Meta, SiteRecord, read_metadata
 from loraover.checkpoint.peft_adapter import AdapterDir, ExactAdapter, read_adapter_dir, site_key, site_name
 from loraover.checkpoint.tensor_file import TensorFile, open_tensors, sha256_of
-from loraover.common.arrays import Array, Numbers, as_tensor, name_of, widened
+from loraover.common.arrays import Array, Numbers, as_tensor, calculable, name_of, widened
 from loraover.common.errors import CheckpointError, LoraOverError
 from loraover.common.paths import kind_of
 from loraover.common.request import as_written
@@ -147,7 +147,7 @@ class Checkpoint(AdapterDir):
         lost = lost_to_underflow(terms, cores) if cores[0].dtype == np.float32 else 0.0
         cast = unit_roundoff(stored.dtype)
         unavoidable = lost * (1 + cast) + smallest_subnormal(stored.dtype)
-        excess = widened(stored) - matrix
+        excess = calculable(stored) - matrix
         np.abs(excess, out=excess)
         excess -= magnitude.times(contraction * (1 + cast))
         if excess.max() > unavoidable:
@@ -302,8 +302,7 @@ class Magnitude(NamedTuple):
 
     def times(self, factor: float) -> Numbers:
         """Return the bounds multiplied by a number, (m, n) in float64."""
-        found: Numbers = self.computed.astype(np.float64)
-        found *= self.slack * factor
+        found: Numbers = np.multiply(self.computed, self.slack * factor, dtype=np.float64)
         if self.lost:
             found += self.slack * factor * self.lost
         return found

@@ -5,6 +5,7 @@ Source: Higham 2002, Accuracy and Stability of Numerical Algorithms, sections 2.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraover.common.arrays import name_of
@@ -41,6 +42,7 @@ FORMATS = {
 }
 
 
+@cache
 def format_of(dtype: AnyDtype) -> BinaryFormat:
     """Return the floating-point type that a data type of PyTorch or NumPy stands for."""
     text = str(dtype)

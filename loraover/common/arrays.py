@@ -48,9 +48,17 @@ def name_of(dtype: Any) -> str:
 
 def widened(array: Array, dtype: Any = np.float64) -> Array:
     """Return floating-point numbers in float64 or float32, which hold them exactly; a copy only if the type changes."""
+    return calculable(array).astype(dtype, copy=False)
+
+
+def calculable(array: Array) -> Array:
+    """Return numbers in a type that NumPy calculates with: bfloat16 in float32, all others as they are.
+
+    NumPy widens float32 while it calculates in float64, so that no copy in float64 is made first.
+    """
     if array.dtype == BFLOAT16:
-        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(dtype, copy=False)
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array
 
 
 def sizes(array: Array) -> Array:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from loraover.checkpoint.error_bounds import U32, format_of, smallest_subnormal, unit_roundoff
 from loraover.checkpoint.exact_tensors import ExactArray
-from loraover.common.arrays import Array, extreme_sizes, have_same_bits, widened
+from loraover.common.arrays import Array, calculable, extreme_sizes, have_same_bits, widened
 from loraover.common.strict_json import StrictModel
 
 LARGEST_LOSS = 0.5
@@ -160,7 +160,7 @@ def measure(written: Array, exact: ExactArray) -> Errors:
         np.maximum(bound, least, out=bound)
     if exact.bound is not None:
         bound += exact.bound
-    error = widened(written) - value
+    error = calculable(written) - value
     np.abs(error, out=error)
     norms = norm_of(value), norm_of(error), norm_of(bound)
     error /= bound

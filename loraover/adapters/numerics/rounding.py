@@ -20,7 +20,7 @@ from loraover.checkpoint.exact_tensors import ExactArray
 from loraover.checkpoint.files import TENSORS_FILE
 from loraover.checkpoint.peft_adapter import BASE_WEIGHT, AdapterDir, ExactAdapter, pack_stacks, site_name
 from loraover.checkpoint.tensor_file import first_other, save_arrays
-from loraover.common.arrays import BFLOAT16, Array, is_finite, is_floating, name_of, widened
+from loraover.common.arrays import BFLOAT16, Array, calculable, is_finite, is_floating, name_of, widened
 from loraover.common.atomic_output import sync
 from loraover.common.errors import FoldError
 from loraover.common.threads import MAX_WORKERS, workers
@@ -40,7 +40,7 @@ def narrowed(x: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype == BFLOAT16:
             return _short_of(x)
-        return (widened(x, np.float32) if x.dtype == BFLOAT16 else x).astype(dtype)
+        return calculable(x).astype(dtype)
 
 
 def round_array(x: Array, dtype: np.dtype[Any]) -> Array:
