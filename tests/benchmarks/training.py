@@ -43,6 +43,8 @@ CONFIGS = {"mpo": LoraOverConfig()} | {
 LIMIT = "products alone"
 PEERS = (PLAIN, "mpo", LIMIT)
 WARM_UP, MEMORY_STEPS, CALIBRATION_BATCHES = 1, 3, 4
+WITHOUT_GAPS = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+"""Variables by which glibc gives freed blocks back at once; else its heap keeps gaps, more with mixed block sizes."""
 WHOLE_RUN = 300
 """Optimizer steps with which the cost of bases is compared."""
 
@@ -193,11 +195,19 @@ def held_bytes(base: nn.Module, rank: int) -> int:
 def measure(setting: Setting = SMOL) -> Iterator[Table | Numbers]:
     """Compare plain LoRA, LoRA-Over and naive autograd through the cores."""
     memory = {arm: in_child(peak_memory_bytes, arm, setting) for arm in setting.turns}
+    held = {
+        arm: in_child(peak_memory_bytes, arm, setting, environment=WITHOUT_GAPS)
+        for arm in (setting.turns if find_device().type == "cpu" else ())
+    }
     base, ids = load(setting)
     memory[LIMIT] = held_bytes(base, setting.rank)
     seconds = time_steps(base, ids, setting)
     yield step_table(seconds, memory, setting)
-    yield {"step_seconds": {arm: list(found.values()) for arm, found in seconds.items()}, "peak_bytes": memory}
+    figures = {"step_seconds": {arm: list(found.values()) for arm, found in seconds.items()}, "peak_bytes": memory}
+    if held:
+        yield memory_table(held)
+        figures["held_bytes"] = held
+    yield figures
     arms = [arm for arm in EIGEN if arm in setting.turns]
     yield basis_table({arm: basis_seconds(arm, base, ids, setting) for arm in arms}, median(seconds[PLAIN].values()))
 
@@ -217,6 +227,15 @@ def step_table(seconds: Mapping[str, Mapping[int, float]], memory: Mapping[str, 
         ]
         used = f"{memory[arm] / 2**20:.0f} MiB", f"{memory[arm] / memory[PLAIN]:.3f}"
         table.add_row(arm, f"{median(found.values()):.3f} s", *ratios, *used)
+    return table
+
+
+def memory_table(held: Mapping[str, int]) -> Table:
+    """Show the peak memory of processes whose C library keeps no freed memory."""
+    caption = "Peak memory of processes in which the C library gives all freed memory back."
+    table = table_of("Memory held at once", "", "MiB", "/ LoRA", caption=caption)
+    for arm, used in held.items():
+        table.add_row(arm, f"{used / 2**20:.0f}", f"{used / held[PLAIN]:.3f}")
     return table
 
 
