@@ -18,7 +18,7 @@ from loraover_serve.engines.torch import model_logits, tree_logits
 from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import base_faults, chain_of
 from loraover_serve.verify.layers import RightLayers
-from loraover_serve.verify.pytorch import agrees_in_trees
+from loraover_serve.verify.right_models import agrees_in_trees
 
 from support.plain_adapter import tiny_decoder
 from support.tiny_models import VOCABULARY, tiny_gpt2, tiny_neox
@@ -166,7 +166,7 @@ def test_a_tree_is_used_where_it_answers_as_its_sequences_do(
     model = tiny(family)
     expected = without_a_tree(model)
     has_branches = at_once > len(BEGINNING) + 4
-    assert agrees_in_trees(model, QUESTIONS, expected) == (family != "Qwen3Next" or not has_branches)
+    assert agrees_in_trees(model, QUESTIONS, with_rows=True) == (family != "Qwen3Next" or not has_branches)
     if family == "Qwen3Next":
         return
     with torch.inference_mode():

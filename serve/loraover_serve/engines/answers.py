@@ -55,10 +55,12 @@ def last_rows(index: int, positions: range, logits: Any, *, in_file: bool = Fals
         logits: The logits, at these positions or at more before them.
         in_file: Whether the logprobs are kept in a file.
     """
-    kept = np.asarray(logits[-len(positions) :], dtype=np.float64)
-    kept -= kept.max(-1, keepdims=True)
-    kept -= np.log(np.exp(kept).sum(-1, keepdims=True))
-    logprobs = in_a_file(kept.astype(np.float32)) if in_file else kept.astype(np.float32)
+    kept = np.asarray(logits[-len(positions) :], dtype=np.float32)
+    logprobs = np.empty_like(kept)
+    for row, out in zip(kept, logprobs, strict=True):  # each stays in a processor's cache
+        np.subtract(row, row.max(), out=out)
+        out -= np.log(np.exp(out).sum(dtype=np.float64))
+    logprobs = in_a_file(logprobs) if in_file else logprobs
     return {(index, position): row for position, row in zip(positions, logprobs, strict=True)}
 
 

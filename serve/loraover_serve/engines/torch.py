@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,10 +28,12 @@ from loraover_serve.judge.limits import BASE
 
 Switch = Callable[[], AbstractContextManager[Any]]
 """Returns a context manager that yields the model to run."""
-Within = Callable[[Any], AbstractContextManager[Any]]
 
 LOGITS_AT_ONCE = 2**25
 """Logits that are held at once, 128 MiB of them in float32."""
+
+TOKENS_AT_ONCE = 1024
+"""Tokens that are run at once: with more, a processor's matrix products are no faster."""
 
 TREE = 512
 """Most tokens of a tree: attention looks at all pairs of them."""
@@ -67,16 +69,9 @@ class TorchEngine(LogitEngine, TimedEngine):
             yield [engine]
 
     @torch.inference_mode()
-    def logits(
-        self, arm: str, sequences: Iterable[Sequence[int]], *, within: Within = nullcontext
-    ) -> Iterator[NDArray[np.float32]]:
-        """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary).
-
-        Args:
-            sequences: Token ids.
-            within: Context manager that changes how the model computes; it is called with the model.
-        """
-        with engine_errors(self.name), self._switches[arm]() as model, within(model):
+    def logits(self, arm: str, sequences: Iterable[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+        """Yield an arm's logits after each token of each sequence, of shape (tokens, vocabulary)."""
+        with engine_errors(self.name), self._switches[arm]() as model:
             yield from model_logits(model, sequences)
 
     def generate(self, arm: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
@@ -176,6 +171,43 @@ def model_logits(
             yield found[first - left_out : len(tokens) - left_out].float().cpu().numpy()
 
 
+@torch.inference_mode()
+def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    """Return a causal model's greedy answers, of so many tokens each.
+
+    Prompts of about one length are continued at once, the shorter ones behind other tokens, which none of theirs sees.
+    A model that takes no such mask answers otherwise: compare the answers with its logits.
+
+    Args:
+        prompts: Token ids.
+        tokens: Number of tokens of an answer.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: list[tuple[int, ...]] = [()] * len(prompts)
+    batches = _batches([(*prompts[index], *[0] * tokens) for index in by_length], TOKENS_AT_ONCE)
+    indices = iter(by_length)
+    for batch in batches:
+        mine = [next(indices) for _ in batch]
+        for index, answer in zip(mine, _continued(model, [prompts[index] for index in mine], tokens), strict=True):
+            answers[index] = answer
+    return answers
+
+
+def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    """Greedy answers to prompts that are run at once."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
+    sees = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    positions, cache, answers = (sees.cumsum(-1) - 1).clamp_min(0), dict[str, Any](), list[torch.Tensor]()
+    while len(answers) < tokens:
+        how: dict[str, Any] = {"attention_mask": sees, "position_ids": positions, "use_cache": True} | cache
+        output = model(input_ids=ids, logits_to_keep=1, **how)
+        cache = {"past_key_values": output.past_key_values}
+        answers.append(ids := output.logits[:, -1:].float().argmax(-1))
+        sees, positions = torch.cat([sees, torch.ones_like(ids)], 1), positions[:, -1:] + 1
+    return [tuple(answer) for answer in torch.cat(answers, 1).tolist()]
+
+
 def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int]) -> Iterator[NDArray[np.float32]]:
     """Yield a causal model's logits as `tree_rows` does, without rows: (last tokens, vocabulary)."""
     return (found[0] for found in tree_rows(model, sequences, lasts))
@@ -214,6 +246,7 @@ def tree_rows(
             if before >= 0:
                 sees[index] |= sees[before]
         kept = [path[-last:] for path, last in zip(paths, lasts, strict=False)]
+        once = {index: at for at, index in enumerate(sorted({index for mine in kept for index in mine}))}
         lasts = lasts[len(batch) :]
         sees = torch.cat([torch.ones(len(sees), read, dtype=torch.bool), sees], 1)
         mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
@@ -223,10 +256,11 @@ def tree_rows(
             position_ids=(sees.sum(-1) - 1)[None].to(model.device),
             attention_mask=mask[None, None].to(model.device),
             use_cache=cache is not None,
-            logits_to_keep=torch.tensor([index for mine in kept for index in mine], device=model.device),
+            logits_to_keep=torch.tensor([*once], device=model.device),
             **behind,
         ).logits
-        yield from (found.float().cpu().numpy() for found in logits.split([len(mine) for mine in kept], dim=1))
+        found = logits.float().cpu().numpy()
+        yield from (found[:, [once[index] for index in mine]] for mine in kept)
 
 
 def tree_tokens(sequences: Iterable[Sequence[int]]) -> int:

@@ -29,8 +29,9 @@ from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
 from loraover_serve.verify.pack import KEPT_OF_FAULTS, choose_places, pack_places, pack_question, pack_variant, texts_of
-from loraover_serve.verify.pytorch import answered, end_tokens, likeliest
+from loraover_serve.verify.pytorch import likeliest
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.right_models import answered, end_tokens
 from loraover_serve.verify.variants import Variants, adding, read_lora
 
 PREFIX = 4 * 128 + 8

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from loraover.checkpoint.peft_adapter import AdapterDir
@@ -21,20 +19,19 @@ from loraover.common.request import as_written
 from loraover.models.load import ModelSource, load_config, load_model, load_tokenizer
 from loraover.models.memory import ACTIVATIONS, Needs, fit_base
 from loraover.reference import reference_model, reference_name
-from loraover_serve.comparison.rounding import as_served, rounding
+from loraover_serve.comparison.rounding import as_served
 from loraover_serve.comparison.served_weights import ServedWeights
-from loraover_serve.engines.answers import Expected, last_rows, row_of
+from loraover_serve.engines.answers import Expected, row_of
 from loraover_serve.engines.endpoint import text_of
-from loraover_serve.engines.torch import LOGITS_AT_ONCE, TorchEngine, Within, tree_rows
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TOKENS_AT_ONCE
 from loraover_serve.judge.case import strength_along
 from loraover_serve.judge.evidence import projected
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Answers, FaultyModel, Model, Models, Question
 from loraover_serve.judge.templates import Conversations
-from loraover_serve.verify.base_variants import chain_of
 from loraover_serve.verify.faults import FAULTS, RightAdapter, rescaled
-from loraover_serve.verify.layers import RowModel, as_rows, at_input
-from loraover_serve.verify.variants import DELTAS_AT_ONCE, TOKENS_AT_ONCE, FaultyAdapter, Variants
+from loraover_serve.verify.right_models import EXACT, RightModels, end_tokens
+from loraover_serve.verify.variants import DELTAS_AT_ONCE, FaultyAdapter, Variants
 from loraover_serve.verify.work import Advance, unseen
 
 HELD = 4
@@ -44,17 +41,6 @@ KEPT = 128
 """Number of likeliest tokens of each right model at which an engine in this process is compared."""
 
 FACTORS = (32.0, 16.0, 8.0, 4.0, 2.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
-EXACT = ("fp32", "fp64")
-"""Data types in which another order of sums changes no answer by more than a server's noise."""
-
-STEP = 0.5
-"""Time of a pass over the next token of an answer, in passes over its question."""
-
-ROUNDED = 4.0
-"""Time in which each weight of the model is rounded, in passes over a question."""
-
-TREE_ERROR = 1e-4
-"""Largest error of a tree's logprobs, as a share of their spread: float32 gives 1e-6, tokens seen wrongly 1e-2."""
 Ids = NDArray[np.int64]
 
 
@@ -244,7 +230,9 @@ def fit_reference(
     if device == "cpu":  # which has the logprobs in its memory
         held += HELD * len(prompts) * new_tokens * vocabulary
     if dtype in EXACT:  # several models run at once
-        held += TOKENS_AT_ONCE * ACTIVATIONS * load_config(base).get_text_config().hidden_size + DELTAS_AT_ONCE // 4
+        config = load_config(base).get_text_config()
+        keys_and_values = 2 * config.num_hidden_layers
+        held += TOKENS_AT_ONCE * (ACTIVATIONS + keys_and_values) * config.hidden_size + DELTAS_AT_ONCE // 4
     tokens = max(max(map(len, prompts)) + new_tokens, LOGITS_AT_ONCE // vocabulary)
     needs = Needs.of_model(base, adapters=held, tokens=tokens, logits=2)  # the model's, and these in float32
     place = {"device": device, "compute_dtype": dtype}
@@ -282,7 +270,7 @@ def make_models(
         weights: Weights that a server has in the place of the base model's own.
         loaded: The base model with these weights, if it is loaded already.
         adapted: The adapted model on the same weights, as `reference_model` makes it, if it is made already.
-        advance: Function that is told how many of `right_passes` are done.
+        advance: See `RightModels.run`.
 
     Raises:
         ConfigError: Served weights that do not fit the base model, or one that is read from its files each time.
@@ -290,38 +278,15 @@ def make_models(
         EngineError: A model that PyTorch fails to run.
     """
     model = load_base(base, weights, dtype, device, report) if loaded is None else loaded
-    name, steps = reference_name(adapter), right_passes(len(prompts), new_tokens)
+    name = reference_name(adapter)
     with reference_model(model, adapter) if adapted is None else nullcontext(adapted) as right:
         report.line(f"running {name} and the base model in PyTorch on {len(prompts)} prompts")
-        engine = TorchEngine({BASE: partial(nullcontext, model), ADAPTER: partial(nullcontext, right)})
-        answers = engine.generate(ADAPTER, prompts, new_tokens)
-        advance(steps["answers"])
-        questions = tuple(answered(prompts, messages, answers, ends := end_tokens(load_config(base))))
-        tokens, windows = [question.tokens for question in questions], [question.window for question in questions]
-
-        def run(arm: str, within: Within = nullcontext) -> Expected:
-            found = Expected.of(windows, engine.logits(arm, tokens, within=within), in_file=base.is_streamed)
-            advance(steps["exact"] if within is nullcontext else steps["rounded"])
-            return found
-
-        plain = {arm: run(arm) for arm in (BASE, ADAPTER)}
-        rounded = {arm: run(arm, within=partial(rounding, format_=as_served("bf16", dtype))) for arm in (BASE, ADAPTER)}
-        as_tree = dtype in EXACT and agrees_in_trees(model, questions, plain[BASE])
-        advance(steps["tree"])
+        both = RightModels(model, right, dtype, in_file=base.is_streamed)
+        questions, exact, rounded, as_tree = both.run(prompts, messages, new_tokens, advance)
     how: dict[str, Any] = {"answers_only": answers_only, "loaded": model, "as_tree": as_tree}
     variants = Variants(adapter, base, device, questions, dtype, **how)
-    models = TorchModels(name, questions, plain, 1.0, variants, subject, ends=ends)
+    models = TorchModels(name, questions, exact, 1.0, variants, subject, ends=end_tokens(load_config(base)))
     return _with_rounding(models if weights is None else models.with_weights(weights), rounded)
-
-
-def right_passes(number: int, new_tokens: int) -> dict[str, float]:
-    """Cost of each run of `make_models`, in passes of the base model over one question."""
-    return {
-        "answers": number * (1 + STEP * (new_tokens - 1)),
-        "exact": number,
-        "rounded": number + ROUNDED,
-        "tree": number,
-    }
 
 
 def load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, device: str, report: Reporter) -> Any:
@@ -339,12 +304,6 @@ def load_base(base: ModelSource, weights: ServedWeights | None, dtype: str, devi
     return model
 
 
-def end_tokens(config: Any) -> frozenset[int]:
-    """Ids of the tokens that end an answer, by a model's configuration."""
-    ends = getattr(config.get_text_config(), "eos_token_id", None)
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
 def _with_rounding(models: TorchModels, rounded: Mapping[str, Expected]) -> TorchModels:
     """The models, with the strength of the adapter and the sensitivity that their rounded logprobs show."""
     kept = [(place, [*models.kept(place)]) for place in range(len(models.places))]
@@ -356,50 +315,3 @@ def _with_rounding(models: TorchModels, rounded: Mapping[str, Expected]) -> Torc
         moved[arm] = math.sqrt(np.mean(squares))
     sensitivity = max(1.0, moved[ADAPTER] / moved[BASE]) if moved[BASE] > 0 else 1.0
     return replace(models, sensitivity=sensitivity, bf16_strength=bias or 1.0)
-
-
-@torch.inference_mode()
-def agrees_in_trees(model: Any, questions: Sequence[Question], expected: Expected) -> bool:
-    """Whether a model answers questions in trees, in which several models are run at once, as it has answered them.
-
-    Args:
-        model: The model.
-        questions: The questions.
-        expected: Logprobs of this model after the tokens of each question's window.
-    """
-    sequences = [question.tokens for question in questions]
-    errors, moves, layers = [], [], chain_of(model)
-    half = len(layers) // 2
-    rows = [RowModel(), RowModel(layer=half), RowModel(layer=half)]  # equal models, of which two join half way
-    try:
-        with as_rows(model, layers, rows):
-            found = tree_rows(model, sequences, [len(each.answered) for each in questions], at_input(rows))
-            for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
-                for place, row in chain.from_iterable(
-                    last_rows(index, question.answered, mine).items() for mine in logits
-                ):
-                    right = expected.at(*place)
-                    errors.append(np.mean(np.square(row - right)))
-                    moves.append(np.var(right))
-    except (TypeError, ValueError, IndexError, RuntimeError):  # it takes no such mask, or no positions
-        return False
-    return bool(np.mean(errors) <= TREE_ERROR**2 * np.mean(moves))
-
-
-def answered(
-    prompts: Sequence[tuple[int, ...]],
-    messages: Sequence[str],
-    answers: Iterable[tuple[int, ...]],
-    ends: frozenset[int],
-) -> Iterator[Question]:
-    """Questions with answers up to the first end of the text, and that end; later tokens were not trained.
-
-    Args:
-        prompts: Token ids of the prompts.
-        messages: Message of each prompt's chat; empty if prompts are no chats.
-        answers: Tokens that follow each prompt.
-        ends: Ids of the tokens that end a text.
-    """
-    for index, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
-        last = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        yield Question(prompt, tokens[: last + 1], messages[index] if messages else None)

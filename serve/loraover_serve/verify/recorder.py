@@ -57,19 +57,12 @@ from loraover_serve.verify.pack import (
     texts_of,
 )
 from loraover_serve.verify.power import MEASURED, choose_number, effect_of, measure_rounding
-from loraover_serve.verify.pytorch import (
-    EXACT,
-    ROUNDED,
-    TorchModels,
-    fit_reference,
-    load_base,
-    make_models,
-    right_passes,
-)
+from loraover_serve.verify.pytorch import TorchModels, fit_reference, load_base, make_models
 from loraover_serve.verify.request import RecordRequest
+from loraover_serve.verify.right_models import EXACT, right_passes
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
-from loraover_serve.verify.work import TRIED, Advance, Work, each_done, time_passes
+from loraover_serve.verify.work import ROUNDED, TRIED, Advance, Work, each_done, time_passes
 
 PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")

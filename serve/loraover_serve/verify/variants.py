@@ -20,14 +20,11 @@ from loraover.checkpoint.peft_adapter import AdapterDir
 from loraover.models.load import ModelSource, load_model
 from loraover_serve.comparison.rounding import NumberFormat, rounding
 from loraover_serve.engines.answers import Expected
-from loraover_serve.engines.torch import LOGITS_AT_ONCE, TREE, model_logits, tree_rows, tree_tokens
+from loraover_serve.engines.torch import LOGITS_AT_ONCE, TOKENS_AT_ONCE, TREE, model_logits, tree_rows, tree_tokens
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import WINDOW
 from loraover_serve.verify.base_variants import CACHE_ROUNDINGS, FaultyBase, base_faults, chain_of, coarse_cache
 from loraover_serve.verify.layers import Edit, RightLayers, RowModel, RowsError, as_rows, at_input
-
-TOKENS_AT_ONCE = 1024
-"""Tokens of all models that are run at once: with more, a processor's matrix products are no faster."""
 
 DELTAS_AT_ONCE = 2**28
 """Bytes of the deltas of models that are run at once, beside those of the right adapter."""

@@ -37,10 +37,9 @@ from loraover_serve.judge.names import (
 )
 from loraover_serve.judge.vectors.reference import KIND, LEVELS, MOST_SENSITIVE, SIZE, VectorReference, VectorTask
 from loraover_serve.verify.power import power_of
-from loraover_serve.verify.pytorch import ROUNDED
 from loraover_serve.verify.request import RecordRequest
 from loraover_serve.verify.vector_models import NO_LIMIT, Reading, Rows, VectorRunner, read_reading
-from loraover_serve.verify.work import TRIED, Advance, Work, each_done, time_passes
+from loraover_serve.verify.work import ROUNDED, TRIED, Advance, Work, each_done, time_passes
 
 TEXTS = 32
 """Number of texts, unless a file has others."""

@@ -21,6 +21,7 @@ Advance = Callable[[float], None]
 """Function that is told how many passes are done beside those before."""
 
 TRIED = 2  # questions or texts, on which a pass is timed
+ROUNDED = 4.0  # passes over a question in the time in which each weight of the model is rounded
 
 
 @dataclass(frozen=True)
