@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import takewhile
 from math import prod
 from pathlib import Path
 from typing import Any, final
@@ -175,37 +176,51 @@ def model_logits(
 def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
     """Return a causal model's greedy answers, of so many tokens each.
 
-    Prompts of about one length are continued at once, the shorter ones behind other tokens, which none of theirs sees.
-    A model that takes no such mask answers otherwise: compare the answers with its logits.
+    What all prompts begin with is read once. The rest of them is continued at once where it has about one length, the
+    shorter ones behind other tokens, which none of theirs sees. A model that takes no such mask answers otherwise or
+    fails: compare the answers with its logits.
 
     Args:
+        model: The model.
         prompts: Token ids.
         tokens: Number of tokens of an answer.
     """
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: list[tuple[int, ...]] = [()] * len(prompts)
-    batches = _batches([(*prompts[index], *[0] * tokens) for index in by_length], TOKENS_AT_ONCE)
-    indices = iter(by_length)
-    for batch in batches:
-        mine = [next(indices) for _ in batch]
-        for index, answer in zip(mine, _continued(model, [prompts[index] for index in mine], tokens), strict=True):
-            answers[index] = answer
-    return answers
+    shared = common_beginning(prompts)
+    read = None
+    if shared:
+        begun = torch.tensor([prompts[0][:shared]], device=model.device)
+        read = model(input_ids=begun, use_cache=True, logits_to_keep=1).past_key_values
+    tails = sorted((len(prompt), index, tuple(prompt[shared:])) for index, prompt in enumerate(prompts))
+    answers = dict[int, tuple[int, ...]]()
+    for batch in _batches([(*tail, *[0] * tokens) for _, _, tail in tails], TOKENS_AT_ONCE):
+        mine, tails = tails[: len(batch)], tails[len(batch) :]
+        found = _continued(model, read, [tail for _, _, tail in mine], tokens)
+        answers |= dict(zip((index for _, index, _ in mine), found, strict=True))
+    return [answers[index] for index in range(len(prompts))]
 
 
-def _continued(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
-    """Greedy answers to prompts that are run at once."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
-    sees = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    positions, cache, answers = (sees.cumsum(-1) - 1).clamp_min(0), dict[str, Any](), list[torch.Tensor]()
+def _continued(model: Any, read: Any, tails: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    """Greedy answers to the rest of prompts, all at once, behind keys and values of their beginning, if it is read."""
+    longest, cache = max(map(len, tails)), copy.deepcopy(read)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(tails))
+    ids = torch.tensor([[tail[0]] * (longest - len(tail)) + [*tail] for tail in tails], device=model.device)
+    begun, before = [1] * (0 if read is None else read.get_seq_length()), [longest - len(tail) for tail in tails]
+    sees = torch.tensor([[*begun, *[0] * left, *[1] * (longest - left)] for left in before], device=model.device)
+    positions, answers = (sees.cumsum(-1) - 1).clamp_min(0)[:, len(begun) :], list[torch.Tensor]()
     while len(answers) < tokens:
-        how: dict[str, Any] = {"attention_mask": sees, "position_ids": positions, "use_cache": True} | cache
-        output = model(input_ids=ids, logits_to_keep=1, **how)
-        cache = {"past_key_values": output.past_key_values}
+        how: dict[str, Any] = {"attention_mask": sees, "position_ids": positions, "past_key_values": cache}
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **how)
+        cache = output.past_key_values
         answers.append(ids := output.logits[:, -1:].float().argmax(-1))
         sees, positions = torch.cat([sees, torch.ones_like(ids)], 1), positions[:, -1:] + 1
     return [tuple(answer) for answer in torch.cat(answers, 1).tolist()]
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Number of tokens with which all prompts begin, without the last token of any."""
+    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in same), min(map(len, prompts)) - 1)
 
 
 def tree_logits(model: Any, sequences: Sequence[Sequence[int]], lasts: Sequence[int]) -> Iterator[NDArray[np.float32]]:

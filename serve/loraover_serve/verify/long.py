@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from loraover.common.errors import ConfigError
 from loraover.models.load import ModelSource, load_config
 from loraover_serve.engines.answers import Expected
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.engines.torch import tree_rows
+from loraover_serve.engines.torch import common_beginning, tree_rows
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.judge.names import STALE, STALE_OF_ADAPTER, STALE_OF_BASE, STALE_OF_EARLIER, STALE_OF_LATER
@@ -103,8 +102,7 @@ def long_prompts(request: RecordRequest, base: ModelSource, tokenizer: Any, line
             f"{request.named('long')}: the long questions have {longest} tokens with their answers, and {base.name} "
             f"takes {limit}; its prompts fill too few blocks of a server's cache. Record without long questions."
         )
-    same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
-    return prompts, messages, min(len(list(same)), min(map(len, prompts)) - 1)
+    return prompts, messages, common_beginning(prompts)
 
 
 def long_passes(asked: Any, new_tokens: int, versions: int, prompts: Sequence[Sequence[int]]) -> float:

@@ -35,11 +35,11 @@ TREE_ERROR = 1e-4
 TIE = 1e-3
 """Difference of two tokens' logprobs, in nats, at which either may be the answer: float32 errs by 1e-5."""
 
-TRIED_IN_TREES = 8
+TRIED_IN_TREES = 4
 """Number of questions on which trees are tried."""
 
-CANNOT = (TypeError, ValueError, IndexError, RuntimeError)
-"""Errors of a model that takes no such mask, or no positions."""
+CANNOT = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
+"""Errors of a model that takes no such mask, no positions, or no keys and values of several prompts."""
 
 
 class RightRuns(NamedTuple):
