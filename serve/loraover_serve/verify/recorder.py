@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,6 @@ from loraover_serve.verify.work import ROUNDED, TRIED, Advance, Work, each_done,
 PLAIN_VERSION, SCHEMA_VERSION = 1, 2  # of references without and with served weights, which older checkers overlook
 QUESTIONS_FILE = Path(__file__).with_name("questions.txt")
 LONGEST = 64  # tokens of a question
-IN_BATCH = 0.8  # time of a pass in a batch with others, as a share of that of a pass alone
 
 
 class RecordReport(StrictModel):
@@ -302,17 +302,23 @@ def plan_work(
         versions: Number of versions of the adapter that read long questions.
         dtype: Data type to run in.
     """
-    number, right = len(prompts), right_passes(len(prompts), new_tokens)
-    is_tree = dtype in EXACT
-    sharing = tree_tokens(prompts[:NAMED]) / sum(map(len, prompts[:NAMED])) if is_tree else 1.0
-    faults = planned_passes(model, subject, number, max(map(len, prompts)) + new_tokens - 1)
+    number, longest, is_tree = len(prompts), max(map(len, prompts)) + new_tokens - 1, dtype in EXACT
+    share, few = (partial(tree_share, new_tokens=new_tokens) if is_tree else len), prompts[:NAMED]
+    named = share(few) / len(few)
+    right = right_passes(share(prompts), new_tokens)
     return Work(
         pass_s=time_passes(lambda: [*model_logits(model, prompts[:TRIED], last=1)], min(TRIED, number)),
-        right=right["answers"] + 2 * right["exact"] + 2 * right["rounded"] + right["tree"],
-        formats=len(FORMATS) * (2 * sharing * min(MEASURED, number) + ROUNDED),
-        faults=[each * sharing * (IN_BATCH if is_tree else 1.0) for each in faults],
+        right=right["answers"] + right["tree"] + 2 * right["exact"] + 2 * right["rounded"],
+        formats=len(FORMATS) * (2 * named * min(MEASURED, number) + ROUNDED),
+        faults=[each * named for each in planned_passes(model, subject, number, longest)],
         long=0.0 if long is None else long_passes(long, new_tokens, versions, prompts),
     )
+
+
+def tree_share(prompts: Sequence[tuple[int, ...]], new_tokens: int) -> float:
+    """Passes over one prompt in which a tree of prompts with their answers is run."""
+    tokens = tree_tokens(prompts) + len(prompts) * (new_tokens - 1)
+    return len(prompts) * tokens / sum(map(len, prompts))
 
 
 def record_faults(

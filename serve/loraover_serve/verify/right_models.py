@@ -140,7 +140,7 @@ class RightModels:
         return Expected.of(windows, found, in_file=self.in_file)
 
 
-def right_passes(number: int, new_tokens: int) -> dict[str, float]:
+def right_passes(number: float, new_tokens: int) -> dict[str, float]:
     """Cost of each run of `RightModels.run`, in passes of the base model over one question."""
     return {
         "answers": number * (1 + STEP * (new_tokens - 1)),
