@@ -121,6 +121,24 @@ SERVING = (
         Selection("test_verify.py", "run_together"),
     ),
     Mutant(
+        "record-padding-is-seen-by-the-prompt-behind-it",
+        "[*begun, *[0] * left, *[1] * (longest - left)]",
+        "[*begun, *[1] * left, *[1] * (longest - left)]",
+        Selection("test_right_models.py", "each_one_alone"),
+    ),
+    Mutant(
+        "record-answers-at-once-are-taken-unseen",
+        "if are_greedy(found.questions, found.exact[ADAPTER]):",
+        "if found.exact:",
+        Selection("test_right_models.py", "one_by_one"),
+    ),
+    Mutant(
+        "record-the-adapted-model-is-not-tried-in-trees",
+        "and agrees_in_trees(self.adapted, tried)",
+        "and agrees_in_trees(self.base, tried)",
+        Selection("test_right_models.py", "keeps_both_from_trees"),
+    ),
+    Mutant(
         "record-a-text-of-several-tokens-is-one",
         "for i, text in decoded.items() if known.get(text) == i}",
         "for i, text in decoded.items()}",

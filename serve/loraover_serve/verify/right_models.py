@@ -43,7 +43,7 @@ CANNOT = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
 
 
 class RightRuns(NamedTuple):
-    """What the right models answer.
+    """Questions that the adapted model answered, with both right models' logprobs.
 
     Args:
         questions: The prompts with the adapted model's answers.
