@@ -53,22 +53,25 @@ def plain_seconds(reference: dict[str, Any]) -> float:
     return median(seconds)
 
 
-def row(folder: Path, *, long: bool) -> tuple[str, ...]:
+def row(folder: Path, words: str, prompts: Path | None, *, long: bool) -> tuple[str, ...]:
     """Record, and compare the time with that of plain passes over the questions."""
-    file, start = folder / f"{long}.json.gz", time.process_time()
-    report = record_adapter(folder / "adapter", model=MODEL, prompts=QUESTIONS, long=long, device="cpu", output=file)
+    file, start = folder / f"{words}.json.gz", time.process_time()
+    report = record_adapter(folder / "adapter", model=MODEL, prompts=prompts, long=long, device="cpu", output=file)
     took_s = time.process_time() - start
     plain_s = plain_seconds(json.loads(gzip.decompress(file.read_bytes())))
-    words = "with long questions" if long else "short questions alone"
     return words, str(report.questions), str(report.variants), f"{took_s:.1f} s", f"{took_s / plain_s:.0f}"
 
 
 def measure() -> list[Table]:
-    """Record an adapter without and with long questions."""
+    """Record an adapter with few questions, with long ones too, and with the built-in ones."""
     with one_thread(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_adapter(folder / "adapter")
-        rows = [row(folder, long=long) for long in (False, True)]
+        rows = [
+            row(folder, "short questions alone", QUESTIONS, long=False),
+            row(folder, "with long questions", QUESTIONS, long=True),
+            row(folder, "built-in questions", None, long=False),
+        ]
     title = "Recording, in passes of the base model over the recorded questions"
     table = table_of(title, "recorded", "questions", "models with a fault", "processor time", "passes")
     for each in rows:
