@@ -40,7 +40,7 @@ def releases(fault: KnownFault) -> str:
     """Return the releases that have a fault, in words."""
     versions = fault.versions
     if versions == Versions():
-        found = "no release is known to be without it"
+        found = "no fixed release is known"
     else:
         parts = [
             f"from {versions.since}" if versions.since else "",

@@ -86,9 +86,9 @@ class OverParameterization:
         self._is_cut_flat = any(site.piece is not None for site in self.sites.values())
         if self._is_cut_flat and runs_model(self.config):
             raise ConfigError(
-                "DeepSpeed's ZeRO gives no gradients outside of a training step, so nothing can be measured on "
-                "calibration batches. Choose schedule all or dynamic, or a score and bases that need none, or train "
-                "with DDP or FSDP2."
+                "DeepSpeed's ZeRO gives no gradients outside of a training step, so calibration batches cannot be "
+                "measured. Choose schedule all or dynamic, or a score and bases without calibration, or train with "
+                "DDP or FSDP2."
             )
         self.schedule = Schedule(self.config, self.sites, steps=steps, probe=probe)
         self.groups: list[CoreGroup] = []
@@ -197,7 +197,7 @@ class OverParameterization:
         optimizer = ordinary_optimizer(optimizer)
         kind = type(optimizer).__name__
         if self.optimizer_class not in (None, kind):
-            raise ConfigError(f"attach: the run was trained with {self.optimizer_class}, this optimizer is {kind}.")
+            raise ConfigError(f"attach: the optimizer is {kind}; resume with {self.optimizer_class}, as trained.")
         self.schedule.check_ready()
         if has_cores(optimizer):
             raise ConfigError(

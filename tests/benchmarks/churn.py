@@ -361,8 +361,7 @@ def to_table(found: Sequence[Found]) -> Table:
             "base, right",
         ),
         *("ended", "memory at start, middle, end"),
-        caption="An answer of no version is the new weights on cached keys and values of old ones, or a mixture. "
-        "Memory is that of all the server's processes after the first minute, in the middle and at the end.",
+        caption="Memory is that of all the server's processes after the first minute, in the middle and at the end.",
     )
     for each in found:
         shown = each.marks()

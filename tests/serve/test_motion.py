@@ -397,6 +397,6 @@ def test_llama_servers_global_scale(long_case: LongCase, tmp_path: Path) -> None
         stale = likeliest(is_cold=False)
     off = abs(stale[1] - right[1])
     print(f"\n{right} cold, {stale} warm")
-    said = f"nothing: it names the adapter in each request; without a name, an answer is {off:.2g} nats off"
+    said = f"no fault: verify always names the adapter; an answer without a name is {off:.2g} nats off"
     motion.record(motion.GLOBAL_SCALE, motion.VERIFY, said)
     assert stale[0] != right[0] or off > 0.01

@@ -21,20 +21,20 @@ VARIABLE = "LORAOVER_MOTION"
 INTRODUCTION = """# Servers in motion
 
 This page shows what happens when adapters change while a server runs: what `loraover verify --caches` says about the
-answers afterwards, for plain vLLM and for vLLM with [the plug-in](how-to/serve-any-adapter.md). `make motion` writes
-this page from its runs: a tiny random Llama in float32 on a CPU, vLLM {vllm} with its prefix cache on, and llama.cpp's
+answers afterwards, for stock vLLM and for vLLM with [the plug-in](how-to/serve-any-adapter.md). `make motion` writes
+this page: a tiny random Llama in float32 on a CPU, vLLM {vllm} with its prefix cache on, and llama.cpp's
 server. Before each row, the server answers with an earlier version or another model, and caches its keys and values.
 
 {rows}
 
 A dash means: not run. The plug-in is for vLLM only, and does not change chat templates.
 
-## A day of reloads
+## An hour of reloads
 
 The test has {adapters} adapters and {clients} clients. Every second, one adapter gets a new version; two adapters fit
-into a batch. Before a version is written, PyTorch answers each prompt with it. Each answer of the server is assigned to
-the model whose logprobs are nearest, if they are within {same:g} nats. An answer of *no version* comes from new weights
-on keys and values of old weights, or from the base model with a part of an adapter.
+into a batch. Before a version is written, PyTorch answers each prompt with it. Each answer of the server is assigned
+to the model whose logprobs are nearest, if they are within {same:g} nats. An answer of *no version* comes from new
+weights on keys and values of old weights, or from the base model with a part of an adapter.
 
 {churned}
 
@@ -44,9 +44,10 @@ The assignment is least certain where another model is almost as near.
 
 {words}
 
-`make motion` runs each server for a minute, and `cd tests && ../.venv/bin/python -m benchmarks.churn 3600` for an hour.
-On an idle machine, 400 versions with five requests each added 4.1 MiB to vLLM's worker with the plug-in, and 3.3 MiB
-without it and with new folders (`python -m benchmarks.churn_memory`).
+`make motion` runs each server for a minute; the hour is from
+`cd tests && ../.venv/bin/python -m benchmarks.churn 3600`. On an idle machine, 400 versions with five requests each
+added 4.1 MiB to vLLM's worker with the plug-in, and 3.3 MiB without it and with new folders
+(`python -m benchmarks.churn_memory`).
 """
 
 REWRITTEN, IN_PLACE, READ_AGAIN, NEW_PATH = "rewritten", "in place", "read again", "new path"

@@ -156,7 +156,7 @@ def test_resuming_with_another_configuration_is_refused(made: Made) -> None:
 
 
 def test_resuming_with_another_optimizer_is_refused(made: Made) -> None:
-    with pytest.raises(ConfigError, match="the run was trained with AdamW, this optimizer is SGD"):
+    with pytest.raises(ConfigError, match="the optimizer is SGD; resume with AdamW"):
         reopened(made, lambda parameters: SGD(parameters, lr=0.1), total=10)
 
 

@@ -84,7 +84,7 @@ class FleetCheckRequest(FleetRequest):
     the answers of a server: texts, vectors, classes or scores.
 
     Exit code 1: an engine that `--engine` names cannot serve one of the adapters correctly, neither as it is nor as
-    exported for that engine. Without `--engine`: no engine can serve one of the adapters correctly.
+    exported for that engine. Without `--engine`: for some adapter, no engine can serve it correctly.
     """
 
     verb = "loraover check"

@@ -73,7 +73,7 @@ class FleetReport(StrictModel):
 
     schema_version: Literal[1] = 1
     rows: Sequence[FleetRow] = Field(description="The adapters, in the order in which they were named")
-    seconds: float = Field(description="Time that all took")
+    seconds: float = Field(description="Total time, in seconds")
 
     @property
     def passed(self) -> bool:

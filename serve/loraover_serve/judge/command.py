@@ -215,12 +215,14 @@ def read_command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--served-format", default="bf16", choices=NUMBER_FORMATS, help="coarsest format of the base model's weights"
     )
-    parser.add_argument("--protocol", choices=sorted({one.protocol for one in DIALECTS}), help="default: tried in turn")
+    parser.add_argument("--protocol", choices=sorted({one.protocol for one in DIALECTS}), help="default: detected")
     parser.add_argument("--key-variable", help="environment variable with the server's key")
-    parser.add_argument("--header", action="append", default=[], metavar="NAME=VARIABLE", help="header from a variable")
+    parser.add_argument(
+        "--header", action="append", default=[], metavar="NAME=VARIABLE", help="header and where its value is"
+    )
     parser.add_argument("--ca-file", help="certificates that sign the server's (PEM)")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to wait for an answer (default: 120)")
-    parser.add_argument("--check-timeout", type=_seconds, default=math.inf, help="seconds for everything (no limit)")
+    parser.add_argument("--check-timeout", type=_seconds, default=math.inf, help="seconds for all requests (no limit)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"times that each question is asked ({REPEATS})")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} requests: is the adapter applied at all?")
     parser.add_argument("--caches", action="store_true", help="also ask long questions without and with the cache")
@@ -230,7 +232,7 @@ def read_command_line(arguments: Sequence[str] | None) -> argparse.Namespace:
         dest="churn_s",
         type=_seconds,
         metavar="SECONDS",
-        help="finally, ask all models while adapters change",
+        help="time to ask all models while adapters change",
     )
     parser.add_argument("--run", metavar="COMMAND", help="shell command that changes adapters during --churn")
     parser.add_argument("--without-mixed", action="store_true", help="send no requests for both models at once")

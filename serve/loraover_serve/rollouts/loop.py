@@ -40,7 +40,7 @@ class RolloutJudge:
 
     def __init__(self, window: int = 8, *, tokens: int = 512, noise: float | None = None) -> None:
         if not (1 <= window <= MOST and tokens >= 1):
-            raise ConfigError(f"window is {window} and tokens {tokens}, expected 1 or more, {MOST} at most.")
+            raise ConfigError(f"window is {window}, expected 1 to {MOST}; tokens {tokens}, expected 1 or more.")
         self.window, self.tokens, self.given_noise = window, tokens, noise
         self._steps = deque[SampledTokens](maxlen=window)
         self._square, self._learned = 0.0, 0

@@ -70,7 +70,7 @@ OTHER_REMEDY = "compare the adapter that the engine has loaded with the trainer'
 
 
 class VerifyRollouts(TrainerCallback):
-    """Callback that judges at each step of TRL's online trainers whether the engine samples from the trained policy.
+    """Callback that checks, while TRL's online trainers run, whether the engine samples from the trained adapter.
 
     It adds itself to the trainer. Before each optimizer step, it compares the engine's logprobs of the sampled tokens
     with the trainer's, with the adapter and without it, on a part of the rows, and asks the engine nothing. After an

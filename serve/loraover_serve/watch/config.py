@@ -195,7 +195,7 @@ def _target(config: WatchConfig, server: ServerSettings, adapter: AdapterSetting
     if isinstance(reference, VectorReference):
         most = reference.most_requests(1 if adapter.quick else adapter.repeats)
         if adapter.caches_every:
-            raise ConfigError(f"{file}: has vectors, and caches_every checks generated text; leave it out.")
+            raise ConfigError(f"{file}: has vectors, but caches_every checks generated text; leave caches_every out.")
     elif not adapter.quick:
         most += (REQUESTS_PER_PLACE + adapter.repeats) * len(reference.places)
         most += SCREENED if reference.other_bases else 0

@@ -124,7 +124,7 @@ class VectorReference:
         self.is_normalised, self.prefix = bool(content["normalised"]), str(content["prefix"])
         self.pooling: str | None = content["pooling"]
         if self.pooling not in (POOLINGS if self.task == "embed" else (None,)):
-            raise ValueError("a vector needs a pooling that is known, and anything else has none")
+            raise ValueError("pooling must be a known one for vectors, otherwise null")
         self.questions = [_question(each, is_pair=self.task == "score") for each in content["questions"]]
         self.sensitivity, self.device = float(content["sensitivity"]), str(content["made"]["device"])
         self._lengths = [int(each["numbers"]) for each in content["questions"]]
