@@ -115,7 +115,7 @@ def test_the_kept_report_is_that_of_the_kept_runs(target: str) -> None:
 
 
 def test_the_docs_quote_the_study_of_mpo() -> None:
-    quoted = (DOCS / "README.md").read_text()
+    quoted = (RESEARCH / "earlier-studies.md").read_text()
     for task in kept("smollm2").tasks:
         for result in task.methods:
             assert f"{result.test_loss:.4f} ({result.deviation:.4f})" in quoted
@@ -197,7 +197,7 @@ def test_one_rate_is_best_at_each_rank() -> None:
     assert {(rank, len(rates)) for (rank, _), rates in losses.items()} == {(2, 3), (8, 3), (32, 3)}
     best = {(task, min(rates, key=rates.__getitem__)) for (_, task), rates in losses.items()}
     assert best == {("gsm8k", LEARNING_RATES["lora"]), ("qnli", 3e-4)}
-    quoted = (DOCS / "README.md").read_text()
+    quoted = (RESEARCH / "earlier-studies.md").read_text()
     for rank in (2, 8, 32):
         cells = [f"{loss:.4f}" for task in ("gsm8k", "qnli") for _, loss in sorted(losses[rank, task].items())]
         assert f"| {rank} | {' | '.join(cells)} |" in quoted
