@@ -128,8 +128,8 @@ SERVING = (
     ),
     Mutant(
         "record-answers-at-once-are-taken-unseen",
-        "if are_greedy(found.questions, found.exact[ADAPTER]):",
-        "if found.exact:",
+        "if not are_greedy(begun.questions, begun.adapted):",
+        "if not begun.questions:",
         Selection("test_right_models.py", "one_by_one"),
     ),
     Mutant(

@@ -66,6 +66,15 @@ def test_the_common_beginning_is_read_once() -> None:
     assert common_beginning([(1, 2), (3,)]) == 0
 
 
+def test_a_batch_has_no_more_keys_and_values_than_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = max(map(len, PROMPTS)) + NEW_TOKENS
+    monkeypatch.setattr(torch_engine, "TOKENS_AT_ONCE", 2 * longest)
+    model, rows = lively("Llama"), list[int]()
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    greedy_answers(model, PROMPTS, NEW_TOKENS)
+    assert rows == [1, *[2] * 2 * NEW_TOKENS], "the beginning, then two batches of two prompts"
+
+
 def failing(*args: Any) -> Any:
     raise TypeError("forward() got an unexpected keyword argument 'position_ids'")
 
@@ -80,7 +89,7 @@ def test_a_model_that_mixes_prompts_or_fails_is_asked_one_by_one(at_once: Any, m
     base, adapted, done = lively("Llama"), lively("Llama", seed=3), list[float]()
     found = RightModels(base, adapted, "fp32").run(PROMPTS, (), NEW_TOKENS, done.append)
     assert [question.answer for question in found.questions] == one_by_one(adapted)
-    steps = right_models.right_passes(len(PROMPTS), NEW_TOKENS)
+    steps = right_models.right_passes(PROMPTS, NEW_TOKENS, "fp32")
     told = steps["answers"] + steps["tree"] + 2 * steps["exact"] + 2 * steps["rounded"]
     assert sum(done) == pytest.approx(told), "no pass is told twice"
 
@@ -108,3 +117,5 @@ def test_an_adapted_model_that_needs_its_order_keeps_both_from_trees() -> None:
     found = RightModels(lively("Llama"), adapted, "fp32").run(PROMPTS, (), NEW_TOKENS)
     assert not found.as_tree
     assert [question.answer for question in found.questions] == one_by_one(adapted)
+    alone = RightModels(lively("Llama"), adapted, "fp32").run(PROMPTS[:1], (), NEW_TOKENS)
+    assert not alone.as_tree, "trees are tried on a branch even where no questions begin alike"

@@ -325,7 +325,7 @@ def engine_errors(engine: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, LoraOverError):
             raise
         raise EngineError(f"{engine}: {type(error).__name__}: {error}") from error

@@ -190,12 +190,13 @@ def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], tokens: int) ->
     if shared:
         begun = torch.tensor([prompts[0][:shared]], device=model.device)
         read = model(input_ids=begun, use_cache=True, logits_to_keep=1).past_key_values
-    tails = sorted((len(prompt), index, tuple(prompt[shared:])) for index, prompt in enumerate(prompts))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = dict[int, tuple[int, ...]]()
-    for batch in _batches([(*tail, *[0] * tokens) for _, _, tail in tails], TOKENS_AT_ONCE):
-        mine, tails = tails[: len(batch)], tails[len(batch) :]
-        found = _continued(model, read, [tail for _, _, tail in mine], tokens)
-        answers |= dict(zip((index for _, index, _ in mine), found, strict=True))
+    # each row holds keys and values of the whole prompt and its answer
+    for batch in _batches([(*prompts[index], *[0] * tokens) for index in order], TOKENS_AT_ONCE):
+        mine, order = order[: len(batch)], order[len(batch) :]
+        found = _continued(model, read, [prompts[index][shared:] for index in mine], tokens)
+        answers |= dict(zip(mine, found, strict=True))
     return [answers[index] for index in range(len(prompts))]
 
 

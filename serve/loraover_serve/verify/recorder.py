@@ -35,7 +35,7 @@ from loraover_serve.comparison.adapters import check_plain, check_task
 from loraover_serve.comparison.rounding import FORMATS, as_served
 from loraover_serve.comparison.served_weights import ServedWeights, check_different, open_if_given
 from loraover_serve.engines.endpoint import as_chats
-from loraover_serve.engines.torch import model_logits, tree_tokens
+from loraover_serve.engines.torch import model_logits
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.names import OF_EARLIER_WEIGHTS
 from loraover_serve.judge.reference import OF_ALL_BASES
@@ -60,7 +60,7 @@ from loraover_serve.verify.pack import (
 from loraover_serve.verify.power import MEASURED, choose_number, effect_of, measure_rounding
 from loraover_serve.verify.pytorch import TorchModels, fit_reference, load_base, make_models
 from loraover_serve.verify.request import RecordRequest
-from loraover_serve.verify.right_models import EXACT, right_passes
+from loraover_serve.verify.right_models import EXACT, right_passes, tree_share
 from loraover_serve.verify.vector_models import has_vectors
 from loraover_serve.verify.vector_recorder import check_no_vectors, record_vectors
 from loraover_serve.verify.work import ROUNDED, TRIED, Advance, Work, each_done, time_passes
@@ -305,7 +305,7 @@ def plan_work(
     number, longest, is_tree = len(prompts), max(map(len, prompts)) + new_tokens - 1, dtype in EXACT
     share, few = (partial(tree_share, new_tokens=new_tokens) if is_tree else len), prompts[:NAMED]
     named = share(few) / len(few)
-    right = right_passes(share(prompts), new_tokens)
+    right = right_passes(prompts, new_tokens, dtype)
     return Work(
         pass_s=time_passes(lambda: [*model_logits(model, prompts[:TRIED], last=1)], min(TRIED, number)),
         right=right["answers"] + right["tree"] + 2 * right["exact"] + 2 * right["rounded"],
@@ -313,12 +313,6 @@ def plan_work(
         faults=[each * named for each in planned_passes(model, subject, number, longest)],
         long=0.0 if long is None else long_passes(long, new_tokens, versions, prompts),
     )
-
-
-def tree_share(prompts: Sequence[tuple[int, ...]], new_tokens: int) -> float:
-    """Passes over one prompt in which a tree of prompts with their answers is run."""
-    tokens = tree_tokens(prompts) + len(prompts) * (new_tokens - 1)
-    return len(prompts) * tokens / sum(map(len, prompts))
 
 
 def record_faults(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import nn
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.torch import TorchEngine, greedy_answers, model_logits, tree_logits, tree_rows
+from loraover_serve.engines.torch import TorchEngine, greedy_answers, model_logits, tree_logits, tree_rows, tree_tokens
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import chain_of
@@ -36,7 +36,13 @@ TIE = 1e-3
 """Difference of two tokens' logprobs, in nats, at which either may be the answer: float32 errs by 1e-5."""
 
 TRIED_IN_TREES = 4
-"""Number of questions on which trees are tried."""
+"""Number of questions on which trees are tried, beside a pair that begins alike."""
+
+PAIR = 4
+"""Tokens with which this pair begins."""
+
+TREE_PASSES = 6
+"""Passes over each of them: with both models one by one and in a tree, where the base model has three rows."""
 
 CANNOT = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
 """Errors of a model that takes no such mask, no positions, or no keys and values of several prompts."""
@@ -55,6 +61,14 @@ class RightRuns(NamedTuple):
     questions: tuple[Question, ...]
     exact: dict[str, Expected]
     rounded: dict[str, Expected]
+    as_tree: bool
+
+
+class _Begun(NamedTuple):
+    """Questions with the adapted model's logprobs alone; the other arguments are those of `RightRuns`."""
+
+    questions: tuple[Question, ...]
+    adapted: Expected
     as_tree: bool
 
 
@@ -91,14 +105,16 @@ class RightModels:
         """
         ask = partial(answered, prompts, messages, ends=end_tokens(self.base.config))
         with engine_errors(TorchEngine.name):
+            begun, steps = None, right_passes(prompts, new_tokens, self.dtype)
             if self.dtype in EXACT and (answers := self._answers_at_once(prompts, new_tokens)) is not None:
-                found = self._ask(tuple(ask(answers)), new_tokens, advance)
-                if are_greedy(found.questions, found.exact[ADAPTER]):
-                    return found
-                advance = unseen  # all passes are told
-            one_by_one = TorchEngine({ADAPTER: partial(nullcontext, self.adapted)})
-            answers = one_by_one.generate(ADAPTER, prompts, new_tokens)
-            return self._ask(tuple(ask(answers)), new_tokens, advance)
+                begun = self._begin(tuple(ask(answers)))
+                if not are_greedy(begun.questions, begun.adapted):
+                    begun = None
+            if begun is None:
+                one_by_one = TorchEngine({ADAPTER: partial(nullcontext, self.adapted)})
+                begun = self._begin(tuple(ask(one_by_one.generate(ADAPTER, prompts, new_tokens))))
+            advance(steps["answers"] + steps["tree"] + steps["exact"])
+            return self._finish(begun, steps, advance)
 
     def _answers_at_once(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]] | None:
         """The adapted model's answers, which may be wrong if it mixes padding with the prompts; None if it fails."""
@@ -107,10 +123,8 @@ class RightModels:
         except CANNOT:
             return None
 
-    def _ask(self, questions: tuple[Question, ...], new_tokens: int, advance: Advance) -> RightRuns:
-        """Run both models on questions, exactly and rounded."""
-        models, steps = {BASE: self.base, ADAPTER: self.adapted}, right_passes(len(questions), new_tokens)
-        advance(steps["answers"])
+    def _begin(self, questions: tuple[Question, ...]) -> _Begun:
+        """Try trees, and run the adapted model on questions."""
         tried = sorted(questions, key=lambda question: len(question.tokens))
         half = TRIED_IN_TREES // 2  # the shortest have branches in a tree, the longest fill a window
         tried = [*tried[:half], *tried[half:][-half:]]
@@ -119,19 +133,22 @@ class RightModels:
             and agrees_in_trees(self.base, tried, with_rows=True)
             and agrees_in_trees(self.adapted, tried)
         )
-        advance(steps["tree"])
+        return _Begun(questions, self._logprobs(self.adapted, questions, as_tree=as_tree), as_tree)
+
+    def _finish(self, begun: _Begun, steps: Mapping[str, float], advance: Advance) -> RightRuns:
+        """Run the base model on the questions too, and both models in bfloat16."""
 
         def run(model: Any, step: str) -> Expected:
-            found = self._logprobs(model, questions, as_tree=as_tree)
+            found = self._logprobs(model, begun.questions, as_tree=begun.as_tree)
             advance(steps[step])
             return found
 
-        exact = {arm: run(model, "exact") for arm, model in models.items()}
+        exact = {BASE: run(self.base, "exact"), ADAPTER: begun.adapted}
         rounded, format_ = dict[str, Expected](), as_served("bf16", self.dtype)
-        for arm, model in models.items():
+        for arm, model in ((BASE, self.base), (ADAPTER, self.adapted)):
             with rounding(model, format_):
                 rounded[arm] = run(model, "rounded")
-        return RightRuns(questions, exact, rounded, as_tree)
+        return RightRuns(begun.questions, exact, rounded, begun.as_tree)
 
     def _logprobs(self, model: Any, questions: Sequence[Question], *, as_tree: bool) -> Expected:
         windows = [question.window for question in questions]
@@ -140,14 +157,22 @@ class RightModels:
         return Expected.of(windows, found, in_file=self.in_file)
 
 
-def right_passes(number: float, new_tokens: int) -> dict[str, float]:
-    """Cost of each run of `RightModels.run`, in passes of the base model over one question."""
+def right_passes(prompts: Sequence[tuple[int, ...]], new_tokens: int, dtype: str) -> dict[str, float]:
+    """Cost of each run of `RightModels.run`, in passes of the base model over one prompt."""
+    at_once, number = dtype in EXACT, len(prompts)
+    one, steps = tree_share(prompts, new_tokens) if at_once else number, STEP * (new_tokens - 1)
     return {
-        "answers": number * (1 + STEP * (new_tokens - 1)),
-        "exact": number,
-        "rounded": number + ROUNDED,
-        "tree": number,
+        "answers": one + (steps if at_once else number * steps),
+        "exact": one,
+        "rounded": one + ROUNDED,
+        "tree": TREE_PASSES * min(TRIED_IN_TREES, number) if at_once else 0.0,
     }
+
+
+def tree_share(prompts: Sequence[tuple[int, ...]], new_tokens: int) -> float:
+    """Passes over one prompt in which a tree of prompts with their answers is run."""
+    tokens = tree_tokens(prompts) + len(prompts) * (new_tokens - 1)
+    return len(prompts) * tokens / sum(map(len, prompts))
 
 
 def end_tokens(config: Any) -> frozenset[int]:
@@ -190,21 +215,30 @@ def are_greedy(questions: Sequence[Question], adapted: Expected) -> bool:
     return all(row.max() - row[token] <= TIE for row, token in rows)
 
 
+def alike(questions: Sequence[Question]) -> list[Question]:
+    """Two questions that begin alike, from tokens of others; each ends in two tokens, in both orders."""
+    first, second, *_ = dict.fromkeys(chain(*(each.tokens for each in questions), (0, 1)))
+    begun = questions[0].tokens[:PAIR]
+    return [Question(begun, answer) for answer in ((first, second, first), (second, first, second))]
+
+
 @torch.inference_mode()
 def agrees_in_trees(model: Any, questions: Sequence[Question], *, with_rows: bool = False) -> bool:
-    """Whether a model answers questions in trees as it answers them without.
+    """Whether a model answers questions, and two that begin alike, in trees as it answers each one alone.
 
     Args:
         model: The model.
-        questions: The questions.
+        questions: The questions, which need not begin alike.
         with_rows: Whether it has to do so for several models at once too.
     """
+    questions = [*questions, *alike(questions)]
     sequences, lasts = [question.tokens for question in questions], [len(each.answered) for each in questions]
     layers = chain_of(model) if with_rows else nn.ModuleList()
     rows = [RowModel(), *[RowModel(layer=len(layers) // 2)] * 2] if with_rows else [RowModel()]  # two join half way
     errors, moves = [], []
     try:
-        right = Expected.of([each.answered for each in questions], model_logits(model, sequences))
+        alone = chain.from_iterable(model_logits(model, [sequence]) for sequence in sequences)
+        right = Expected.of([each.answered for each in questions], alone)
         with as_rows(model, layers, rows):
             found = tree_rows(model, sequences, lasts, at_input(rows))
             for index, (question, logits) in enumerate(zip(questions, found, strict=True)):
