@@ -133,6 +133,18 @@ SERVING = (
         Selection("test_right_models.py", "one_by_one"),
     ),
     Mutant(
+        "record-trees-are-tried-without-a-branch",
+        "questions = [*questions, *alike(questions)]",
+        "questions = [*questions]",
+        Selection("test_right_models.py", "keeps_both_from_trees"),
+    ),
+    Mutant(
+        "record-a-batch-is-counted-without-the-common-beginning",
+        "_batches([(*prompts[index], *[0] * tokens) for index in order], TOKENS_AT_ONCE)",
+        "_batches([(*prompts[index][shared:], *[0] * tokens) for index in order], TOKENS_AT_ONCE)",
+        Selection("test_right_models.py", "no_more_keys"),
+    ),
+    Mutant(
         "record-the-adapted-model-is-not-tried-in-trees",
         "and agrees_in_trees(self.adapted, tried)",
         "and agrees_in_trees(self.base, tried)",
