@@ -128,8 +128,8 @@ SERVING = (
     ),
     Mutant(
         "record-answers-at-once-are-taken-unseen",
-        "if not are_greedy(begun.questions, begun.adapted):",
-        "if not begun.questions:",
+        "if are_greedy(begun.questions, begun.adapted):",
+        "if begun.questions:",
         Selection("test_right_models.py", "one_by_one"),
     ),
     Mutant(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from loraover_serve.engines import torch as torch_engine
 from loraover_serve.engines.torch import TorchEngine, common_beginning, greedy_answers, model_logits
@@ -30,12 +31,15 @@ FAMILIES: dict[str, Any] = {
 
 def lively(family: str, **options: Any) -> Any:
     """A tiny model whose answers depend on the prompt: with small weights, the likeliest token is always the same."""
-    model = FAMILIES[family](**options).eval()
+    return enlarged(FAMILIES[family](**options))
+
+
+def enlarged(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    return model
+    return model.eval()
 
 
 def one_by_one(model: Any) -> list[tuple[int, ...]]:
@@ -92,6 +96,18 @@ def test_a_model_that_mixes_prompts_or_fails_is_asked_one_by_one(at_once: Any, m
     steps = right_models.right_passes(PROMPTS, NEW_TOKENS, "fp32")
     told = steps["answers"] + steps["tree"] + 2 * steps["exact"] + 2 * steps["rounded"]
     assert sum(done) == pytest.approx(told), "no pass is told twice"
+
+
+def test_a_model_whose_state_is_not_passed_on_is_answered_without_it() -> None:
+    """Mamba takes no `past_key_values`, so that a next token would see none before it."""
+    adapted = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=32, state_size=8, num_hidden_layers=2))
+    adapted = enlarged(adapted)
+    found = RightModels(lively("Llama"), adapted, "fp32").run(PROMPTS, (), NEW_TOKENS)
+    assert [question.answer for question in found.questions] != one_by_one(adapted)
+    for question in found.questions:
+        with torch.inference_mode():
+            likeliest = adapted(torch.tensor([question.tokens])).logits[0, len(question.prompt) - 1 :].argmax(-1)
+        assert question.answer == tuple(likeliest.tolist())
 
 
 def test_both_models_are_run_as_trees_with_the_logprobs_of_single_runs() -> None:

@@ -218,6 +218,16 @@ def _continued(model: Any, read: Any, tails: Sequence[Sequence[int]], tokens: in
     return [tuple(answer) for answer in torch.cat(answers, 1).tolist()]
 
 
+@torch.inference_mode()
+def answers_without_cache(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[tuple[int, ...]]:
+    """Return a causal model's greedy answers as `greedy_answers` does, each token from a pass over all before it."""
+    sequences = [[*prompt] for prompt in prompts]
+    for _ in range(tokens):
+        for sequence, logits in zip(sequences, [*model_logits(model, sequences, last=1)], strict=True):
+            sequence.append(int(logits[-1].argmax()))
+    return [tuple(sequence[-tokens:]) for sequence in sequences]
+
+
 def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
     """Number of tokens with which all prompts begin, without the last token of any."""
     same = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))

@@ -13,10 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from loraover.common.errors import EngineError
 from loraover_serve.comparison.rounding import as_served, rounding
 from loraover_serve.engines.answers import Expected, last_rows
 from loraover_serve.engines.base import engine_errors
-from loraover_serve.engines.torch import TorchEngine, greedy_answers, model_logits, tree_logits, tree_rows, tree_tokens
+from loraover_serve.engines.torch import (
+    TorchEngine,
+    answers_without_cache,
+    greedy_answers,
+    model_logits,
+    tree_logits,
+    tree_rows,
+    tree_tokens,
+)
 from loraover_serve.judge.limits import ADAPTER, BASE
 from loraover_serve.judge.models import Question
 from loraover_serve.verify.base_variants import chain_of
@@ -105,23 +114,23 @@ class RightModels:
         """
         ask = partial(answered, prompts, messages, ends=end_tokens(self.base.config))
         with engine_errors(TorchEngine.name):
-            begun, steps = None, right_passes(prompts, new_tokens, self.dtype)
-            if self.dtype in EXACT and (answers := self._answers_at_once(prompts, new_tokens)) is not None:
+            steps = right_passes(prompts, new_tokens, self.dtype)
+            for answers in self._answers(prompts, new_tokens):
                 begun = self._begin(tuple(ask(answers)))
-                if not are_greedy(begun.questions, begun.adapted):
-                    begun = None
-            if begun is None:
-                one_by_one = TorchEngine({ADAPTER: partial(nullcontext, self.adapted)})
-                begun = self._begin(tuple(ask(one_by_one.generate(ADAPTER, prompts, new_tokens))))
+                if are_greedy(begun.questions, begun.adapted):
+                    break
             advance(steps["answers"] + steps["tree"] + steps["exact"])
             return self._finish(begun, steps, advance)
 
-    def _answers_at_once(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> list[tuple[int, ...]] | None:
-        """The adapted model's answers, which may be wrong if it mixes padding with the prompts; None if it fails."""
-        try:
-            return greedy_answers(self.adapted, prompts, new_tokens)
-        except CANNOT:
-            return None
+    def _answers(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+        """Yield the adapted model's answers, made faster first: wrong ones if it mixes prompts, or keeps no cache."""
+        ways = (greedy_answers, one_by_one, answers_without_cache) if self.dtype in EXACT else (one_by_one,)
+        for way in ways:
+            try:
+                yield way(self.adapted, prompts, new_tokens)
+            except (*CANNOT, EngineError):
+                if way is ways[-1]:
+                    raise
 
     def _begin(self, questions: tuple[Question, ...]) -> _Begun:
         """Try trees, and run the adapted model on questions."""
@@ -155,6 +164,15 @@ class RightModels:
         tokens = [question.tokens for question in questions]
         found = tree_logits(model, tokens, [*map(len, windows)]) if as_tree else model_logits(model, tokens)
         return Expected.of(windows, found, in_file=self.in_file)
+
+
+def one_by_one(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
+    """Return a causal model's greedy answers as `greedy_answers` does, each prompt alone.
+
+    Raises:
+        EngineError: A model that PyTorch fails to run.
+    """
+    return TorchEngine({ADAPTER: partial(nullcontext, model)}).generate(ADAPTER, prompts, tokens)
 
 
 def right_passes(prompts: Sequence[tuple[int, ...]], new_tokens: int, dtype: str) -> dict[str, float]:
