@@ -123,7 +123,7 @@ class RightModels:
             return self._finish(begun, steps, advance)
 
     def _answers(self, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-        """Yield the adapted model's answers, made faster first: wrong ones if it mixes prompts, or keeps no cache."""
+        """Yield the adapted model's answers, by the fastest way first: it may mix prompts, or pass on no state."""
         ways = (greedy_answers, one_by_one, answers_without_cache) if self.dtype in EXACT else (one_by_one,)
         for way in ways:
             try:
@@ -135,7 +135,7 @@ class RightModels:
     def _begin(self, questions: tuple[Question, ...]) -> _Begun:
         """Try trees, and run the adapted model on questions."""
         tried = sorted(questions, key=lambda question: len(question.tokens))
-        half = TRIED_IN_TREES // 2  # the shortest have branches in a tree, the longest fill a window
+        half = TRIED_IN_TREES // 2  # the shortest share a tree, the longest fill a window
         tried = [*tried[:half], *tried[half:][-half:]]
         as_tree = (
             self.dtype in EXACT
